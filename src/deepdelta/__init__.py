@@ -1,0 +1,28 @@
+"""Delta residuals for PyTorch: X' = X + beta k (v^T - k^T X) in place of x + F(x)."""
+
+from deepdelta import ops
+from deepdelta.errors import UserError
+from deepdelta.models import GPT, GPTConfig, generate
+from deepdelta.nn import DeltaResidual, DeltaStream, ResidualConfig, RewriteRecord, recording
+from deepdelta.nn.presets import PRESETS
+from deepdelta.training import TrainConfig, load, param_groups, train
+from deepdelta.version import __version__
+
+__all__ = [
+    "GPT",
+    "PRESETS",
+    "DeltaResidual",
+    "DeltaStream",
+    "GPTConfig",
+    "ResidualConfig",
+    "RewriteRecord",
+    "TrainConfig",
+    "UserError",
+    "__version__",
+    "generate",
+    "load",
+    "ops",
+    "param_groups",
+    "recording",
+    "train",
+]

@@ -1,0 +1,217 @@
+"""The command `deepdelta`: the only file that knows every room."""
+
+import json
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg, subcommand
+
+from deepdelta.config import from_plain, merged, to_plain
+from deepdelta.data import load_corpus
+from deepdelta.errors import UserError, nearest
+from deepdelta.models import generate
+from deepdelta.nn.presets import PRESETS
+from deepdelta.studies.config import load_study, named_studies
+from deepdelta.training import RunDirectory, TrainConfig, evaluate, load, train
+from deepdelta.training.environment import choose_device
+from deepdelta.training.progress import reporting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a GPT into a run directory, or continue the run that is there."""
+
+    run: Path
+    """The run directory, made if absent; the same command continues it, with more --steps extends it."""
+    config: Path | None = None
+    """A TOML or JSON file with settings; options given beside it win."""
+    preset: str | None = None
+    """A named residual (additive, ddl, ...); options given beside it win."""
+    init_from: Path | None = None
+    """A run whose weights a new run starts from."""
+    inexact_resume: bool = False
+    """Continue although versions, machine, threads or device differ, so not bit for bit."""
+    settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
+    """What is trained."""
+
+    def __call__(self) -> None:
+        train(self.settings, self.run, init_from=self.init_from, inexact_resume=self.inexact_resume)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Loss, perplexity and bits per byte of a run on its whole validation split."""
+
+    run: Positional[Path]
+    """A run directory."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    batch_size: int = 8
+
+    def __call__(self) -> None:
+        directory = RunDirectory(self.run)
+        config, environment = directory.config(), directory.environment()
+        chosen = choose_device(self.device, "fp32")
+        corpus = load_corpus(config.data, progress=lambda text: print(text, file=sys.stderr))
+        if corpus.sha256 != environment["corpus_sha256"]:
+            raise UserError(
+                f"the corpus has changed since {self.run} was trained (SHA-256 {corpus.sha256[:12]} now, "
+                f"{environment['corpus_sha256'][:12]} then): results on different corpora do not compare."
+            )
+        model = load(self.run).model.to(chosen.device)
+        total = corpus.validation.shape[0]
+        with reporting(f"Evaluating {self.run}", total) as reporter:
+            result = evaluate(
+                model,
+                corpus,
+                batch_size=self.batch_size,
+                device=chosen.device,
+                progress=lambda done, batches: reporter.update(done * total // batches, ""),
+            )
+        print(f"loss            {result.loss:.4f} nats per token")
+        print(f"perplexity      {result.perplexity:.3f} per token")
+        if corpus.validation_bytes is not None:
+            print(f"bits per byte   {result.bits_per_byte(corpus.validation_bytes):.4f}")
+        print(f"on {result.tokens:,} tokens, the whole validation split; contexts: {result.how}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Stream text that a trained model continues a prompt with."""
+
+    run: Positional[Path]
+    """A run directory."""
+    prompt: str
+    tokens: int = 256
+    """How many tokens to draw."""
+    temperature: float = 0.8
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Draw among the k likeliest only."""
+    seed: int = 0
+
+    def __call__(self) -> None:
+        model, tokenizer = load(self.run)
+        if tokenizer is None:
+            raise UserError(
+                f"{self.run} was trained on bare token ids, so there is no text; "
+                "train with --data.tokenizer FILE.json to have the tokenizer kept with the run."
+            )
+        ids = generate(
+            model,
+            tokenizer.encode(self.prompt),
+            tokens=self.tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed,
+            vocab_size=tokenizer.vocab_size,
+        )
+        print(self.prompt, end="", flush=True)
+        for piece in tokenizer.stream(ids):
+            print(piece, end="", flush=True)
+        print()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Run a comparison: conditions x seeds, statistics, table and report. Interrupted, the same command continues."""
+
+    study: Positional[Annotated[str, arg(metavar="NAME|FILE.toml")]]
+    """A named study, or a TOML file of your own."""
+    out: Path | None = None
+    """Where runs, results.json and report.html go; runs/study-NAME by default."""
+    seeds: tuple[int, ...] | None = None
+    """Other seeds than the study's."""
+    steps: int | None = None
+    """Another number of steps per run than the study's."""
+    source: str | None = None
+    """Another corpus than the study's: a file, a folder or a .bin file."""
+    workers: int | None = None
+    """Runs side by side; one per core by default."""
+
+    def __call__(self) -> None:
+        # Here, since it needs the packages of the extra `study`, which the other commands do without.
+        from deepdelta.studies.runner import run_study
+
+        overrides: dict[str, Any] = {}
+        if self.seeds is not None:
+            overrides["seeds"] = list(self.seeds)
+        if self.steps is not None:
+            overrides["train"] = {"steps": self.steps}
+        if self.source is not None:
+            overrides = merged(overrides, {"train": {"data": {"source": self.source}}})
+        config = load_study(self.study, overrides)
+        command = " ".join(["deepdelta", *sys.argv[1:]])
+        run_study(config, self.out or Path("runs") / f"study-{config.name}", workers=self.workers, command=command)
+
+
+COMMANDS = {"train": Train, "evaluate": Evaluate, "generate": Generate, "study": Study}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command. Exit code 0, or 2 for an error that is the user's to mend, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command = _parse(given)
+        command()
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(given: list[str]) -> Any:
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+        raise UserError(f"there is no command '{given[0]}'; {nearest(given[0], COMMANDS)}")
+    defaults: dict[str, Any] = {}
+    if given[:1] == ["train"]:
+        settings = _settings(_value_of("--config", given), _value_of("--preset", given))
+        defaults["train"] = Train(run=tyro.MISSING, settings=settings)
+    kinds = tuple(
+        Annotated[kind, subcommand(name, default=defaults[name]) if name in defaults else subcommand(name)]
+        for name, kind in COMMANDS.items()
+    )
+    description = f"Delta residuals, trained against their controls. Named studies: {', '.join(named_studies())}."
+    commands: Any = Union[kinds]  # noqa: UP007
+    return tyro.cli(commands, prog="deepdelta", description=description, args=given)
+
+
+def _value_of(option: str, given: list[str]) -> str | None:
+    """The value of an option that decides the defaults of the others, so must be known before they are parsed."""
+    for position, word in enumerate(given):
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+        if word == option and position + 1 < len(given):
+            return given[position + 1]
+    return None
+
+
+def _settings(file: str | None, preset: str | None) -> TrainConfig:
+    plain = to_plain(TrainConfig())
+    if file is not None:
+        plain = merged(plain, _read_plain(Path(file)))
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UserError(f"there is no preset '{preset}'; {nearest(preset, PRESETS)}")
+        plain = merged(plain, {"model": {"residual": to_plain(PRESETS[preset])}})
+    return from_plain(TrainConfig, plain, where=file or "")
+
+
+def _read_plain(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"there is no configuration file {file}.")
+    try:
+        text = file.read_text(encoding="utf-8")
+        return tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is neither valid TOML (.toml) nor JSON: {error}.") from None

@@ -1,0 +1,70 @@
+"""Windows of a split as tensors: random ones for training, all of it for evaluation.
+
+Shapes: B batch, T context.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt
+from numpy.random import Philox
+from torch import Tensor
+
+IGNORED = -1  # the label of a position that predicts nothing
+
+
+def batch(
+    tokens: UInt[np.ndarray, " tokens"], *, seed: int, step: int, rank: int, batch_size: int, context: int
+) -> tuple[Int64[Tensor, "batch context"], Int64[Tensor, "batch context"]]:
+    """Inputs and labels of one training step: `batch_size` windows at random positions.
+
+    Each window is `context` + 1 successive tokens from anywhere in the split, whether or not documents end in it;
+    inputs are all but the last, labels all but the first. Positions are uniform over all windows, drawn with
+    replacement.
+
+    The result is a pure function of the tokens and (seed, step, rank): position i of the batch is the i-th number of
+    the counter-based generator Philox 4x64 with key (seed, step) and rank in the highest word of its counter, modulo
+    the number of windows. No state exists to save or restore, and ranks and steps never share numbers.
+
+    Args:
+        tokens: the ids of a split, more than `context` of them (see `check_context`).
+        seed, step, rank: 0 or more, below 2^64.
+    """
+    assert len(tokens) > context, "check_context comes first"
+    generator = Philox(key=np.array([seed, step], np.uint64), counter=np.array([0, 0, 0, rank], np.uint64))
+    starts = np.atleast_1d(generator.random_raw(batch_size)) % np.uint64(len(tokens) - context)
+    windows_BT1 = np.stack([tokens[start : start + context + 1] for start in starts.tolist()]).astype(np.int64)
+    return _inputs_and_labels(windows_BT1)
+
+
+def windows(
+    tokens: UInt[np.ndarray, " tokens"], *, context: int, batch_size: int
+) -> Iterator[tuple[Int64[Tensor, "batch context"], Int64[Tensor, "batch context"]]]:
+    """The whole split once, for evaluation, in batches of at most `batch_size` windows.
+
+    Window i has the inputs iT ... iT + T - 1 and the labels one position on, T being the context: windows touch and do
+    not overlap, and every token but the very first is predicted exactly once, with 1 to T tokens before it. The last
+    window is filled up with input 0 and label -1 (`IGNORED`).
+    """
+    count = window_count(tokens, context=context)
+    for first in range(0, count, batch_size):
+        rows = min(batch_size, count - first)
+        span = tokens[first * context : (first + rows) * context + 1].astype(np.int64)
+        inputs = np.zeros(rows * context, np.int64)
+        labels = np.full(rows * context, IGNORED, np.int64)
+        inputs[: len(span) - 1] = span[:-1]
+        labels[: len(span) - 1] = span[1:]
+        yield torch.from_numpy(inputs).view(rows, context), torch.from_numpy(labels).view(rows, context)
+
+
+def window_count(tokens: UInt[np.ndarray, " tokens"], *, context: int) -> int:
+    """How many windows `windows` yields: (tokens - 1) / context, rounded up."""
+    return -(-max(len(tokens) - 1, 0) // context)
+
+
+def _inputs_and_labels(
+    windows_BT1: np.ndarray,
+) -> tuple[Int64[Tensor, "batch context"], Int64[Tensor, "batch context"]]:
+    both = torch.from_numpy(windows_BT1)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()

@@ -1,0 +1,48 @@
+"""What text a run reads, how it becomes ids and how much of it is held out."""
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from deepdelta.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The corpus of a run.
+
+    Attributes:
+        source: "stdlib", the source code of the running interpreter's standard library; or the path to a text file,
+            to a folder of text files, to a nanoGPT `.bin` file of uint16 ids, or to a folder holding train.bin and
+            val.bin. (A folder that is itself called stdlib is written ./stdlib.)
+        pattern: which files of a folder are documents, as a shell's glob relative to it; `**` spans folders. As in a
+            shell, names that begin with a dot are left out unless the pattern spells the dot.
+        tokenizer: "bytes", 256 ids; "bpe", a byte-level BPE trained on the training split; or the path to a
+            `tokenizers` JSON file. A `.bin` source holds ids already: "bytes" then means "no tokenizer is known", a
+            path names the one that wrote them.
+        bpe_vocab_size: the most ids that "bpe" may have: 256 bytes, the separator, and merges.
+        bin_vocab_size: the number of ids of a `.bin` source without tokenizer; the default is GPT-2's 50,257, padded.
+        validation_fraction: the share of the bytes (of the ids in a `.bin` file) held out for validation. Without
+            effect on a folder that holds train.bin and val.bin.
+    """
+
+    source: str = "stdlib"
+    pattern: str = "**/*"
+    tokenizer: str = "bytes"
+    bpe_vocab_size: int = 4096
+    bin_vocab_size: int = 50304
+    validation_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("source", "pattern", "tokenizer"):
+            if not getattr(self, name):
+                raise UserError(f"{name} must not be empty.")
+        if PurePath(self.pattern).is_absolute() or ".." in PurePath(self.pattern).parts:
+            raise UserError(f"pattern must stay inside the folder that source names, got '{self.pattern}'.")
+        if self.bpe_vocab_size < 257:
+            raise UserError(
+                f"bpe_vocab_size must be at least 257 (the 256 bytes and a separator), got {self.bpe_vocab_size}."
+            )
+        if not 2 <= self.bin_vocab_size <= 65536:
+            raise UserError(f"bin_vocab_size must lie in 2 to 65536 (ids are uint16), got {self.bin_vocab_size}.")
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}.")

@@ -1,0 +1,211 @@
+"""From the configuration's source to documents, and from documents to the two splits."""
+
+import glob
+import hashlib
+import os
+import platform
+import stat
+import sysconfig
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from deepdelta.data.config import DataConfig
+from deepdelta.data.documents import Document, reading
+from deepdelta.errors import UserError
+
+# Near-duplicates, generated files and tests, wherever they lie; then what is no part of the library.
+_LEFT_OUT = {"encodings", "pydoc_data", "idlelib", "lib2to3", "test", "tests", "idle_test"}
+_LEFT_OUT |= {"site-packages", "dist-packages", "lib-dynload", "_bundled", "__pycache__"}
+_LEFT_OUT |= {"sitecustomize.py", "usercustomize.py"}
+_LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The documents that a source holds.
+
+    Attributes:
+        title: the source in plain English.
+        split_by: "module" and "document" leave the split to `split_by_group`; with "position" and "file" the group
+            of a document is its split, "train" or "validation".
+        ids: the documents are uint16 ids, not text.
+    """
+
+    title: str
+    documents: Sequence[Document]
+    split_by: Literal["module", "document", "position", "file"]
+    ids: bool = False
+
+
+def list_source(config: DataConfig) -> Listing:
+    """The documents of `config.source`.
+
+    Raises:
+        UserError: it is missing, empty or unreadable, or ids of two bytes do not fill a `.bin` file.
+    """
+    if config.source == "stdlib":
+        return _list_stdlib()
+    path = Path(os.path.expanduser(config.source))
+    with reading(path):
+        if not path.exists() and not path.is_symlink():
+            raise UserError(
+                f"source must be 'stdlib' or the path of a file or folder; there is nothing at '{config.source}'."
+            )
+        held = os.listdir(path) if path.is_dir() else None
+    if held is not None:
+        present = [name for name in ("train.bin", "val.bin") if name in held]
+        if len(present) == 1:
+            raise UserError(
+                f"a folder with token files must hold train.bin and val.bin; {path} holds {present[0]} only."
+            )
+        return _list_token_files(path) if present else _list_folder(path, config.pattern)
+    return _list_file(path, config.validation_fraction)
+
+
+def split_by_group(
+    documents: Sequence[Document], fraction: float, listing: Listing
+) -> tuple[list[Document], list[Document]]:
+    """Training and validation documents, whole groups held out until about `fraction` of the bytes are.
+
+    The groups are walked in the order of the SHA-256 of their names, an order that has nothing to do with what they
+    hold and is the same everywhere. A group goes to validation if that brings the held-out bytes nearer to
+    `fraction` of all; a group too large for what is missing stays in training and the walk goes on. With the library
+    of CPython 3.11 to 3.13, about 190 groups, this ends within 1 percentage point of the fraction.
+
+    Raises:
+        UserError: no group can be held out, or none is left for training.
+    """
+    sizes: Counter[str] = Counter()
+    for document in documents:
+        sizes[document.group] += document.size
+    wanted = fraction * sizes.total()
+    taken = 0
+    held: set[str] = set()
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(os.fsencode(name)).digest()):
+        if abs(taken + sizes[name] - wanted) < abs(taken - wanted):
+            held.add(name)
+            taken += sizes[name]
+    if not held or len(held) == len(sizes):
+        raise UserError(
+            f"{listing.title}: holding out about {fraction:.0%} of the bytes by whole {listing.split_by}s would leave "
+            f"the {'training' if held else 'validation'} split empty, with {len(sizes):,} of them. Add documents, "
+            "change validation_fraction, or join them to one file, which is split by position."
+        )
+    return [d for d in documents if d.group not in held], [d for d in documents if d.group in held]
+
+
+def _list_stdlib() -> Listing:
+    root = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if any(part in _LEFT_OUT or part.startswith(_LEFT_OUT_PREFIXES) for part in name.parts):
+            continue
+        if document := _whole_file(path, name.as_posix(), group=name.parts[0].removesuffix(".py")):
+            documents.append(document)
+    if not documents:
+        raise UserError(
+            f"the source code of Python's standard library must lie at {root}, and it does not (it may be zipped or "
+            "stripped in this installation): set source to a text file or folder of your own."
+        )
+    title = f"the source code of the {platform.python_implementation()} {platform.python_version()} standard library"
+    return Listing(title=title, documents=documents, split_by="module")
+
+
+def _list_folder(folder: Path, pattern: str) -> Listing:
+    if "**" in pattern:
+        _refuse_loops(folder)
+    documents = []
+    for name in sorted(set(glob.iglob(pattern, root_dir=folder, recursive=True))):
+        if document := _whole_file(folder / name, Path(name).as_posix(), group=Path(name).as_posix()):
+            documents.append(document)
+    if not documents:
+        raise UserError(
+            f"the folder {folder} must hold at least one non-empty file that matches '{pattern}'; none does."
+        )
+    return Listing(title=f"the folder {folder}", documents=documents, split_by="document")
+
+
+def _whole_file(path: Path, name: str, *, group: str) -> Document | None:
+    """The file as a document; None for folders and other things that are no files, and for empty ones."""
+    with reading(path):
+        found = path.stat()
+    if not stat.S_ISREG(found.st_mode) or not found.st_size:
+        return None
+    return Document(name=name, group=group, path=path, start=0, stop=found.st_size, modified_ns=found.st_mtime_ns)
+
+
+def _refuse_loops(folder: Path) -> None:
+    """Raise for a folder that cannot be listed and for a link by which a folder would contain itself."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}. Mend it or choose a narrower pattern.")
+
+    above: dict[str, tuple[Path, ...]] = {str(folder): (folder.resolve(),)}
+    for here, names, _ in os.walk(folder, followlinks=True, onerror=refuse):
+        names[:] = [name for name in names if not name.startswith(".")]
+        for name in names:
+            child = os.path.join(here, name)
+            real = Path(child).resolve()
+            if any(parent.is_relative_to(real) for parent in above[here]):
+                raise UserError(
+                    f"the link {child} leads to a folder that contains it, so the folder has no end: remove the link "
+                    "or choose a pattern without **."
+                )
+            above[child] = (*above[here], real)
+
+
+def _list_token_files(folder: Path) -> Listing:
+    documents = []
+    for name, group in (("train.bin", "train"), ("val.bin", "validation")):
+        document = _whole_file(folder / name, "ids", group=group)
+        if document is None:
+            raise UserError(f"{folder / name} must hold uint16 ids; it is empty.")
+        documents.append(_whole_ids(document))
+    return Listing(title=f"the token files in {folder}", documents=documents, split_by="file", ids=True)
+
+
+def _list_file(path: Path, fraction: float) -> Listing:
+    ids = path.suffix == ".bin"
+    whole = _whole_file(path, "ids" if ids else "text", group="")
+    if whole is None:
+        raise UserError(f"source must be a file with something in it or a folder; '{path}' is not.")
+    if ids:
+        cut = int(_whole_ids(whole).size // 2 * (1 - fraction)) * 2
+    else:
+        cut = _start_of_character(path, int(whole.size * (1 - fraction)))
+    if not 0 < cut < whole.size:
+        raise UserError(
+            f"{path} with its {whole.size:,} bytes is too short to hold out {fraction:.0%} of it at the end: one split "
+            "would be empty."
+        )
+    parts = [
+        Document(name=whole.name, group=group, path=path, start=start, stop=stop, modified_ns=whole.modified_ns)
+        for group, start, stop in (("train", 0, cut), ("validation", cut, whole.size))
+    ]
+    title = f"the {'token' if ids else 'text'} file {path}"
+    return Listing(title=title, documents=parts, split_by="position", ids=ids)
+
+
+def _whole_ids(document: Document) -> Document:
+    if document.size % 2:
+        raise UserError(
+            f"{document.path} must hold uint16 ids of 2 bytes each; its length of {document.size:,} bytes is odd. It "
+            "is cut off, or was not written by numpy.uint16's tofile."
+        )
+    return document
+
+
+def _start_of_character(path: Path, position: int) -> int:
+    """The first position from `position` on that is not inside a UTF-8 character, so that every tokenizer can split
+    there; `position` itself if the bytes there are no UTF-8."""
+    with reading(path), path.open("rb") as file:
+        file.seek(position)
+        ahead = file.read(4)
+    for distance, byte in enumerate(ahead):
+        if byte & 0xC0 != 0x80:
+            return position + distance
+    return position if len(ahead) == 4 else position + len(ahead)

@@ -1,0 +1,18 @@
+"""The one exception that is the user's to mend, and the search for the name they meant."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """What must hold does not: the message says what must hold, what came and what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A phrase naming the known name closest to `name`, or all known names where none is close."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(options)}."

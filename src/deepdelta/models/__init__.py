@@ -1,0 +1,6 @@
+"""Models built on the stream: GPT."""
+
+from deepdelta.models.generation import generate
+from deepdelta.models.gpt import GPT, GPTConfig, GPTOutput
+
+__all__ = ["GPT", "GPTConfig", "GPTOutput", "generate"]

@@ -1,0 +1,75 @@
+"""The two branches of the reference architecture (section 3): causal attention with RoPE, and SwiGLU.
+
+Shapes: B batch, T tokens, D model width, H heads, E width of a head, F hidden width of the MLP.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepdelta.nn import Linear, RMSNorm
+
+
+class Rotary(nn.Module):
+    """Rotary positions: base^(-2i/R) per pair, half-split rotation of R = fraction * E features, fp32 angles."""
+
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(self, head_dim: int, context: int, base: float, fraction: float) -> None:
+        super().__init__()
+        rotated = int(head_dim * fraction) // 2 * 2
+        frequency = 1.0 / base ** (torch.arange(0, rotated, 2).float() / max(rotated, 1))
+        angle_TR = torch.outer(torch.arange(context).float(), frequency)
+        self.register_buffer("cosine", angle_TR.cos().unsqueeze(1), persistent=False)
+        self.register_buffer("sine", angle_TR.sin().unsqueeze(1), persistent=False)
+
+    def forward(self, x_BTHE: Tensor) -> Tensor:
+        tokens, half = x_BTHE.shape[1], self.cosine.shape[-1]
+        cosine, sine = (table[:tokens].to(x_BTHE.dtype) for table in (self.cosine, self.sine))
+        first, second, rest = x_BTHE[..., :half], x_BTHE[..., half : 2 * half], x_BTHE[..., 2 * half :]
+        return torch.cat((first * cosine - second * sine, first * sine + second * cosine, rest), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head causal attention without biases; q and k are normed per head after the rotation."""
+
+    def __init__(
+        self, dim: int, heads: int, head_dim: int, rotary: Rotary, *, qk_norm: bool, std: float, out_std: float
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.query = Linear(dim, heads * head_dim, std=std)
+        self.key = Linear(dim, heads * head_dim, std=std)
+        self.value = Linear(dim, heads * head_dim, std=std)
+        self.out = Linear(heads * head_dim, dim, std=out_std)
+        self.query_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+        # The tables are the model's: held in a tuple, they are not registered once per layer.
+        self._rotary = (rotary,)
+
+    def forward(self, c_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        heads = (*c_BTD.shape[:2], self.heads, self.head_dim)
+        rotary = self._rotary[0]
+        q_BHTE = self.query_norm(rotary(self.query(c_BTD).view(heads))).transpose(1, 2)
+        k_BHTE = self.key_norm(rotary(self.key(c_BTD).view(heads))).transpose(1, 2)
+        v_BHTE = self.value(c_BTD).view(heads).transpose(1, 2)
+        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
+        return self.out(y_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """W_o (silu(W_1 c) * W_2 c) with hidden width floor(8/3 D)."""
+
+    def __init__(self, dim: int, *, std: float, out_std: float) -> None:
+        super().__init__()
+        hidden = math.floor(8 / 3 * dim)
+        self.gate = Linear(dim, hidden, std=std)
+        self.up = Linear(dim, hidden, std=std)
+        self.out = Linear(hidden, dim, std=out_std)
+
+    def forward(self, c_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return self.out(F.silu(self.gate(c_BTD)) * self.up(c_BTD))  # type: ignore[no-any-return]

@@ -1,0 +1,150 @@
+"""The reference decoder-only transformer (section 3), its residuals made by the same `DeltaStream` that users get.
+
+Shapes: B batch, T tokens, V value channels, D model width.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from deepdelta.errors import UserError
+from deepdelta.models.attention import Attention, Rotary, SwiGLU
+from deepdelta.nn import DeltaResidual, DeltaStream, ResidualConfig, RMSNorm, initialise
+from deepdelta.nn.linear import Initialised
+from deepdelta.nn.presets import PRESETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Sizes and settings of the GPT; the additive baseline is rule 'additive' at V = 1, everything else equal."""
+
+    vocab_size: int | None = None
+    """Rows of the embedding; None takes the corpus's vocabulary."""
+    context: int = 256
+    """Tokens the model can see."""
+    layers: int = 4
+    heads: int = 4
+    head_dim: int | None = None
+    """Width of a head; None: dim / heads."""
+    dim: int = 128
+    """D, the model width."""
+    rope_base: float = 10000.0
+    rope_fraction: float = 1.0
+    """Share of each head's features that is rotated."""
+    qk_norm: bool = True
+    """RMSNorm of q and k per head, after the rotation."""
+    embedding_std: float = 0.02
+    init_factor: float = 0.5
+    """Matrices start N(0, (init_factor / sqrt(dim))^2), output projections further / sqrt(layers)."""
+    share_compression: bool = False
+    """One compression for both sublayers of a block (the authors' code), instead of one per sublayer."""
+    residual: ResidualConfig = field(default_factory=lambda: PRESETS["ddl"])
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context", "layers", "heads", "head_dim", "dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}.")
+        if self.head_dim is None and self.dim % self.heads:
+            raise UserError(
+                f"dim must be a multiple of heads, got dim={self.dim}, heads={self.heads}; or set head_dim."
+            )
+        if not 0 <= self.rope_fraction <= 1:
+            raise UserError(f"rope_fraction must lie in [0, 1], got {self.rope_fraction}.")
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.dim // self.heads
+
+
+class GPTOutput(NamedTuple):
+    logits: Tensor
+    """(B, T, vocabulary)."""
+    loss: Tensor | None
+    """Mean cross-entropy in nats over the labels other than -1; None without labels."""
+
+
+class Embedding(Initialised):
+    """Token vectors, N(0, std^2); the head is tied to them."""
+
+    def __init__(self, vocab_size: int, dim: int, std: float) -> None:
+        super().__init__()
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
+        parameter.normal_(0.0, self.std, generator=generator)
+
+    def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+        return F.embedding(ids, self.weight)
+
+
+class Layer(nn.Module):
+    """An attention residual, then an MLP residual, on one state."""
+
+    def __init__(self, config: GPTConfig, stream: DeltaStream, rotary: Rotary) -> None:
+        super().__init__()
+        std = config.init_factor / math.sqrt(config.dim)
+        out_std = std / math.sqrt(config.layers)
+        self.attention: DeltaResidual = stream.wrap(
+            Attention(
+                config.dim,
+                config.heads,
+                config.head_width,
+                rotary,
+                qk_norm=config.qk_norm,
+                std=std,
+                out_std=out_std,
+            )
+        )
+        self.mlp: DeltaResidual = stream.wrap(
+            SwiGLU(config.dim, std=std, out_std=out_std),
+            share_compression=self.attention if config.share_compression else None,
+        )
+
+    def forward(self, state_BTVD: Tensor) -> Tensor:
+        return self.mlp(self.attention(state_BTVD))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """Embedding -> expand -> layers -> reduce -> norm -> tied head.
+
+    Args:
+        config: sizes and residual settings; `vocab_size` must be set.
+        seed: every parameter is drawn from a generator keyed by (seed, its name).
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 0) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise UserError("vocab_size must be set to build a model; the corpus's vocabulary gives it in training.")
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.dim, config.embedding_std)
+        self.stream = DeltaStream(config.dim, seed=seed, init_factor=config.init_factor, **asdict(config.residual))
+        self.rotary = Rotary(config.head_width, config.context, config.rope_base, config.rope_fraction)
+        self.layers = nn.ModuleList(Layer(config, self.stream, self.rotary) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim)
+        initialise(self, seed)
+
+    def forward(self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"] | None = None) -> GPTOutput:
+        """Logits for every position, and the loss where labels are given (labels are the next tokens; -1 is ignored).
+
+        Raises:
+            UserError: more tokens than the model's context.
+        """
+        if input_ids.shape[1] > self.config.context:
+            raise UserError(
+                f"the model's context is {self.config.context} tokens, got {input_ids.shape[1]}; cut the input."
+            )
+        state_BTVD = self.stream.expand(self.embedding(input_ids))
+        for layer in self.layers:
+            state_BTVD = layer(state_BTVD)
+        logits = F.linear(self.norm(self.stream.reduce(state_BTVD)), self.embedding.weight)
+        if labels is None:
+            return GPTOutput(logits, None)
+        return GPTOutput(logits, F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1))

@@ -1,0 +1,19 @@
+"""The parts with parameters: direction, target, gate, expansion, compression, and the residual that joins them."""
+
+from deepdelta.nn.config import ResidualConfig
+from deepdelta.nn.linear import Linear, RMSNorm, initialise
+from deepdelta.nn.recording import Recorder, recording
+from deepdelta.nn.residual import DeltaResidual, RewriteRecord
+from deepdelta.nn.stream import DeltaStream
+
+__all__ = [
+    "DeltaResidual",
+    "DeltaStream",
+    "Linear",
+    "RMSNorm",
+    "Recorder",
+    "ResidualConfig",
+    "RewriteRecord",
+    "initialise",
+    "recording",
+]

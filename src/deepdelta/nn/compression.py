@@ -1,0 +1,112 @@
+"""From a state of V value channels to one vector per token (section 2, compression): linear in the state.
+
+Shapes: B batch, T tokens, V value channels, D compute width, K taps.
+"""
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from deepdelta.nn.config import ResidualConfig
+from deepdelta.nn.linear import Initialised
+
+
+class Squeeze(nn.Module):
+    """V = 1: the one value channel is the vector."""
+
+    def forward(self, state_VD: Tensor) -> Tensor:
+        return state_VD.squeeze(-2)
+
+
+class ChannelCompression(Initialised):
+    """x_in = sum_j C[j, :] * X[j, :], one weight per value channel and feature, starting at the mean (C = 1/V)."""
+
+    weight_decay_exempt = True
+
+    def __init__(self, config: ResidualConfig, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.value_channels, dim))
+
+    def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
+        parameter.fill_(1 / parameter.shape[0])
+
+    def forward(self, state_VD: Tensor) -> Tensor:
+        return (state_VD * self.weight.to(state_VD.dtype)).sum(-2)
+
+
+class ConvolutionCompression(Initialised):
+    """What the two convolutional forms share: weights (D, ...) that start as the identity or at random, and a read
+    vector r in R^V (start 1/V) that sums the V outputs."""
+
+    weight_decay_exempt = True
+
+    def __init__(self, config: ResidualConfig, shape: tuple[int, ...], identity_tap: int, std: float) -> None:
+        super().__init__()
+        self.identity_tap = None if config.compression_init == "random" else identity_tap
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.read = nn.Parameter(torch.empty(config.value_channels))
+
+    def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
+        if name == "read":
+            parameter.fill_(1 / parameter.shape[0])
+        elif self.identity_tap is None:
+            parameter.normal_(0.0, self.std, generator=generator)
+        else:
+            parameter.zero_()
+            parameter[..., self.identity_tap] = 1.0
+
+
+class ChannelConvolution(ConvolutionCompression):
+    """The authors' code's channel compression: a convolution along the value channels (weight D x K), then the read.
+
+    Linear in X with no mixing of features, so it is applied as the one weight per channel and feature that it
+    collapses to: C[j, :] = sum_i r_i weight[:, j - i + left].
+    """
+
+    def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
+        taps = config.compression_kernel
+        self.left = taps - 1 if config.compression_causal else (taps - 1) // 2
+        super().__init__(config, (dim, taps), self.left, std)
+
+    def folded(self) -> Tensor:
+        """C, (V, D)."""
+        channels, taps = self.read.shape[0], self.weight.shape[1]
+        padded = F.pad(self.read, (taps, taps))
+        # Tap k of input channel j feeds output channel j + left - k, which the read vector weighs (0 outside).
+        reads_KV = torch.stack([padded[taps + self.left - k :][:channels] for k in range(taps)])
+        return (self.weight @ reads_KV).T
+
+    def forward(self, state_VD: Tensor) -> Tensor:
+        return (state_VD * self.folded().to(state_VD.dtype)).sum(-2)
+
+
+class TokenConvolution(ConvolutionCompression):
+    """Per value channel and feature a causal depthwise convolution over tokens, then the read vector."""
+
+    def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
+        taps = config.compression_kernel
+        super().__init__(config, (config.value_channels, dim, taps), taps - 1, std)
+
+    def folded(self) -> Tensor:
+        """r_j weight[j, :, :], (V, D, K)."""
+        return self.weight * self.read[:, None, None]
+
+    def forward(self, state_BTVD: Tensor) -> Tensor:
+        channels, width, taps = self.weight.shape
+        batch, tokens = state_BTVD.shape[:-3], state_BTVD.shape[-3]
+        # One group per feature with V inputs and one output: the sum over value channels happens in the convolution.
+        x_NDVT = state_BTVD.reshape(-1, tokens, channels, width).permute(0, 3, 2, 1)
+        x_NCT = F.pad(x_NDVT.reshape(-1, width * channels, tokens), (taps - 1, 0))
+        weight = self.folded().transpose(0, 1).to(state_BTVD.dtype)
+        y_NDT = F.conv1d(x_NCT, weight, groups=width)
+        return y_NDT.transpose(-1, -2).reshape(*batch, tokens, width)
+
+
+def build_compression(config: ResidualConfig, dim: int, std: float) -> nn.Module:
+    if config.value_channels == 1:
+        return Squeeze()
+    if config.compression == "channel":
+        return ChannelCompression(config, dim)
+    kind = ChannelConvolution if config.compression == "channel_conv" else TokenConvolution
+    return kind(config, dim, std)

@@ -1,0 +1,199 @@
+"""Every setting of a delta residual, what it may be, and which settings do not go together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+from deepdelta.errors import UserError, nearest
+
+Rule = Literal["delta", "write_only", "erase_only", "additive", "additive_erase", "two_gate"]
+Direction = Literal["branch", "pooled"]
+Pool = Literal["mean", "flatten", "attention"]
+DirectionNorm = Literal["unit", "operator", "bounded", "free"]
+Target = Literal["linear", "scaled_sigmoid", "linear_input", "constant", "magnitude", "branch"]
+Gate = Literal["linear", "two_layer", "constant"]
+Expansion = Literal["repeat", "embedding_conv"]
+Compression = Literal["channel", "channel_conv", "token"]
+CompressionInit = Literal["identity", "random"]
+Norm = Literal["rms", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualConfig:
+    """How a residual reads, erases and writes; `docs/settings.md` ties each field to its equation.
+
+    The field defaults are those of a bare `DeltaStream`, which needs no token axis; `deepdelta.PRESETS["ddl"]` is
+    the method as published.
+    """
+
+    rule: Rule = "delta"
+    """delta | write_only | erase_only | additive | additive_erase | two_gate (section 1)."""
+    value_channels: int = 4
+    """V, the number of width-D vectors that a token's state holds."""
+    rank: int = 1
+    """Rewrites per residual: r learned maps of h, r targets, r gates, applied in index order."""
+    direction: Direction = "branch"
+    """branch: k from h = F(c); pooled: k from an MLP over the token's own pooled value channels (v1)."""
+    direction_pool: Pool = "mean"
+    """How `pooled` pools the value channels."""
+    direction_hidden: int = 128
+    """Hidden width of the MLP of `pooled`."""
+    direction_norm: DirectionNorm = "unit"
+    """unit: h / sqrt(|h|^2 + eps^2); operator: A = I - beta h h^T / (h^T h + eps); bounded: h / sqrt(|h|^2 + D);
+    free: h / sqrt(D)."""
+    direction_eps: float = 1e-5
+    """eps of `unit` and `operator`; the derivative at h = 0 is 1 / eps."""
+    target: Target = "linear"
+    """linear: W c; scaled_sigmoid: scale * sigmoid(W x_in + b); linear_input: W x_in + b; constant; magnitude:
+    |h| (1 + W c); branch: W h (v1, where F supplies the target)."""
+    target_scale: float = 4.0
+    """The scale of `scaled_sigmoid`."""
+    target_value: float = 2.0
+    """The value of `constant`."""
+    gate: Gate = "linear"
+    """linear and two_layer: 2 sigmoid(g(c)), logits in fp32; constant: gate_init itself."""
+    gate_init: float = 1.0
+    """beta at the start, in [0, 2]."""
+    gate_hidden: int = 128
+    """Hidden width of `two_layer`."""
+    gate_hidden_bias: bool = True
+    """A bias in the first layer of `two_layer` (the text has one, the authors' code none)."""
+    gate_per_channel: bool = False
+    """One gate per value channel instead of one for all (an extension)."""
+    erase_init: float = 0.1
+    """The erase gate at the start, for rules whose erase has a gate of its own (additive_erase, two_gate)."""
+    expansion: Expansion = "repeat"
+    """repeat: every value channel is the embedding; embedding_conv: causal depthwise convolution over tokens."""
+    expansion_kernel: int = 4
+    """Taps of `embedding_conv`."""
+    compression: Compression = "channel"
+    """channel: one weight per feature and channel; channel_conv: the authors' code's factored form of it;
+    token: causal depthwise convolution over tokens per feature and channel, then a read vector."""
+    compression_kernel: int = 4
+    """Taps of `token`, over tokens; taps of `channel_conv`, over value channels (at most V)."""
+    compression_causal: bool = False
+    """`channel_conv` pads on the left only."""
+    compression_init: CompressionInit = "identity"
+    """identity: the mean over value channels; random: convolution weights drawn as matrices (the authors' code)."""
+    norm: Norm = "rms"
+    """rms: the branch and the gate see c = RMSNorm(x_in); none: they see x_in."""
+    norm_eps: float = 1e-5
+    """eps of that norm."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            choices = get_args(kind)
+            if choices and value not in choices:
+                raise UserError(
+                    f"{name} must be one of {', '.join(choices)}, got {value!r}; {nearest(str(value), choices)}"
+                )
+        for name, low, high in RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}.")
+        for illegal in ILLEGAL:
+            if illegal.holds(self):
+                raise UserError(f"{illegal.settings}: {illegal.reason}")
+
+    @property
+    def erases(self) -> bool:
+        """Whether the rule has an erase term b."""
+        return self.rule in ("delta", "erase_only", "additive_erase", "two_gate")
+
+    @property
+    def writes_branch(self) -> bool:
+        """Whether the rule writes h itself, with its size (w = |h| w_h), rather than a target along k."""
+        return self.rule in ("additive", "additive_erase", "two_gate")
+
+    @property
+    def uses_target(self) -> bool:
+        """Whether the rule has a target v."""
+        return self.rule in ("delta", "write_only")
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether a part works over a token axis, the one before the value channels."""
+        return self.expansion == "embedding_conv" or self.compression == "token"
+
+
+RANGES: tuple[tuple[str, float, float], ...] = (
+    ("value_channels", 1, 4096),
+    ("rank", 1, 64),
+    ("direction_hidden", 1, 1 << 20),
+    ("direction_eps", 1e-30, 1e3),
+    ("gate_init", 0.0, 2.0),
+    ("gate_hidden", 1, 1 << 20),
+    ("erase_init", 0.0, 2.0),
+    ("expansion_kernel", 1, 4096),
+    ("compression_kernel", 1, 4096),
+    ("norm_eps", 0.0, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Illegal:
+    """A combination of settings that has no meaning, and why."""
+
+    settings: str
+    reason: str
+    holds: Callable[[Any], bool]
+
+
+ILLEGAL: tuple[Illegal, ...] = (
+    Illegal(
+        "value_channels=1 with expansion='embedding_conv'",
+        "one value channel has nothing to expand; use expansion='repeat'.",
+        lambda c: c.value_channels == 1 and c.expansion != "repeat",
+    ),
+    Illegal(
+        "value_channels=1 with a compression other than 'channel'",
+        "one value channel has nothing to compress; use compression='channel', which then does nothing.",
+        lambda c: c.value_channels == 1 and c.compression != "channel",
+    ),
+    Illegal(
+        "compression='channel_conv' with compression_kernel > value_channels",
+        "the convolution runs along the value channels; lower compression_kernel.",
+        lambda c: c.compression == "channel_conv" and c.compression_kernel > c.value_channels,
+    ),
+    Illegal(
+        "compression_causal=True with a compression other than 'channel_conv'",
+        "'channel' weighs every channel and 'token' is causal over tokens already; leave it False.",
+        lambda c: c.compression_causal and c.compression != "channel_conv",
+    ),
+    Illegal(
+        "compression='channel' with compression_init='random'",
+        "only the convolutions draw their weights; use 'channel_conv' or 'token', or compression_init='identity'.",
+        lambda c: c.compression == "channel" and c.compression_init == "random",
+    ),
+    Illegal(
+        "rank > 1 with a rule that writes the branch output",
+        "additive, additive_erase and two_gate write h once; use rank=1, or the rule delta, write_only or erase_only.",
+        lambda c: c.rank > 1 and c.writes_branch,
+    ),
+    Illegal(
+        "direction='pooled' with a rule that writes the branch output",
+        "additive, additive_erase and two_gate write along h itself; use direction='branch'.",
+        lambda c: c.direction == "pooled" and c.writes_branch,
+    ),
+    Illegal(
+        "direction='pooled' with a target other than 'branch'",
+        "nothing else would use the branch output then; use target='branch' (v1).",
+        lambda c: c.direction == "pooled" and c.uses_target and c.target != "branch",
+    ),
+    Illegal(
+        "direction='pooled' with rule='erase_only'",
+        "nothing would use the branch output; use direction='branch'.",
+        lambda c: c.direction == "pooled" and c.rule == "erase_only",
+    ),
+    Illegal(
+        "direction_norm other than 'unit' with a rule that writes the branch output",
+        "those rules write h exactly and erase along the unit direction; use direction_norm='unit'.",
+        lambda c: c.direction_norm != "unit" and c.writes_branch,
+    ),
+    Illegal(
+        "gate_per_channel=True with rule='additive'",
+        "the additive rule has no gate; leave it False.",
+        lambda c: c.gate_per_channel and c.rule == "additive",
+    ),
+)

@@ -1,0 +1,95 @@
+"""Where the direction k comes from: a vector a and a scale s with k = s a, so that k itself is never stored.
+
+Shapes: V value channels, D compute width, r rank; `...` any leading axes.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from deepdelta.nn.config import ResidualConfig
+from deepdelta.nn.linear import Initialised, Linear
+from deepdelta.ops import accumulation_dtype
+
+
+class ScaledDirection(NamedTuple):
+    """k = scale * vector, handed on unmultiplied."""
+
+    vector: Tensor
+    """a, (..., D)."""
+    scale: Tensor | float
+    """s, (..., 1)."""
+    write_scale: Tensor | float
+    """What a target along k is multiplied by to become a coefficient of the vector; the scale, but for `operator`."""
+    norm: Tensor
+    """sqrt(|a|^2 + eps^2), (..., 1), in fp32 or wider: the size of a with a defined gradient at 0."""
+
+
+def scaled(vector: Tensor, config: ResidualConfig) -> ScaledDirection:
+    """The vector with the scale that `direction_norm` gives it (section 2, direction).
+
+    - unit: k = a / sqrt(|a|^2 + eps^2); at a = 0, k = 0 with derivative 1 / eps.
+    - operator: A = I - beta a a^T / (a^T a + eps), the write divided alike; the read compares a^T X with v.
+    - bounded: k = a / sqrt(|a|^2 + D), so |k| < 1 and beta |k|^2 < 2 by construction.
+    - free: k = a / sqrt(D), so |k| is the rms of a, unbounded; for study.
+    """
+    width, eps = vector.shape[-1], config.direction_eps
+    square = vector.to(accumulation_dtype(vector.dtype)).square().sum(-1, keepdim=True)
+    norm = (square + eps * eps).sqrt()
+    if config.direction_norm == "unit":
+        return ScaledDirection(vector, 1 / norm, 1 / norm, norm)
+    if config.direction_norm == "operator":
+        root = (square + eps).rsqrt()
+        return ScaledDirection(vector, root, root * root, norm)
+    if config.direction_norm == "bounded":
+        root = (square + width).rsqrt()
+        return ScaledDirection(vector, root, root, norm)
+    return ScaledDirection(vector, 1 / math.sqrt(width), 1 / math.sqrt(width), norm)
+
+
+class BranchDirection(nn.Module):
+    """The branch output h is the direction; for rank r > 1, r learned maps of it."""
+
+    def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
+        super().__init__()
+        self.rank = config.rank
+        if config.rank > 1:
+            self.maps = Linear(dim, config.rank * dim, std=std)
+
+    def forward(self, state_VD: Tensor, h_D: Tensor) -> list[Tensor]:
+        return [h_D] if self.rank == 1 else list(self.maps(h_D).chunk(self.rank, dim=-1))
+
+
+class PooledDirection(Initialised):
+    """k from MLP(pool(X)): pooling is over the token's own value channels, never over tokens (v1)."""
+
+    def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
+        super().__init__()
+        self.pool, self.rank = config.direction_pool, config.rank
+        self.std = std
+        width = dim * config.value_channels if self.pool == "flatten" else dim
+        self.inner = Linear(width, config.direction_hidden, std=std, bias=0.0)
+        self.outer = Linear(config.direction_hidden, config.rank * dim, std=std, bias=0.0)
+        if self.pool == "attention":
+            self.query = nn.Parameter(torch.empty(dim))
+
+    def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
+        parameter.normal_(0.0, self.std, generator=generator)
+
+    def forward(self, state_VD: Tensor, h_D: Tensor) -> list[Tensor]:
+        if self.pool == "flatten":
+            pooled = state_VD.flatten(-2)
+        elif self.pool == "mean":
+            pooled = state_VD.mean(-2)
+        else:
+            logits_V = state_VD @ self.query.to(state_VD.dtype) / math.sqrt(state_VD.shape[-1])
+            pooled = (logits_V.softmax(-1).unsqueeze(-2) @ state_VD).squeeze(-2)
+        return list(self.outer(F.silu(self.inner(pooled))).chunk(self.rank, dim=-1))
+
+
+def build_direction(config: ResidualConfig, dim: int, std: float) -> BranchDirection | PooledDirection:
+    kind = BranchDirection if config.direction == "branch" else PooledDirection
+    return kind(config, dim, std)

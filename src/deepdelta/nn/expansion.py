@@ -1,0 +1,50 @@
+"""From a vector per token to a state of V value channels (section 2, expansion).
+
+Shapes: B batch, T tokens, V value channels, D compute width, K taps.
+"""
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from deepdelta.nn.config import ResidualConfig
+from deepdelta.nn.linear import Initialised
+
+
+class Repeat(nn.Module):
+    """Every value channel is the vector itself."""
+
+    def __init__(self, config: ResidualConfig, dim: int) -> None:
+        super().__init__()
+        self.channels = config.value_channels
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        if self.channels == 1:
+            return x_D.unsqueeze(-2)
+        return x_D.unsqueeze(-2).expand(*x_D.shape[:-1], self.channels, x_D.shape[-1])
+
+
+class EmbeddingConvolution(Initialised):
+    """Depthwise causal convolution over tokens from D to V x D, starting as `Repeat`: last tap 1, the others 0."""
+
+    weight_decay_exempt = True
+
+    def __init__(self, config: ResidualConfig, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.value_channels, dim, config.expansion_kernel))
+
+    def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
+        parameter.zero_()
+        parameter[..., -1] = 1.0
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        channels, width, taps = self.weight.shape
+        batch, tokens = x_BTD.shape[:-2], x_BTD.shape[-2]
+        x_NDT = F.pad(x_BTD.reshape(-1, tokens, width).transpose(-1, -2), (taps - 1, 0))
+        weight = self.weight.transpose(0, 1).reshape(width * channels, 1, taps).to(x_BTD.dtype)
+        y_NDVT = F.conv1d(x_NDT, weight, groups=width).reshape(-1, width, channels, tokens)
+        return y_NDVT.permute(0, 3, 2, 1).reshape(*batch, tokens, channels, width)
+
+
+def build_expansion(config: ResidualConfig, dim: int) -> Repeat | EmbeddingConvolution:
+    return Repeat(config, dim) if config.expansion == "repeat" else EmbeddingConvolution(config, dim)

@@ -1,0 +1,46 @@
+"""Where the gate beta in [0, 2] comes from (section 2, gate).
+
+Shapes: V value channels, r rank; c the normed input of the branch.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from deepdelta.nn.config import ResidualConfig
+from deepdelta.nn.linear import Linear
+from deepdelta.ops import accumulation_dtype
+
+
+def gate_logit(beta: float) -> float:
+    """The g with 2 sigmoid(g) = beta, beta kept 2e-6 away from the ends, where g would be infinite."""
+    share = min(max(beta / 2, 1e-6), 1 - 1e-6)
+    return math.log(share) - math.log1p(-share)
+
+
+class Gate(nn.Module):
+    """beta = 2 sigmoid(g(c)): g linear, or two layers with tanh between; or a constant. Logits in fp32 or wider."""
+
+    weight_decay_exempt = True
+
+    def __init__(self, config: ResidualConfig, dim: int, std: float, beta_start: float) -> None:
+        super().__init__()
+        self.rank, self.beta_start = config.rank, beta_start
+        self.outputs = config.rank * (config.value_channels if config.gate_per_channel else 1)
+        bias = gate_logit(beta_start)
+        if config.gate == "two_layer":
+            hidden_bias = 0.0 if config.gate_hidden_bias else None
+            self.inner = Linear(dim, config.gate_hidden, std=std, bias=hidden_bias, precise=True)
+            self.outer = Linear(config.gate_hidden, self.outputs, std=std, bias=bias, precise=True)
+        elif config.gate == "linear":
+            self.outer = Linear(dim, self.outputs, std=std, bias=bias, precise=True)
+        self.kind = config.gate
+
+    def forward(self, c_D: Tensor) -> list[Tensor]:
+        """One beta per rank: (..., 1), or (..., V) per value channel."""
+        if self.kind == "constant":
+            wide = accumulation_dtype(c_D.dtype)
+            return [torch.full((*c_D.shape[:-1], 1), self.beta_start, dtype=wide, device=c_D.device)] * self.rank
+        logits = self.outer(torch.tanh(self.inner(c_D)) if self.kind == "two_layer" else c_D)
+        return list((2 * torch.sigmoid(logits)).chunk(self.rank, dim=-1))

@@ -1,0 +1,89 @@
+"""Linear maps and the keyed initialisation that every parameter of the library goes through.
+
+A parameter is drawn from a generator keyed by (seed, its full name): what two models share under the same name
+starts bit-equal, whatever else either of them contains.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from deepdelta.ops import accumulation_dtype
+
+
+class Initialised(nn.Module, ABC):
+    """A module that says how each of its own parameters starts."""
+
+    @abstractmethod
+    def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
+        """Fill `parameter`, this module's own `name`, drawing from `generator` alone."""
+
+
+def keyed_generator(seed: int, name: str) -> Generator:
+    """A CPU generator whose numbers depend on the seed and the name, and on nothing else."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
+    """Start every parameter of `module` whose owner is `Initialised`; others (a user's own layers) stay as they are."""
+    for owner_name, owner in module.named_modules(prefix=prefix):
+        if isinstance(owner, Initialised):
+            for name, parameter in owner.named_parameters(recurse=False):
+                value = torch.empty_like(parameter, device="cpu")
+                owner.start(name, value, keyed_generator(seed, f"{owner_name}.{name}"))
+                parameter.copy_(value)
+
+
+class Linear(Initialised):
+    """y = W x + b, W drawn N(0, std^2), b starting at `bias` (None: no bias).
+
+    `precise` computes in fp32 (fp64 for fp64 weights) whatever autocast says: for gate logits.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, std: float, bias: float | None = None, precise: bool = False
+    ) -> None:
+        super().__init__()
+        self.std, self.bias_start, self.precise = std, bias, precise
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = None if bias is None else nn.Parameter(torch.empty(outputs))
+
+    def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
+        if name == "weight":
+            parameter.normal_(0.0, self.std, generator=generator)
+        else:
+            assert self.bias_start is not None
+            parameter.fill_(self.bias_start)
+
+    def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        if not self.precise:
+            return F.linear(x, self.weight, self.bias)
+        wide = accumulation_dtype(self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(wide)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(wide), self.weight.to(wide), bias)
+
+    def extra_repr(self) -> str:
+        outputs, inputs = self.weight.shape
+        return f"{inputs} -> {outputs}, bias={self.bias is not None}, std={self.std:.4g}"
+
+
+class RMSNorm(Initialised):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the weight starting at 1 (section 3: eps 1e-5)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
+        parameter.fill_(1.0)
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)

@@ -1,0 +1,49 @@
+"""Where the target v comes from (section 2, target), and the write of the rules that carry h itself.
+
+Shapes: V value channels, D compute width, r rank; x_in the branch's input before the norm, c after it, h the branch
+output.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from deepdelta.nn.config import ResidualConfig
+from deepdelta.nn.linear import Linear
+
+
+class Target(nn.Module):
+    """v, (..., r, V): linear W c; scaled_sigmoid s sigmoid(W x_in + b); linear_input W x_in + b; constant;
+    magnitude |h| (1 + W c); branch W h."""
+
+    def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
+        super().__init__()
+        self.kind, self.channels, self.rank = config.target, config.value_channels, config.rank
+        self.scale, self.value = config.target_scale, config.target_value
+        if self.kind != "constant":
+            biased = self.kind in ("scaled_sigmoid", "linear_input")
+            self.map = Linear(dim, self.rank * self.channels, std=std, bias=0.0 if biased else None)
+
+    def forward(self, x_in_D: Tensor, c_D: Tensor, h_D: Tensor, norms: list[Tensor]) -> list[Tensor]:
+        """One v (..., V) per rank; `norms` are the sizes of the r directions, (..., 1) each."""
+        if self.kind == "constant":
+            return [
+                torch.full((*c_D.shape[:-1], self.channels), self.value, dtype=c_D.dtype, device=c_D.device)
+            ] * self.rank
+        source = {"linear": c_D, "magnitude": c_D, "branch": h_D}.get(self.kind, x_in_D)
+        v_rV = list(self.map(source).chunk(self.rank, dim=-1))
+        if self.kind == "scaled_sigmoid":
+            return [self.scale * torch.sigmoid(v) for v in v_rV]
+        if self.kind == "magnitude":
+            return [norm * (1 + v) for v, norm in zip(v_rV, norms, strict=True)]
+        return v_rV
+
+
+class BranchWrite(nn.Module):
+    """w_h, (..., V): 1 + W c per token, for rules that write h w_h^T (section 1)."""
+
+    def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
+        super().__init__()
+        self.map = Linear(dim, config.value_channels, std=std)
+
+    def forward(self, c_D: Tensor) -> Tensor:
+        return 1 + self.map(c_D)  # type: ignore[no-any-return]

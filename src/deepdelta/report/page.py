@@ -1,0 +1,84 @@
+"""The self-contained page of a study: one HTML file with its style, its data and plotly.js inside."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepdelta.errors import UserError
+from deepdelta.files import write_text
+from deepdelta.report import figures
+from deepdelta.report.summary import summarise
+from deepdelta.report.table import si, table_cells
+from deepdelta.studies.results import ConditionResult, StudyResults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A picture in the page: `title` names it, `key` is its element's id."""
+
+    key: str
+    title: str
+    figure: figures.Figure
+
+
+def write_report(results: StudyResults, path: Path) -> None:
+    """Write the page atomically. It loads nothing: its content security policy forbids the browser to.
+
+    Raises:
+        UserError: the extra `study` (Jinja2, plotly, scipy) is not installed.
+    """
+    write_text(path, render_page(results))
+
+
+def render_page(results: StudyResults) -> str:
+    """The page as text."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from markupsafe import Markup
+        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the report needs the extra 'study', but the package {error.name} is absent: "
+            "install it with pip install 'deep-delta-learning[study]'"
+        ) from None
+    library = get_plotlyjs()
+    assert "</script" not in library, "plotly.js would end the element that holds it"
+    environment = Environment(
+        loader=PackageLoader("deepdelta.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["si"] = si
+    return environment.get_template("report.html").render(
+        results=results,
+        summary=summarise(results),
+        cells=table_cells(results),
+        looks=figures.looks(results),
+        difference=_chart("difference", "Differences to the baseline", figures.differences(results)),
+        curves=[
+            chart
+            for axis in figures.axes(results)
+            if (chart := _chart(axis.key, f"Loss against {axis.title}", figures.loss_curves(results, axis)))
+        ],
+        measured_loss=figures.measured_loss(results),
+        gates=_per_condition(results, "gates", figures.gate_heatmap),
+        highest_share=figures.highest_share(results),
+        discrepancies=_per_condition(results, "discrepancy", figures.discrepancies),
+        plotly=Markup(library),
+    )
+
+
+def _chart(key: str, title: str, figure: figures.Figure | None) -> Chart | None:
+    return None if figure is None else Chart(key=key, title=title, figure=figure)
+
+
+def _per_condition(
+    results: StudyResults, key: str, draw: Callable[[StudyResults, ConditionResult], figures.Figure | None]
+) -> list[Chart]:
+    charts = (
+        _chart(f"{key}-{number}", condition.name, draw(results, condition))
+        for number, condition in enumerate(results.conditions)
+    )
+    return [chart for chart in charts if chart is not None]

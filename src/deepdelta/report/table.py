@@ -1,0 +1,181 @@
+"""The one table of a study: its cells are made here once, then shown in the terminal, in Markdown and in the page."""
+
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from deepdelta.studies.results import ConditionResult, StudyResults
+from deepdelta.studies.statistics import MINIMUM_SEEDS, Comparison, Interval, compare
+
+ABSENT = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    title: str
+    help: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """Column titles with what they mean, one row of text per condition in the study's order, and remarks.
+
+    A line break within a title or a cell is where a narrow terminal breaks it; the other forms show a space there.
+    """
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+
+def table_cells(results: StudyResults) -> Cells:
+    """All that the table says. Columns of intervals exist only if some comparison has enough seeds for them."""
+    comparisons = compare(results)
+    intervals = any(c.t_interval is not None for c in comparisons.values())
+    costs = any(condition.cost for condition in results.conditions)
+    columns = [
+        Column(title="condition", help="What was trained; see the list of conditions."),
+        Column(title="loss", help="Mean validation loss over finished seeds, nats per token. Lower is better."),
+        Column(title="by seed", help=f"Validation loss of seed {', '.join(map(str, results.seeds))}."),
+        Column(title="change", help=f"Mean over seeds of condition minus {results.baseline}, same seed and data."),
+        Column(
+            title="resolves",
+            help="Smallest true difference that this many seeds with this spread find in 4 of 5 studies (5 % level). "
+            "The spread is itself estimated from these seeds.",
+        ),
+    ]
+    if intervals:
+        columns += [
+            Column(title="95 %\ninterval", help="Of the change: Student's t on the paired seeds."),
+            Column(title="bootstrap", help="The same by resampling seeds (BCa); too narrow for few seeds."),
+            Column(title="p\n(Holm)", help="Two-sided paired t-test, corrected for the number of comparisons."),
+            Column(title="effect", help="The change in units of its spread over seeds, Hedges-corrected."),
+        ]
+    columns += [
+        Column(title="params", help="Trained parameters."),
+        Column(title="FLOPs", help="Per token of training, forward and backward; and relative to the baseline."),
+    ]
+    if costs:
+        columns += [
+            Column(title="speed", help="Tokens/s relative to the baseline: median and extremes of interleaved rounds."),
+            Column(title="memory", help="Peak of allocated tensors in a training step relative to the baseline."),
+        ]
+    rows = tuple(
+        _row(results, condition, comparisons.get(condition.name), intervals, costs) for condition in results.conditions
+    )
+    assert all(len(row) == len(columns) for row in rows)
+    return Cells(columns=tuple(columns), rows=rows, notes=_notes(results, intervals, costs))
+
+
+def render_table(results: StudyResults) -> Table:
+    """The table for a terminal."""
+    cells = table_cells(results)
+    table = Table(
+        title=Text(results.name),
+        caption=Text(" ".join(cells.notes)),
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+        title_justify="left",
+        caption_justify="left",
+    )
+    for number, column in enumerate(cells.columns):
+        # Folded, not cut, where the terminal is too narrow: no digit may be lost.
+        # Folded, not cut, where the terminal is too narrow: no digit may be lost.
+        table.add_column(Text(column.title), justify="right" if number else "left", overflow="fold")
+    for condition, row in zip(results.conditions, cells.rows, strict=True):
+        table.add_row(*map(Text, row), style="bold" if condition.name == results.baseline else None)
+    return table
+
+
+def markdown_table(results: StudyResults) -> str:
+    """The table as GitHub-flavoured Markdown, with its notes below."""
+    cells = table_cells(results)
+    lines = [
+        _markdown_row(tuple(column.title for column in cells.columns)),
+        "| --- |" + " ---: |" * (len(cells.columns) - 1),
+        *map(_markdown_row, cells.rows),
+    ]
+    return "\n".join([*lines, "", *map(_markdown_text, cells.notes)]) + "\n"
+
+
+def si(value: float | int) -> str:
+    """Three significant digits with a metric prefix: 812345 is '812 k'."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * factor:
+            scaled = value / factor
+            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f} {prefix}"
+    return f"{value:.3g}"
+
+
+def _row(
+    results: StudyResults, condition: ConditionResult, comparison: Comparison | None, intervals: bool, costs: bool
+) -> tuple[str, ...]:
+    losses = condition.losses()
+    is_baseline = condition.name == results.baseline
+    ended = {run.seed for run in condition.runs}
+    by_seed = [
+        f"{losses[seed]:.4f}" if seed in losses else "diverged" if seed in ended else ABSENT for seed in results.seeds
+    ]
+    row = [
+        condition.name + ("\n(baseline)" if is_baseline else ""),
+        f"{sum(losses.values()) / len(losses):.4f}" if losses else ABSENT,
+        "\n".join(by_seed),
+        _difference(comparison, len(results.seeds)),
+        f"{comparison.smallest_resolvable:.4f}" if comparison and comparison.smallest_resolvable else ABSENT,
+    ]
+    if intervals:
+        row += [
+            _interval(comparison.t_interval if comparison else None),
+            _interval(comparison.bootstrap_interval if comparison else None),
+            ABSENT if comparison is None or comparison.adjusted_p is None else f"{comparison.adjusted_p:.2g}",
+            ABSENT if comparison is None or comparison.effect_size is None else f"{comparison.effect_size:+.2f}",
+        ]
+    ratio = condition.flops_per_token / results.condition(results.baseline).flops_per_token
+    row += [si(condition.parameters), f"{si(condition.flops_per_token)}\n({ratio:.2f}x)"]
+    if costs:
+        cost = condition.cost
+        row += [
+            f"{cost.speed_ratio:.2f}x\n{cost.speed_ratio_low:.2f}-{cost.speed_ratio_high:.2f}" if cost else ABSENT,
+            f"{cost.peak_ratio:.2f}x" if cost else ABSENT,
+        ]
+    return tuple(row)
+
+
+def _difference(comparison: Comparison | None, planned: int) -> str:
+    if comparison is None:
+        return ABSENT
+    few = "" if comparison.n == planned else f"\n({comparison.n} of {planned})"
+    return f"{comparison.mean:+.4f}{few}"
+
+
+def _interval(interval: Interval | None) -> str:
+    return f"{interval.low:+.4f}\nto {interval.high:+.4f}" if interval else ABSENT
+
+
+def _notes(results: StudyResults, intervals: bool, costs: bool) -> tuple[str, ...]:
+    notes = [
+        "Losses in nats per token on held-out text; a negative change means a lower loss than the baseline's.",
+    ]
+    if not intervals:
+        notes.append(f"No intervals: they are given from {MINIMUM_SEEDS} paired seeds on.")
+    if not costs:
+        notes.append("Speed and memory were not measured.")
+    if any(run.validation_loss is None for condition in results.conditions for run in condition.runs):
+        notes.append("A diverged run is in no mean and no change.")
+    if any(len(condition.runs) < len(results.seeds) for condition in results.conditions):
+        notes.append(f"Unfinished runs are shown as {ABSENT}.")
+    return tuple(notes)
+
+
+def _markdown_row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(map(_markdown_text, cells)) + " |"
+
+
+def _markdown_text(text: str) -> str:
+    # Backslashes before what Markdown would read as a mark, entities for what it would read as HTML.
+    for mark in "\\|*_`[]":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())

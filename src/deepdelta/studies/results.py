@@ -1,0 +1,188 @@
+"""What a study measured, as frozen dataclasses: the contract between the runs, the statistics and the report.
+
+`results.json` is exactly this, nothing in a table or a picture comes from anywhere else. Losses are in nats per token,
+times in seconds, memory in bytes. Costs of an operation count one token's forward and backward pass.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepdelta.config import from_plain, to_plain
+from deepdelta.errors import UserError
+from deepdelta.files import write_json
+
+GATE_BINS = 20
+"""A gate histogram counts gates in this many equal bins over [0, 2]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    description: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """How the validation loss was measured: on how many tokens, and how contexts are cut (plain English)."""
+
+    tokens: int
+    contexts: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    steps: int
+    tokens_per_step: int
+    threads_per_run: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """Losses after `step` optimiser steps and `seconds` of training since the run began (0 steps: before training)."""
+
+    step: int
+    seconds: float
+    train_loss: float | None = None
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """One finished run. `validation_loss` is None where the loss became non-finite and the run stopped (diverged)."""
+
+    seed: int
+    validation_loss: float | None
+    seconds: float
+    curve: tuple[CurvePoint, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.validation_loss is not None and not math.isfinite(self.validation_loss):
+            raise UserError(
+                f"validation_loss must be finite, got {self.validation_loss}; a run that diverged has null there"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostResult:
+    """Speed and memory of a training step, measured alone, all conditions in turn, over several rounds.
+
+    `speed_ratio` is the median over rounds of tokens/s divided by the baseline's tokens/s in the same round,
+    `speed_ratio_low` and `speed_ratio_high` are the extremes of the rounds. `peak_bytes` are allocated tensors.
+    """
+
+    tokens_per_second: float
+    speed_ratio: float
+    speed_ratio_low: float
+    speed_ratio_high: float
+    rounds: int
+    peak_bytes: int
+    peak_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteSummary:
+    """What one trained sublayer's rewrite does, over validation tokens of all the condition's finished runs.
+
+    None stands where the rule has no such quantity: no gate, no target, no direction.
+
+    Fields:
+        gate_histogram: number of gates in each of the GATE_BINS equal bins over [0, 2].
+        discrepancy_before, discrepancy_after: root mean square over tokens and value channels of k^T X - v,
+            before and after the rewrite, with the same k and v.
+        direction_norm: mean ||k||. cosine: mean over tokens and value channels of |cos(k, X)|.
+    """
+
+    layer: int
+    sublayer: str
+    gate_histogram: tuple[int, ...] | None = None
+    gate_mean: float | None = None
+    discrepancy_before: float | None = None
+    discrepancy_after: float | None = None
+    direction_norm: float | None = None
+    cosine: float | None = None
+
+    def __post_init__(self) -> None:
+        counts = self.gate_histogram
+        if counts is not None and (len(counts) != GATE_BINS or min(counts) < 0):
+            raise UserError(f"gate_histogram must hold {GATE_BINS} counts >= 0, got {counts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionResult:
+    """One condition of the study. `flops_per_token` counts forward and backward, element-wise work included."""
+
+    name: str
+    summary: str
+    rule: str
+    value_channels: int
+    parameters: int
+    flops_per_token: float
+    cost: CostResult | None = None
+    runs: tuple[RunResult, ...] = ()
+    rewrites: tuple[RewriteSummary, ...] = ()
+
+    def __post_init__(self) -> None:
+        seeds = [run.seed for run in self.runs]
+        if len(set(seeds)) != len(seeds):
+            raise UserError(f"runs of '{self.name}' must have different seeds, got {seeds}")
+
+    def losses(self) -> dict[int, float]:
+        """Validation loss by seed, of the runs that ended with one."""
+        return {run.seed: run.validation_loss for run in self.runs if run.validation_loss is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResults:
+    """All of a study. `seeds` are those planned: a condition's missing ones are unfinished. Times are ISO 8601."""
+
+    name: str
+    description: str
+    baseline: str
+    command: str
+    commit: str | None
+    versions: dict[str, str]
+    machine: dict[str, str]
+    started: str
+    finished: str | None
+    corpus: Corpus
+    validation: Validation
+    budget: Budget
+    seeds: tuple[int, ...]
+    conditions: tuple[ConditionResult, ...]
+
+    def __post_init__(self) -> None:
+        names = [condition.name for condition in self.conditions]
+        if len(set(names)) != len(names):
+            raise UserError(f"conditions must have different names, got {names}")
+        if self.baseline not in names:
+            raise UserError(f"baseline must be one of the conditions {names}, got '{self.baseline}'")
+        unplanned = {run.seed for condition in self.conditions for run in condition.runs} - set(self.seeds)
+        if unplanned:
+            raise UserError(f"runs must have seeds of the study {list(self.seeds)}, got {sorted(unplanned)}")
+
+    def condition(self, name: str) -> ConditionResult:
+        return next(condition for condition in self.conditions if condition.name == name)
+
+
+def save_results(results: StudyResults, path: Path) -> None:
+    """Write `results.json` atomically."""
+    write_json(path, to_plain(results))
+
+
+def load_results(path: Path) -> StudyResults:
+    """The results in a file that `save_results` wrote.
+
+    Raises:
+        UserError: the file is absent, is no JSON object, or does not hold the results of a study.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} must be the results.json of a study, but there is no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} must be the results.json of a study, but is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must be the results.json of a study, but holds no JSON object")
+    return from_plain(StudyResults, data, where=str(path))

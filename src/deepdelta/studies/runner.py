@@ -1,0 +1,154 @@
+"""Run a study: its runs side by side as processes of their own, then costs, then results and report.
+
+Every run is an ordinary run directory, so a study that was interrupted continues: finished runs are kept, unfinished
+ones go on from their checkpoints.
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from deepdelta.config import differences, to_plain
+from deepdelta.data import load_corpus
+from deepdelta.errors import UserError
+from deepdelta.files import write_json
+from deepdelta.report import render_table, write_report
+from deepdelta.studies.collection import collect, measure
+from deepdelta.studies.config import StudyConfig
+from deepdelta.studies.results import StudyResults, save_results
+from deepdelta.training import RunDirectory
+from deepdelta.training.loop import stop_signals
+from deepdelta.training.progress import reporting
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a study."""
+
+    condition: str
+    seed: int
+    path: Path
+
+    @property
+    def ended(self) -> bool:
+        """Finished, or stopped because its loss was no longer finite, which is a result too."""
+        rows = RunDirectory(self.path).metrics()
+        return any(row.get("final") or row.get("diverged") for row in rows)
+
+
+def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, command: str) -> StudyResults:
+    """Run what is missing of a study in `out`, then write results.json and report.html there and print the table.
+
+    Args:
+        workers: runs side by side; None: as many as the cores have room for at the study's threads per run.
+        command: the command that was typed, kept with the results.
+
+    Raises:
+        UserError: `out` holds another study, or a run failed (its own message is passed on).
+        KeyboardInterrupt: interrupted; every run has saved its step and the same command continues.
+    """
+    console = Console()
+    settings = config.train_config(config.baseline, config.seeds[0])
+    _claim(config, out)
+    runs = [Run(name, seed, out / "runs" / f"{name}-seed{seed}") for seed in config.seeds for name in config.conditions]
+    started = datetime.datetime.now(datetime.UTC)
+    _run_all(config, runs, workers or max(1, (os.cpu_count() or 1) // (settings.threads or 1)), out / "configs")
+    corpus = load_corpus(settings.data, progress=console.print)
+    costs = measure(config, settings.model.vocab_size or corpus.vocab_size, out / "costs.json")
+    cells = {(run.condition, run.seed): run.path for run in runs}
+    results = collect(config, cells, costs, corpus, command=command, started=started)
+    save_results(results, out / "results.json")
+    write_report(results, out / "report.html")
+    console.print(render_table(results))
+    console.print(f"Results: {out / 'results.json'}\nReport:  {out / 'report.html'}", highlight=False, soft_wrap=True)
+    return results
+
+
+def _claim(config: StudyConfig, out: Path) -> None:
+    """Make `out` this study's folder; seeds and conditions may be added later, what has run may not change."""
+    file = out / "study.json"
+    plain = to_plain(config)
+    if file.exists():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        both = set(there["conditions"]) & set(plain["conditions"])
+        cells = [
+            {"train": study["train"]} | {name: study["conditions"][name]["changes"] for name in both}
+            for study in (there, plain)
+        ]
+        if different := differences(cells[0], cells[1]):
+            raise UserError(
+                f"{out} already holds a study with other settings ({'; '.join(different)}); give another --out."
+            )
+    write_json(file, plain)
+
+
+def _run_all(config: StudyConfig, runs: list[Run], workers: int, configs: Path) -> None:
+    """Train what has not ended, `workers` processes at a time."""
+    steps = {run: config.train_config(run.condition, run.seed).steps for run in runs}
+    waiting = [run for run in runs if not run.ended]
+    running: dict[Run, subprocess.Popen[bytes]] = {}
+    unfinished = set(waiting)
+    done = sum(steps[run] for run in runs if run not in unfinished)
+
+    started = tuple(waiting)
+
+    def made() -> int:
+        return done + sum(_step(run) if run in unfinished else steps[run] for run in started)
+
+    with stop_signals() as stopped, reporting(f"Study {config.name}", sum(steps.values()), made()) as reporter:
+        try:
+            while (waiting or running) and not stopped():
+                while waiting and len(running) < workers:
+                    run = waiting.pop(0)
+                    running[run] = _launch(config, run, configs)
+                for run, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[run]
+                        if not run.ended:
+                            raise UserError(f"the run {run.path} failed: {_last_line(run)}")
+                        unfinished.discard(run)
+                reporter.update(made(), f"{len(runs) - len(unfinished)}/{len(runs)} runs")
+                time.sleep(POLL_SECONDS)
+        finally:
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+        if stopped():
+            reporter.note("Every run has saved its step; the same command continues the study.")
+            raise KeyboardInterrupt
+
+
+def _launch(config: StudyConfig, run: Run, configs: Path) -> subprocess.Popen[bytes]:
+    settings = config.train_config(run.condition, run.seed)
+    file = configs / f"{run.path.name}.json"
+    write_json(file, to_plain(settings))
+    command = [sys.executable, "-m", "deepdelta", "train", "--config", str(file), "--run", str(run.path)]
+    threads = str(settings.threads or 1)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    _log(run).parent.mkdir(parents=True, exist_ok=True)
+    with _log(run).open("ab") as log:
+        # In a session of its own, so that Ctrl-C reaches the runs once, through us, after their step is finished.
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def _log(run: Run) -> Path:
+    return run.path.with_suffix(".log")
+
+
+def _last_line(run: Run) -> str:
+    lines = _log(run).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it printed nothing"
+
+
+def _step(run: Run) -> int:
+    return RunDirectory(run.path).last_recorded_step()

@@ -1,0 +1,20 @@
+"""Training: loop, parameter groups, run directories, evaluation."""
+
+from deepdelta.training.config import TrainConfig
+from deepdelta.training.evaluation import Evaluation, evaluate
+from deepdelta.training.loading import Loaded, load
+from deepdelta.training.loop import Trained, train
+from deepdelta.training.optimizer import param_groups
+from deepdelta.training.rundir import RunDirectory
+
+__all__ = [
+    "Evaluation",
+    "Loaded",
+    "RunDirectory",
+    "TrainConfig",
+    "Trained",
+    "evaluate",
+    "load",
+    "param_groups",
+    "train",
+]

@@ -1,0 +1,78 @@
+"""Everything that decides the numbers of a training run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from deepdelta.data import DataConfig
+from deepdelta.errors import UserError
+from deepdelta.models import GPTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A run is a pure function of this, the corpus, the versions, the machine and the number of threads."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 0
+    """Draws the parameters (with their names) and the batches (with the step)."""
+    steps: int = 1000
+    batch_size: int = 8
+    """Sequences per micro-batch."""
+    accumulate: int = 1
+    """Micro-batches per step."""
+    lr: float = 2e-3
+    """Peak learning rate, reached after `warmup` steps, then a cosine to `lr * final_lr`."""
+    final_lr: float = 0.1
+    warmup: int = 100
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    """On matrices and embeddings; never on gates, biases, norms and reads."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    eval_every: int = 250
+    """Steps between validations on `eval_tokens`."""
+    eval_tokens: int = 65536
+    """Validation tokens of those."""
+    final_eval_tokens: int | None = None
+    """Validation tokens after the last step; None is the whole split."""
+    checkpoint_every: int = 250
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on a CUDA device that has it, else fp32."""
+    compile: bool = False
+    """torch.compile the model."""
+    threads: int | None = None
+    """CPU threads; None keeps torch's choice."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "eval_every",
+            "eval_tokens",
+            "final_eval_tokens",
+            "checkpoint_every",
+            "threads",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}.")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be greater than 0, got {getattr(self, name)}.")
+        for name, low, high in (
+            ("final_lr", 0, 1),
+            ("warmup", 0, 1 << 62),
+            ("weight_decay", 0, 1e6),
+            ("seed", 0, 1 << 62),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"{name} must lie in [{low}, {high:g}], got {getattr(self, name)}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas must lie in [0, 1), got {self.betas}.")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.accumulate * self.model.context

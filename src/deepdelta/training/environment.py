@@ -1,0 +1,90 @@
+"""What a number depends on besides its configuration: versions, machine, commit, device."""
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deepdelta.errors import UserError
+from deepdelta.version import __version__
+
+
+@dataclass(frozen=True)
+class Device:
+    """A chosen device and precision, and why."""
+
+    device: torch.device
+    precision: str
+    reason: str
+
+
+def choose_device(name: str, precision: str) -> Device:
+    """The device and precision that `auto` stands for here, or the ones asked for.
+
+    Raises:
+        UserError: a device or precision that this machine does not have.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, here in present.items() if here)
+        reason = {"cuda": "a CUDA GPU is present", "mps": "an Apple GPU is present", "cpu": "no GPU is present"}[name]
+    elif not present[name]:
+        here = [kind for kind, there in present.items() if there]
+        raise UserError(f"device '{name}' is not present on this machine; choose from: auto, {', '.join(here)}.")
+    else:
+        reason = "asked for"
+    has_bf16 = name == "cpu" or (name == "cuda" and torch.cuda.is_bf16_supported())
+    if precision == "auto":
+        precision = "bf16" if name == "cuda" and has_bf16 else "fp32"
+    elif precision == "bf16" and not has_bf16:
+        raise UserError(f"device '{name}' has no bf16 autocast here; use precision fp32.")
+    return Device(torch.device(name), precision, reason)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "deepdelta": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine() -> dict[str, str]:
+    facts = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def commit() -> str | None:
+    """The commit of the source tree that this package runs from, '+changes' where it differs; None outside of one."""
+    folder = Path(__file__).parent
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--", str(folder))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    description = Path("/proc/cpuinfo")
+    if description.exists():
+        for line in description.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

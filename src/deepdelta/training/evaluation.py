@@ -1,0 +1,69 @@
+"""Loss over a split of the corpus."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from deepdelta.data import Corpus, window_count, windows
+from deepdelta.models import GPT
+
+CONTEXTS = "consecutive windows of {} tokens without overlap"
+"""How evaluation cuts contexts, for the context length that fills the braces."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy over the evaluated tokens."""
+
+    loss: float
+    """Nats per token."""
+    tokens: int
+    """How many tokens were predicted."""
+    how: str
+    """How the contexts were cut."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    def bits_per_byte(self, byte_count: int) -> float:
+        """Bits per byte of text, for `byte_count` bytes behind the evaluated tokens."""
+        return self.loss * self.tokens / math.log(2) / byte_count
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT,
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    device: torch.device,
+    autocast: bool = False,
+    tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """The model's loss on the validation split, or on its first `tokens` tokens.
+
+    Contexts are consecutive windows of the model's context length that do not overlap, so every token but the very
+    first is predicted exactly once, those at the start of a window with little context. Sums are kept in fp64.
+    """
+    context = model.config.context
+    split = corpus.validation if tokens is None else corpus.validation[: tokens + 1]
+    total, count = 0.0, 0
+    batches = -(-window_count(split, context=context) // batch_size)
+    was_training = model.training
+    model.eval()
+    for index, (inputs, labels) in enumerate(windows(split, context=context, batch_size=batch_size)):
+        inputs, labels = inputs.to(device), labels.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            logits = model(inputs).logits
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1, reduction="none")
+        total += losses.double().sum().item()
+        count += int((labels != -1).sum())
+        if progress is not None:
+            progress(index + 1, batches)
+    model.train(was_training)
+    return Evaluation(total / count, count, CONTEXTS.format(context))

@@ -1,0 +1,26 @@
+"""From a run directory back to a model."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from deepdelta.data import Tokenizer, load_tokenizer
+from deepdelta.models import GPT
+from deepdelta.training.rundir import RunDirectory
+
+
+class Loaded(NamedTuple):
+    model: GPT
+    tokenizer: Tokenizer | None
+    """None for a corpus of bare token ids."""
+
+
+def load(run: str | Path) -> Loaded:
+    """The trained model of a run directory, in evaluation mode on the CPU, and its tokenizer.
+
+    Raises:
+        UserError: `run` is not a run directory, or its checkpoint is damaged.
+    """
+    directory = RunDirectory(Path(run))
+    model = GPT(directory.config().model)
+    directory.load_weights(model)
+    return Loaded(model.eval(), load_tokenizer(directory.path))

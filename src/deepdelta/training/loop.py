@@ -1,0 +1,269 @@
+"""The training loop: from a configuration to a run directory.
+
+A step is a pure function of (weights, optimiser state, seed, step), so a run continues from its checkpoint bit for
+bit: no generator or loader has a state of its own.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepdelta.data import Corpus, batch, check_context, load_corpus
+from deepdelta.errors import UserError
+from deepdelta.files import write_json
+from deepdelta.models import GPT
+from deepdelta.training.config import TrainConfig
+from deepdelta.training.environment import Device, choose_device, commit, machine, versions
+from deepdelta.training.evaluation import evaluate
+from deepdelta.training.optimizer import build_optimizer, learning_rate
+from deepdelta.training.progress import Reporter, duration, reporting
+from deepdelta.training.rundir import RunDirectory, append_json
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a call of `train` ended."""
+
+    step: int
+    finished: bool
+    """False where a signal stopped it; the checkpoint holds the last step."""
+    validation_loss: float | None
+    """Nats per token after the last step; None where the run has not finished."""
+
+
+def train(
+    config: TrainConfig,
+    path: Path,
+    *,
+    init_from: Path | None = None,
+    inexact_resume: bool = False,
+    say: Say = print,
+) -> Trained:
+    """Start the run in `path`, or continue the one that is there.
+
+    Args:
+        config: what to train; a run that is there must have been started with the same, but may get more steps.
+        path: the run directory.
+        init_from: a run whose weights a new run starts from.
+        inexact_resume: continue even where versions, machine, threads or device differ from the run's.
+        say: takes the lines meant for the user.
+
+    Raises:
+        UserError: anything the user must mend; the run directory is then as it was. A loss that is not finite stops
+            the run at its step and leaves the last good checkpoint.
+    """
+    run = RunDirectory(path)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    chosen = choose_device(config.device, config.precision)
+    threads = torch.get_num_threads()
+    say(f"Device {chosen.device} ({chosen.reason}), precision {chosen.precision}, CPU threads: {threads}.")
+    corpus = load_corpus(config.data, progress=say)
+    check_context(corpus, config.model.context)
+    config = resolve(config, corpus)
+    say(corpus.description)
+    environment = describe(config, chosen, corpus)
+    if run.started:
+        _check_continues(run, config, environment, init_from, inexact_resume)
+    with run.locked():
+        return _start(config, run, corpus, chosen, environment, init_from, say)
+
+
+def _start(
+    config: TrainConfig,
+    run: RunDirectory,
+    corpus: Corpus,
+    chosen: Device,
+    environment: dict[str, Any],
+    init_from: Path | None,
+    say: Say,
+) -> Trained:
+    model = GPT(config.model, seed=config.seed)
+    if init_from is not None:
+        RunDirectory(init_from).load_weights(model)
+    trainer = Trainer(config, run, corpus, chosen, model.to(chosen.device), say)
+    if run.started:
+        trainer.restore()
+    else:
+        if corpus.tokenizer is not None:
+            corpus.tokenizer.save(run.path)
+        trainer.save()
+        write_json(run.environment_path, environment | {"init_from": str(init_from) if init_from else None})
+    # Written last: it makes the directory a run, or gives the run its new number of steps.
+    run.write_config(config)
+    return trainer.run_steps()
+
+
+def _check_continues(
+    run: RunDirectory, config: TrainConfig, environment: dict[str, Any], init_from: Path | None, inexact: bool
+) -> None:
+    if init_from is not None:
+        raise UserError(f"{run.path} already holds a run; --init-from starts a new one: give another --run directory.")
+    run.check_continues(config)
+    run.check_environment(environment, exact=not inexact)
+    if run.step() > config.steps:
+        raise UserError(f"{run.path} is at step {run.step()} already; steps={config.steps} must not be fewer.")
+
+
+def resolve(config: TrainConfig, corpus: Corpus) -> TrainConfig:
+    """The configuration with the vocabulary filled in from the corpus."""
+    size = config.model.vocab_size
+    if size is not None and size < corpus.vocab_size:
+        raise UserError(f"model.vocab_size must be at least the corpus's {corpus.vocab_size}, got {size}.")
+    return replace(config, model=replace(config.model, vocab_size=size or corpus.vocab_size))
+
+
+def describe(config: TrainConfig, chosen: Device, corpus: Corpus) -> dict[str, Any]:
+    """What a run's numbers depend on besides its configuration."""
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit(),
+        "device": chosen.device.type,
+        "precision": chosen.precision,
+        "threads": torch.get_num_threads(),
+        "corpus": corpus.description,
+        "corpus_sha256": corpus.sha256,
+        "tokenizer_sha256": corpus.tokenizer.sha256 if corpus.tokenizer else None,
+        "validation_bytes": corpus.validation_bytes,
+    }
+
+
+class Trainer:
+    """One run from its last checkpoint to its last step."""
+
+    def __init__(
+        self, config: TrainConfig, run: RunDirectory, corpus: Corpus, chosen: Device, model: GPT, say: Say
+    ) -> None:
+        self.config, self.run, self.corpus, self.chosen, self.model, self.say = config, run, corpus, chosen, model, say
+        self.optimizer = build_optimizer(model, config)
+        self.step, self.seconds = 0, 0.0
+        self.forward: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+
+    def run_steps(self) -> Trained:
+        config = self.config
+        validation_loss = self._recorded_validation()
+        if self.step >= config.steps and validation_loss is not None:
+            self.say(f"{self.run.path} has all its {config.steps} steps; give more --steps to extend it.")
+            return Trained(self.step, True, validation_loss)
+        with stop_signals() as stopped, reporting(str(self.run.path), config.steps, self.step) as reporter:
+            while self.step < config.steps and not stopped():
+                self._one_step(reporter)
+                last = self.step == config.steps
+                if not last and self.step % config.eval_every == 0:
+                    self._validate(config.eval_tokens, reporter, final=False)
+                if last or stopped() or self.step % config.checkpoint_every == 0:
+                    self.save()
+            if self.step < config.steps:
+                self.say(f"Stopped at step {self.step} of {config.steps}, saved. The same command continues.")
+                return Trained(self.step, False, None)
+            validation_loss = self._validate(config.final_eval_tokens, reporter, final=True)
+        self.say(
+            f"Finished {config.steps} steps in {duration(self.seconds)}: validation loss {validation_loss:.4f} nats "
+            "per token."
+        )
+        return Trained(self.step, True, validation_loss)
+
+    def restore(self) -> None:
+        """Go back to the run's last checkpoint, and cut its metrics back to that step."""
+        self.run.load_weights(self.model)
+        self.step, self.seconds = self.run.load_optimizer(self.model, self.optimizer)
+        self.run.cut_metrics(self.step)
+        self.say(f"Continuing {self.run.path} at step {self.step} of {self.config.steps}.")
+
+    def save(self) -> None:
+        self.run.save_checkpoint(self.model, self.optimizer, self.step, self.seconds)
+
+    def _one_step(self, reporter: Reporter) -> None:
+        config, began = self.config, time.perf_counter()
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        inputs, labels = batch(
+            self.corpus.train,
+            seed=config.seed,
+            step=self.step,
+            rank=0,
+            batch_size=config.batch_size * config.accumulate,
+            context=config.model.context,
+        )
+        loss = 0.0
+        for part, part_labels in zip(inputs.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
+            on_device = part.to(self.chosen.device), part_labels.to(self.chosen.device)
+            with torch.autocast(self.chosen.device.type, dtype=torch.bfloat16, enabled=self.chosen.precision == "bf16"):
+                part_loss = self.forward(*on_device).loss / config.accumulate
+            part_loss.backward()
+            loss += part_loss.item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            append_json(self.run.metrics_path, {"step": self.step + 1, "diverged": True})
+            raise UserError(
+                f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}: training diverged. The last "
+                f"good checkpoint is at step {self.run.step()} in {self.run.path}. Lower lr (now {config.lr:g}) or "
+                "clip, or lengthen warmup."
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        spent = time.perf_counter() - began
+        self.seconds += spent
+        row = {"step": self.step, "loss": loss, "lr": rate, "gradient_norm": norm, "seconds": round(self.seconds, 4)}
+        append_json(self.run.metrics_path, row)
+        reporter.update(self.step, f"loss {loss:.3f}  {config.tokens_per_step / spent:,.0f} tokens/s")
+
+    def _validate(self, tokens: int | None, reporter: Reporter, *, final: bool) -> float:
+        result = evaluate(
+            self.model,
+            self.corpus,
+            batch_size=self.config.batch_size,
+            device=self.chosen.device,
+            autocast=self.chosen.precision == "bf16",
+            tokens=tokens,
+        )
+        row = {
+            "step": self.step,
+            "validation_loss": result.loss,
+            "validation_tokens": result.tokens,
+            "final": final,
+            "seconds": round(self.seconds, 4),
+        }
+        append_json(self.run.metrics_path, row)
+        reporter.note(f"step {self.step}: validation loss {result.loss:.4f} on {result.tokens:,} tokens")
+        return result.loss
+
+    def _recorded_validation(self) -> float | None:
+        """The final validation at the present step, where the run has made it already."""
+        rows = [row for row in self.run.metrics() if row.get("final") and row["step"] == self.step]
+        return rows[-1]["validation_loss"] if rows else None
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has arrived: the step in progress is finished all the same; a second one interrupts."""
+    arrived = threading.Event()
+
+    def note(number: int, frame: object) -> None:
+        if arrived.is_set():
+            raise KeyboardInterrupt
+        arrived.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived.is_set
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield arrived.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,50 @@
+"""Parameter groups and the learning-rate schedule."""
+
+import math
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW
+
+from deepdelta.errors import UserError
+from deepdelta.training.config import TrainConfig
+
+
+def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two optimiser groups over any module: decayed, and exempt (gates, biases, norms, reads).
+
+    Exempt are all parameters with fewer than two axes (biases, norm weights, read vectors, scalars) and all
+    parameters inside a module that carries `weight_decay_exempt = True` (gates, expansions, compressions).
+    Decay on those pulls a trained gate back towards beta = 1 and a read towards 0, whatever the data say.
+
+    Returns:
+        Groups for a torch optimiser; a parameter shared by several modules appears once.
+
+    Raises:
+        UserError: a negative weight_decay.
+    """
+    if weight_decay < 0:
+        raise UserError(f"weight_decay must be at least 0, got {weight_decay}.")
+    exempt = {
+        id(parameter)
+        for owner in module.modules()
+        if getattr(owner, "weight_decay_exempt", False)
+        for parameter in owner.parameters()
+    }
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in exempt]
+    rest = [p for p in trained if p.ndim < 2 or id(p) in exempt]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def build_optimizer(module: nn.Module, config: TrainConfig) -> AdamW:
+    return AdamW(param_groups(module, config.weight_decay), lr=config.lr, betas=config.betas, fused=True)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step 0 .. steps - 1: linear warm-up, then a cosine from `lr` to `lr * final_lr`."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup - 1)
+    share = config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * share

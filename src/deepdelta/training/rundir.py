@@ -1,0 +1,223 @@
+"""A run directory: the resolved configuration, the environment, metrics, the tokenizer and the last good checkpoint.
+
+config.json              the resolved TrainConfig
+environment.json         versions, machine, threads, device, commit, corpus
+metrics.jsonl            one line per step, and one per validation
+tokenizer.json           absent for corpora of bare ids
+checkpoint.safetensors   weights, optimiser state and step, in one file so that they always belong together
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deepdelta.config import differences, from_plain, to_plain
+from deepdelta.errors import UserError
+from deepdelta.files import atomic_path, write_json, write_text
+from deepdelta.training.config import TrainConfig
+
+CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
+CHECKPOINT, LOCK = "checkpoint.safetensors", ".lock"
+
+CHANGEABLE = ("steps", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every")
+"""What may differ when a run is continued: none of it touches the steps already made."""
+
+NUMERICS = ("versions", "machine", "threads", "device", "precision")
+"""What the last bits of a number depend on besides the configuration."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Reads and writes the files of one run."""
+
+    path: Path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory, so that no second process trains in it.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is training in {self.path}; wait for it or stop it.") from None
+            yield
+
+    @property
+    def environment_path(self) -> Path:
+        return self.path / ENVIRONMENT
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / METRICS
+
+    @property
+    def started(self) -> bool:
+        return (self.path / CONFIG).exists()
+
+    def config(self) -> TrainConfig:
+        """The run's configuration.
+
+        Raises:
+            UserError: there is no run here, or its configuration cannot be read.
+        """
+        return from_plain(TrainConfig, self._read(CONFIG), where=str(self.path / CONFIG))
+
+    def environment(self) -> dict[str, Any]:
+        return self._read(ENVIRONMENT)
+
+    def write_config(self, config: TrainConfig) -> None:
+        write_json(self.path / CONFIG, to_plain(config))
+
+    def check_continues(self, config: TrainConfig) -> None:
+        """Refuse to continue with settings that the steps already made did not have.
+
+        Raises:
+            UserError: naming every setting that differs.
+        """
+        there, here = to_plain(self.config()), to_plain(config)
+        different = differences(
+            {k: v for k, v in there.items() if k not in CHANGEABLE},
+            {k: v for k, v in here.items() if k not in CHANGEABLE},
+        )
+        if different:
+            raise UserError(
+                f"{self.path} already holds a run with another configuration ({'; '.join(different)}). "
+                "Give the same settings to continue it, or another --run directory."
+            )
+
+    def check_environment(self, environment: Mapping[str, Any], *, exact: bool) -> None:
+        """Refuse to continue on another corpus, and, if `exact`, where the numbers could come out differently.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        there = self.environment()
+        if different := _differing(there, environment, ("corpus_sha256", "tokenizer_sha256")):
+            raise UserError(
+                f"{self.path} was trained on another corpus ({different}); restore it, or give another --run directory."
+            )
+        if exact and (different := _differing(there, environment, NUMERICS)):
+            raise UserError(
+                f"{self.path} was started in another environment ({different}), so it would not continue "
+                "bit for bit. Restore that environment, or pass --inexact-resume to continue all the same."
+            )
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The recorded lines in order; a last line that a crash cut short is left out."""
+        if not self.metrics_path.exists():
+            return
+        with self.metrics_path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def last_recorded_step(self) -> int:
+        """The step of the last line, 0 without one; reads the end of the file alone."""
+        if not self.metrics_path.exists():
+            return 0
+        with self.metrics_path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"{") and line.endswith(b"}")]
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after `step`: the steps behind them are made again."""
+        kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
+        write_text(self.metrics_path, "".join(kept))
+
+    def save_checkpoint(self, model: nn.Module, optimizer: Optimizer, step: int, seconds: float) -> None:
+        """Write weights, optimiser state, step and training seconds as one file, whole or not at all."""
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"step": str(step), "seconds": repr(seconds)}
+        with atomic_path(self.path / CHECKPOINT) as temporary:
+            save_file(contiguous, temporary, metadata=metadata)
+
+    def step(self) -> int:
+        """The step of the last checkpoint."""
+        return int(self._load_tensors("nothing.")[1]["step"])
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Load the checkpoint's weights into `model`.
+
+        Raises:
+            UserError: no checkpoint, a truncated one, or tensors that do not fit the model.
+        """
+        tensors, _ = self._load_tensors("model.")
+        own = model.state_dict()
+        missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+        if missing or unknown:
+            raise UserError(
+                f"{self.path / CHECKPOINT} does not fit this model: missing tensors {missing[:5]}, "
+                f"unknown tensors {unknown[:5]}."
+            )
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise UserError(
+                    f"{self.path / CHECKPOINT} does not fit this model: '{name}' has shape {tuple(tensor.shape)}, "
+                    f"the model's has {tuple(own[name].shape)}."
+                )
+        model.load_state_dict(tensors)
+
+    def load_optimizer(self, model: nn.Module, optimizer: Optimizer) -> tuple[int, float]:
+        """Load the optimiser's state; the step and the training seconds that the checkpoint was made at."""
+        tensors, metadata = self._load_tensors("optimizer.")
+        for name, parameter in model.named_parameters():
+            prefix = f"{name}."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if state:
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+        return int(metadata["step"]), float(metadata["seconds"])
+
+    def _load_tensors(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        file = self.path / CHECKPOINT
+        if not file.exists():
+            raise UserError(f"{self.path} holds no checkpoint yet; train it first.")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found = {
+                    key.removeprefix(prefix): opened.get_tensor(key) for key in opened.keys() if key.startswith(prefix)
+                }
+                return found, opened.metadata()
+        except SafetensorError as error:
+            raise UserError(
+                f"{file} is truncated or damaged ({error}); delete it to start the run anew, or restore a copy."
+            ) from None
+
+    def _read(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        if not file.exists():
+            raise UserError(f"{self.path} is not a run directory: it has no {name}.")
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file} is not valid JSON ({error}).") from None
+
+
+def append_json(file: Path, row: Mapping[str, Any]) -> None:
+    """Append one line, handed to the system at once, so that a killed process loses at most the line in progress."""
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any], keys: tuple[str, ...]) -> str:
+    return "; ".join(differences({key: there.get(key) for key in keys}, {key: here.get(key) for key in keys}))
