@@ -1,10 +1,11 @@
 # make study   set up, then train the quick study and write its report
 # make test    set up, then run the whole test suite
 # make check   lint, format and types, without running anything
+# make fresh-clone   both README commands in a fresh clone of the last commit
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: study test check clean
+.PHONY: study test check fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
@@ -16,6 +17,11 @@ check: .venv/test.stamp
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
+
+fresh-clone:
+	rm -rf build/fresh-clone
+	git clone --quiet . build/fresh-clone
+	$(MAKE) -C build/fresh-clone study test
 
 clean:
 	rm -rf .venv

@@ -1,25 +1,28 @@
 """The command `deepdelta`: the only file that knows every room."""
 
 import json
+import shlex
 import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg, subcommand
 
 from deepdelta.config import from_plain, merged, to_plain
-from deepdelta.data import load_corpus
+from deepdelta.data import DataConfig, load_corpus
 from deepdelta.errors import UserError, nearest
+from deepdelta.interop import import_published
 from deepdelta.models import generate
 from deepdelta.nn.presets import PRESETS
 from deepdelta.studies.config import load_study, named_studies
 from deepdelta.training import RunDirectory, TrainConfig, evaluate, load, train
 from deepdelta.training.environment import choose_device
+from deepdelta.training.loop import corpus_facts
 from deepdelta.training.progress import reporting
 
 
@@ -50,20 +53,18 @@ class Evaluate:
 
     run: Positional[Path]
     """A run directory."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     batch_size: int = 8
+    """Windows per forward pass."""
 
     def __call__(self) -> None:
         directory = RunDirectory(self.run)
         config, environment = directory.config(), directory.environment()
         chosen = choose_device(self.device, "fp32")
+        if environment["corpus_sha256"] is None:
+            raise UserError(f"{self.run} was imported without a corpus; import it again with --source.")
         corpus = load_corpus(config.data, progress=lambda text: print(text, file=sys.stderr))
-        if corpus.sha256 != environment["corpus_sha256"]:
-            raise UserError(
-                f"the corpus has changed since {self.run} was trained (SHA-256 {corpus.sha256[:12]} now, "
-                f"{environment['corpus_sha256'][:12]} then): results on different corpora do not compare."
-            )
+        directory.check_environment(corpus_facts(corpus), exact=False)
         model = load(self.run).model.to(chosen.device)
         total = corpus.validation.shape[0]
         with reporting(f"Evaluating {self.run}", total) as reporter:
@@ -97,6 +98,10 @@ class Generate:
     seed: int = 0
 
     def __call__(self) -> None:
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError("the prompt must be UTF-8 text; it holds other bytes.") from None
         model, tokenizer = load(self.run)
         if tokenizer is None:
             raise UserError(
@@ -116,6 +121,26 @@ class Generate:
         for piece in tokenizer.stream(ids):
             print(piece, end="", flush=True)
         print()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Make a run directory of a published checkpoint: a folder with config.json and its tensors."""
+
+    folder: Positional[Path]
+    """Holds config.json and model.safetensors or pytorch_model.bin."""
+    run: Path
+    """The run directory to make."""
+    source: str | None = None
+    """The corpus to evaluate on; without one, the run is for loading and for training with --init-from."""
+    tokenizer: str = "bytes"
+    """bytes, or the tokenizers JSON file of the model."""
+
+    def __call__(self) -> None:
+        data = None if self.source is None else DataConfig(source=self.source, tokenizer=self.tokenizer)
+        model = import_published(self.folder, self.run, data)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{self.run} holds the published model: {count:,} parameters, {model.config.residual}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +172,11 @@ class Study:
         if self.source is not None:
             overrides = merged(overrides, {"train": {"data": {"source": self.source}}})
         config = load_study(self.study, overrides)
-        command = " ".join(["deepdelta", *sys.argv[1:]])
+        command = shlex.join(["deepdelta", *sys.argv[1:]])
         run_study(config, self.out or Path("runs") / f"study-{config.name}", workers=self.workers, command=command)
 
 
-COMMANDS = {"train": Train, "evaluate": Evaluate, "generate": Generate, "study": Study}
+COMMANDS = {"train": Train, "evaluate": Evaluate, "generate": Generate, "study": Study, "import": Import}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -212,6 +237,9 @@ def _read_plain(file: Path) -> dict[str, Any]:
         raise UserError(f"there is no configuration file {file}.")
     try:
         text = file.read_text(encoding="utf-8")
-        return tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
+        plain = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is neither valid TOML (.toml) nor JSON: {error}.") from None
+    if not isinstance(plain, dict):
+        raise UserError(f"{file} must hold an object of settings, got {type(plain).__name__}.")
+    return plain

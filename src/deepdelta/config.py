@@ -6,7 +6,7 @@ Reading is strict: an unknown key is refused with the nearest valid one, a wrong
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -34,7 +34,8 @@ def from_plain(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
     """
     _refuse_unknown(cls, data, where)
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
+        # `default`: a date in a TOML file becomes text, which is then refused with the path of its field.
+        return TypeAdapter(cls).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
@@ -66,6 +67,13 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], path: str = ""
 
 
 def _refuse_unknown(cls: Any, data: Any, where: str) -> None:
+    inner = get_args(cls)
+    if get_origin(cls) is dict and isinstance(data, Mapping):
+        for key, value in data.items():
+            _refuse_unknown(inner[1], value, f"{where}.{key}" if where else key)
+    elif get_origin(cls) is tuple and isinstance(data, list):
+        for number, value in enumerate(data):
+            _refuse_unknown(inner[0], value, f"{where}.{number}" if where else str(number))
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and isinstance(data, Mapping)):
         return
     hints = get_type_hints(cls)

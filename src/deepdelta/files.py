@@ -23,6 +23,12 @@ def atomic_path(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed writers left in `folder`; for a caller who knows that nobody writes there now."""
+    for left in folder.glob(f".*-{'[0-9a-f]' * 16}"):
+        left.unlink(missing_ok=True)
+
+
 def write_text(target: Path, text: str) -> None:
     """Who reads `target` meanwhile finds the old file or the whole new one."""
     with atomic_path(target) as temporary:

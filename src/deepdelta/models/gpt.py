@@ -41,8 +41,6 @@ class GPTConfig:
     embedding_std: float = 0.02
     init_factor: float = 0.5
     """Matrices start N(0, (init_factor / sqrt(dim))^2), output projections further / sqrt(layers)."""
-    share_compression: bool = False
-    """One compression for both sublayers of a block (the authors' code), instead of one per sublayer."""
     residual: ResidualConfig = field(default_factory=lambda: PRESETS["ddl"])
 
     def __post_init__(self) -> None:
@@ -104,7 +102,7 @@ class Layer(nn.Module):
         )
         self.mlp: DeltaResidual = stream.wrap(
             SwiGLU(config.dim, std=std, out_std=out_std),
-            share_compression=self.attention if config.share_compression else None,
+            share_compression=self.attention if config.residual.compression_sharing == "block" else None,
         )
 
     def forward(self, state_BTVD: Tensor) -> Tensor:
@@ -124,6 +122,8 @@ class GPT(nn.Module):
         if config.vocab_size is None:
             raise UserError("vocab_size must be set to build a model; the corpus's vocabulary gives it in training.")
         self.config = config
+        self.unused_published: dict[str, Tensor] = {}
+        """Tensors of an imported published model that its settings do not use; kept to give them back."""
         self.embedding = Embedding(config.vocab_size, config.dim, config.embedding_std)
         self.stream = DeltaStream(config.dim, seed=seed, init_factor=config.init_factor, **asdict(config.residual))
         self.rotary = Rotary(config.head_width, config.context, config.rope_base, config.rope_fraction)

@@ -1,5 +1,6 @@
 """The parts with parameters: direction, target, gate, expansion, compression, and the residual that joins them."""
 
+from deepdelta.nn.adding import resnet_branch
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.linear import Linear, RMSNorm, initialise
 from deepdelta.nn.recording import Recorder, recording
@@ -16,4 +17,5 @@ __all__ = [
     "RewriteRecord",
     "initialise",
     "recording",
+    "resnet_branch",
 ]

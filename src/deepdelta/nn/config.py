@@ -15,6 +15,7 @@ Gate = Literal["linear", "two_layer", "constant"]
 Expansion = Literal["repeat", "embedding_conv"]
 Compression = Literal["channel", "channel_conv", "token"]
 CompressionInit = Literal["identity", "random"]
+CompressionSharing = Literal["sublayer", "block"]
 Norm = Literal["rms", "none"]
 
 
@@ -75,6 +76,9 @@ class ResidualConfig:
     """`channel_conv` pads on the left only."""
     compression_init: CompressionInit = "identity"
     """identity: the mean over value channels; random: convolution weights drawn as matrices (the authors' code)."""
+    compression_sharing: CompressionSharing = "sublayer"
+    """For models: block gives both sublayers of a block one compression (the authors' code). A bare stream shares
+    where `wrap(share_compression=...)` says so."""
     norm: Norm = "rms"
     """rms: the branch and the gate see c = RMSNorm(x_in); none: they see x_in."""
     norm_eps: float = 1e-5

@@ -17,6 +17,7 @@ from deepdelta.nn.compression import build_compression
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.direction import ScaledDirection, build_direction, scaled
 from deepdelta.nn.gate import Gate
+from deepdelta.nn.layout import Layout
 from deepdelta.nn.linear import RMSNorm
 from deepdelta.nn.target import BranchWrite, Target
 from deepdelta.ops import read_along, rewrite
@@ -48,10 +49,10 @@ class DeltaResidual(nn.Module):
     """
 
     def __init__(
-        self, config: ResidualConfig, dim: int, std: float, branch: nn.Module | None, compression: nn.Module | None
+        self, config: ResidualConfig, dim: int, std: float, layout: Layout, compression: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.config, self.dim = config, dim
+        self.config, self.dim, self.layout = config, dim, layout
         self.recorder: Callable[[RewriteRecord], None] | None = None
         # A shared compression belongs to the residual that made it; held in a tuple, it is not registered twice.
         self._shared_compression = None if compression is None else (compression,)
@@ -68,12 +69,11 @@ class DeltaResidual(nn.Module):
             self.target = Target(config, dim, std)
         if rule == "two_gate" or (config.writes_branch and config.value_channels > 1):
             self.write = BranchWrite(config, dim, std)
-        self.branch = branch
+        self.branch: nn.Module | None = None
 
-    def compress(self, state: Tensor) -> Tensor:
-        """x_in (..., D) of a state (..., V, D)."""
-        compression = self._shared_compression[0] if self._shared_compression else self.compression
-        return compression(state)  # type: ignore[no-any-return]
+    def compression_part(self) -> nn.Module:
+        """The compression that this residual reads through, its own or another's."""
+        return self._shared_compression[0] if self._shared_compression else self.compression
 
     def open(
         self, state: Float[Tensor, "..."]
@@ -84,17 +84,14 @@ class DeltaResidual(nn.Module):
         output, then `state = rewrite(branch_output)`.
 
         Raises:
-            UserError: the state is not (..., V, D), or the output not (..., D) with the same leading axes.
+            UserError: the state is not (..., V, D) (or (N, V, C, H, W) on a channel-first stream), or the output has
+                another shape than the branch's input.
         """
-        expected = (self.config.value_channels, self.dim)
-        if tuple(state.shape[-2:]) != expected:
-            raise UserError(
-                f"the state must end in (value channels, width) = {expected}, got shape {tuple(state.shape)}; "
-                "make it with stream.expand(x)."
-            )
-        x_in_D = self.compress(state)
+        self.layout.check_state(state, self.config.value_channels, self.dim)
+        state_VD = self.layout.state_inward(state)
+        x_in_D = self.compression_part()(state_VD)
         c_D = self.norm(x_in_D)
-        return c_D, partial(self._close, state, x_in_D, c_D)
+        return self.layout.outward(c_D), partial(self._close, state_VD, x_in_D, c_D)
 
     def forward(self, state: Float[Tensor, "..."], *args: Any, **kwargs: Any) -> Any:
         """The rewritten state; of a branch that returns a tuple the first element is h and the others pass through."""
@@ -106,12 +103,17 @@ class DeltaResidual(nn.Module):
             return (close(output[0]), *output[1:])
         return close(output)
 
-    def _close(self, state_VD: Tensor, x_in_D: Tensor, c_D: Tensor, h_D: Tensor) -> Tensor:
+    def _close(self, state_VD: Tensor, x_in_D: Tensor, c_D: Tensor, h: Tensor) -> Tensor:
+        h_D = self.layout.inward(h)
         if h_D.shape != x_in_D.shape:
             raise UserError(
-                f"the branch must return its output in the shape of its input, {tuple(x_in_D.shape)}, "
-                f"got {tuple(h_D.shape)}."
+                "the branch must return its output in the shape of its input, "
+                f"{tuple(self.layout.outward(c_D).shape)}, got {tuple(h.shape)}; where the width changes, reduce the "
+                "state and expand it again."
             )
+        return self.layout.state_outward(self._rewritten(state_VD, x_in_D, c_D, h_D))
+
+    def _rewritten(self, state_VD: Tensor, x_in_D: Tensor, c_D: Tensor, h_D: Tensor) -> Tensor:
         if self.config.rule == "additive":
             return self._write_branch(state_VD, c_D, h_D, None, None)
         gates = self.gate(c_D)

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from deepdelta.config import from_plain
 from deepdelta.errors import UserError
+from deepdelta.nn.adding import refuse_adding
 from deepdelta.nn.compression import build_compression
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.expansion import build_expansion
+from deepdelta.nn.layout import Layout
 from deepdelta.nn.linear import initialise
 from deepdelta.nn.residual import DeltaResidual
 
@@ -29,6 +31,8 @@ class DeltaStream(nn.Module):
     Args:
         dim: D, the width of the vectors that the branches see.
         value_channels: V, how many such vectors the state holds; 1 keeps the network's state as it is.
+        channel_first: vectors are (N, C, *space) and states (N, V, C, *space), as convolutional networks have them,
+            instead of (..., D) and (..., V, D).
         seed: what the parameters are drawn from, together with their names; None takes it from torch's generator.
         init_factor: matrices start N(0, (init_factor / sqrt(dim))^2) (section 3).
         options: the fields of `ResidualConfig`: rule, direction, target, gate, expansion, compression and so on.
@@ -42,6 +46,7 @@ class DeltaStream(nn.Module):
         dim: int,
         value_channels: int = 4,
         *,
+        channel_first: bool = False,
         seed: int | None = None,
         init_factor: float = 0.5,
         **options: Any,
@@ -50,7 +55,12 @@ class DeltaStream(nn.Module):
         if dim < 1:
             raise UserError(f"dim must be at least 1, got {dim}.")
         self.config = from_plain(ResidualConfig, {"value_channels": value_channels, **options}, where="DeltaStream")
-        self.dim, self.std = dim, init_factor / math.sqrt(dim)
+        if channel_first and self.config.needs_tokens:
+            raise UserError(
+                "channel_first=True has no token axis; use expansion='repeat' and compression='channel' or "
+                "'channel_conv'."
+            )
+        self.dim, self.std, self.layout = dim, init_factor / math.sqrt(dim), Layout(channel_first)
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed
         self.expansion = build_expansion(self.config, dim)
         self.readout = build_compression(self.config, dim, self.std)
@@ -58,37 +68,53 @@ class DeltaStream(nn.Module):
         initialise(self, self.seed, "stream")
 
     def expand(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The state (..., V, D) of vectors (..., D)."""
-        if x.shape[-1] != self.dim:
-            raise UserError(f"x must end in the stream's width {self.dim}, got shape {tuple(x.shape)}.")
+        """The state (..., V, D) of vectors (..., D), or (N, V, C, *space) of (N, C, *space)."""
+        self.layout.check_vectors(x, self.dim)
         self._check_tokens(x.ndim - 1, x)
-        return self.expansion(x)  # type: ignore[no-any-return]
+        return self.layout.state_outward(self.expansion(self.layout.inward(x)))
 
     def wrap(self, branch: nn.Module | None = None, *, share_compression: DeltaResidual | None = None) -> DeltaResidual:
         """A module that replaces x + branch(norm(x)) by the rewrite of the state.
 
         Args:
-            branch: any module (..., D) -> (..., D); extra arguments pass through, and of a returned tuple the first
-                element is the branch output. None leaves the manual form `residual.open(state)`.
+            branch: any module from vectors to vectors of the same shape; extra arguments pass through, and of a
+                returned tuple the first element is the branch output. None leaves the manual form
+                `residual.open(state)`.
             share_compression: another residual of this stream whose compression this one uses too (the authors' code
                 shares one between the attention and the MLP of a block); it stays that residual's own.
+
+        Raises:
+            UserError: a branch that is known to add its input itself.
         """
-        shared = None if share_compression is None else share_compression.compression
-        residual = DeltaResidual(self.config, self.dim, self.std, None, shared)
+        if branch is not None:
+            refuse_adding(branch)
+        shared = None if share_compression is None else share_compression.compression_part()
+        residual = DeltaResidual(self.config, self.dim, self.std, self.layout, shared)
         initialise(residual, self.seed, f"residual{self._wrapped}")
         self._wrapped += 1
+        # Set after the start of the parameters: the branch's own are its owner's.
         residual.branch = branch
         return residual
 
+    def map_channels(self, module: nn.Module, state: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Apply a module from vectors to vectors to every value channel of the state alike.
+
+        For what a network does to its plain state outside of residuals: the shortcut map of a change of stage, a norm
+        after the addition. Width and resolution may change.
+        """
+        self.layout.check_state(state, self.config.value_channels, self.dim)
+        axis = 1 if self.layout.channel_first else -2
+        channels_first = state.movedim(axis, 0)
+        mapped = module(channels_first.flatten(0, 1)) if channels_first.ndim > 2 else module(channels_first)
+        if channels_first.ndim > 2:
+            mapped = mapped.unflatten(0, channels_first.shape[:2])
+        return mapped.movedim(0, axis)  # type: ignore[no-any-return]
+
     def reduce(self, state: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Vectors (..., D) of a state (..., V, D), by the stream's own compression."""
-        if tuple(state.shape[-2:]) != (self.config.value_channels, self.dim):
-            raise UserError(
-                f"the state must end in (value channels, width) = {(self.config.value_channels, self.dim)}, "
-                f"got shape {tuple(state.shape)}; make it with stream.expand(x)."
-            )
+        """Vectors of a state, by the stream's own compression."""
+        self.layout.check_state(state, self.config.value_channels, self.dim)
         self._check_tokens(state.ndim - 2, state)
-        return self.readout(state)  # type: ignore[no-any-return]
+        return self.layout.outward(self.readout(self.layout.state_inward(state)))
 
     def _check_tokens(self, leading: int, tensor: Tensor) -> None:
         if self.config.needs_tokens and leading < 1:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from deepdelta.analysis.cost import measure_costs
 from deepdelta.analysis.flops import training_flops_per_token
-
 from deepdelta.analysis.rewrites import RewriteTotals, rewrite_totals
 from deepdelta.config import from_plain, to_plain
 from deepdelta.data import Corpus, windows
@@ -39,9 +38,11 @@ def measure(config: StudyConfig, vocab_size: int, file: Path) -> dict[str, CostR
     """The costs of every condition, measured in a phase of their own, or as `file` has them from an earlier call."""
     if file.exists():
         known = json.loads(file.read_text(encoding="utf-8"))
-        if set(known) >= set(config.conditions):
-            return {name: from_plain(CostResult, known[name]) for name in config.conditions}
-    settings = {name: config.train_config(name, config.seeds[0]) for name in config.conditions}
+        old = known["costs"]
+        if known["baseline"] == config.baseline and set(old) >= set(config.conditions):
+            return {name: from_plain(CostResult, old[name]) for name in config.conditions}
+    plans = {name: config.train_config(name, config.seeds[0]) for name in config.conditions}
+    settings = {name: replace(plan, threads=plan.threads or 1) for name, plan in plans.items()}
     with reporting("Costs", config.cost_rounds) as reporter:
         measured = measure_costs(
             settings,
@@ -51,7 +52,7 @@ def measure(config: StudyConfig, vocab_size: int, file: Path) -> dict[str, CostR
             progress=lambda done, total: reporter.update(done, "rounds of training steps, all conditions in turn"),
         )
     costs = {name: CostResult(**asdict(cost)) for name, cost in measured.items()}
-    write_json(file, {name: to_plain(cost) for name, cost in costs.items()})
+    write_json(file, {"baseline": config.baseline, "costs": {name: to_plain(cost) for name, cost in costs.items()}})
     return costs
 
 
@@ -87,7 +88,10 @@ def collect(
         started=started.isoformat(timespec="seconds"),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         corpus=CorpusResult(description=corpus.description, sha256=corpus.sha256),
-        validation=Validation(tokens=len(corpus.validation) - 1, contexts=CONTEXTS.format(settings.model.context)),
+        validation=Validation(
+            tokens=min(settings.final_eval_tokens or len(corpus.validation), len(corpus.validation) - 1),
+            contexts=CONTEXTS.format(settings.model.context),
+        ),
         budget=Budget(
             steps=settings.steps, tokens_per_step=settings.tokens_per_step, threads_per_run=settings.threads or 1
         ),
@@ -103,11 +107,17 @@ def _condition(
     model_config = replace(settings.model, vocab_size=settings.model.vocab_size or corpus.vocab_size)
     totals: dict[str, RewriteTotals] = {}
     parameters = 0
-    for seed in config.seeds:
-        model = load(cells[name, seed]).model
+    runs = tuple(_run(seed, cells[name, seed]) for seed in config.seeds)
+    # Whole windows only: what fills up a last one is no text.
+    context = settings.model.context
+    span = max(1, min(config.rewrite_tokens, len(corpus.validation) - 1) // context) * context
+    text = corpus.validation[: span + 1]
+    for run in runs:
+        model = load(cells[name, run.seed]).model
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        text = corpus.validation[: config.rewrite_tokens + 1]
-        batches = windows(text, context=settings.model.context, batch_size=settings.batch_size)
+        if run.validation_loss is None:
+            continue
+        batches = windows(text, context=context, batch_size=settings.batch_size)
         rewrite_totals(model, (inputs for inputs, _ in batches), into=totals)
     return ConditionResult(
         name=name,
@@ -117,7 +127,7 @@ def _condition(
         parameters=parameters,
         flops_per_token=training_flops_per_token(model_config).training,
         cost=cost,
-        runs=tuple(_run(seed, cells[name, seed]) for seed in config.seeds),
+        runs=runs,
         rewrites=tuple(_rewrite(residual, total) for residual, total in totals.items()),
     )
 

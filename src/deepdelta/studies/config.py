@@ -1,5 +1,6 @@
 """A study: conditions x seeds, as a typed file."""
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,11 @@ from typing import Any
 from deepdelta.config import from_plain, merged, to_plain
 from deepdelta.errors import UserError, nearest
 from deepdelta.training import TrainConfig
+
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+COMMON = frozenset({"data", "device", "precision", "threads"})
+"""Settings that no condition may change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,11 @@ class StudyConfig:
     """Validation tokens per run on which gates and discrepancies are collected."""
 
     def __post_init__(self) -> None:
+        for name in (self.name, *self.conditions):
+            if not FILE_NAME.fullmatch(name):
+                raise UserError(
+                    f"names of studies and conditions name files: letters, digits, '.', '_' and '-' only, got '{name}'."
+                )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise UserError(f"seeds must be different numbers from 0 on, at least one, got {list(self.seeds)}.")
         if self.baseline not in self.conditions:
@@ -47,6 +58,12 @@ class StudyConfig:
         for name in ("cost_rounds", "rewrite_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, condition in self.conditions.items():
+            for key in COMMON & set(condition.changes):
+                raise UserError(
+                    f"conditions must share '{key}', or their losses or costs do not compare: move it from the "
+                    f"changes of {name} to train."
+                )
         if "seed" in self.train or any("seed" in condition.changes for condition in self.conditions.values()):
             raise UserError("the seed of a run comes from the study's seeds; remove 'seed' from train and changes.")
         for condition in self.conditions:
@@ -75,7 +92,10 @@ def load_study(name_or_file: str, overrides: Mapping[str, Any] | None = None) ->
         file = Path(name_or_file)
         if not file.is_file():
             raise UserError(f"there is no study file {file}; named studies are: {', '.join(named_studies())}.")
-        text = file.read_text(encoding="utf-8")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not valid TOML: {error}.") from None
     elif name_or_file in named_studies():
         text = (resources.files("deepdelta.studies") / "named" / f"{name_or_file}.toml").read_text(encoding="utf-8")
     else:

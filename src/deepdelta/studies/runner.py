@@ -7,6 +7,7 @@ ones go on from their checkpoints.
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +40,16 @@ class Run:
     path: Path
 
     @property
+    def settings(self) -> Path:
+        """The configuration that the run was launched with."""
+        return self.path.with_name(f"{self.path.name}.json")
+
+    @property
+    def log(self) -> Path:
+        """What its processes printed."""
+        return self.path.with_name(f"{self.path.name}.log")
+
+    @property
     def ended(self) -> bool:
         """Finished, or stopped because its loss was no longer finite, which is a result too."""
         rows = RunDirectory(self.path).metrics()
@@ -53,15 +64,17 @@ def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, com
         command: the command that was typed, kept with the results.
 
     Raises:
-        UserError: `out` holds another study, or a run failed (its own message is passed on).
+        UserError: `out` holds another study, a run failed (its own message is passed on), or workers < 1.
         KeyboardInterrupt: interrupted; every run has saved its step and the same command continues.
     """
+    if workers is not None and workers < 1:
+        raise UserError(f"workers must be at least 1, got {workers}.")
     console = Console()
     settings = config.train_config(config.baseline, config.seeds[0])
-    _claim(config, out)
     runs = [Run(name, seed, out / "runs" / f"{name}-seed{seed}") for seed in config.seeds for name in config.conditions]
+    _claim(config, runs, out)
     started = datetime.datetime.now(datetime.UTC)
-    _run_all(config, runs, workers or max(1, (os.cpu_count() or 1) // (settings.threads or 1)), out / "configs")
+    _run_all(config, runs, workers or max(1, (os.cpu_count() or 1) // (settings.threads or 1)))
     corpus = load_corpus(settings.data, progress=console.print)
     costs = measure(config, settings.model.vocab_size or corpus.vocab_size, out / "costs.json")
     cells = {(run.condition, run.seed): run.path for run in runs}
@@ -73,25 +86,25 @@ def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, com
     return results
 
 
-def _claim(config: StudyConfig, out: Path) -> None:
+def _claim(config: StudyConfig, runs: list[Run], out: Path) -> None:
     """Make `out` this study's folder; seeds and conditions may be added later, what has run may not change."""
     file = out / "study.json"
-    plain = to_plain(config)
     if file.exists():
-        there = json.loads(file.read_text(encoding="utf-8"))
-        both = set(there["conditions"]) & set(plain["conditions"])
-        cells = [
-            {"train": study["train"]} | {name: study["conditions"][name]["changes"] for name in both}
-            for study in (there, plain)
-        ]
-        if different := differences(cells[0], cells[1]):
-            raise UserError(
-                f"{out} already holds a study with other settings ({'; '.join(different)}); give another --out."
-            )
-    write_json(file, plain)
+        name = json.loads(file.read_text(encoding="utf-8"))["name"]
+        if name != config.name:
+            raise UserError(f"{out} already holds the study '{name}'; give another --out.")
+    for run in runs:
+        if run.settings.exists():
+            there = json.loads(run.settings.read_text(encoding="utf-8"))
+            if different := differences(there, to_plain(config.train_config(run.condition, run.seed))):
+                raise UserError(
+                    f"{out} already holds this study with other settings of {run.condition} ({'; '.join(different)}); "
+                    "give another --out."
+                )
+    write_json(file, to_plain(config))
 
 
-def _run_all(config: StudyConfig, runs: list[Run], workers: int, configs: Path) -> None:
+def _run_all(config: StudyConfig, runs: list[Run], workers: int) -> None:
     """Train what has not ended, `workers` processes at a time."""
     steps = {run: config.train_config(run.condition, run.seed).steps for run in runs}
     waiting = [run for run in runs if not run.ended]
@@ -107,14 +120,19 @@ def _run_all(config: StudyConfig, runs: list[Run], workers: int, configs: Path) 
     with stop_signals() as stopped, reporting(f"Study {config.name}", sum(steps.values()), made()) as reporter:
         try:
             while (waiting or running) and not stopped():
-                while waiting and len(running) < workers:
-                    run = waiting.pop(0)
-                    running[run] = _launch(config, run, configs)
+                # A busy run is still trained by a process of a study that was killed: it is waited for.
+                free = [run for run in waiting if not RunDirectory(run.path).busy]
+                for run in free[: workers - len(running)]:
+                    waiting.remove(run)
+                    if run.ended:
+                        unfinished.discard(run)
+                    else:
+                        running[run] = _launch(config, run)
                 for run, process in list(running.items()):
                     if process.poll() is not None:
                         del running[run]
                         if not run.ended:
-                            raise UserError(f"the run {run.path} failed: {_last_line(run)}")
+                            raise UserError(_failure(run, process.returncode))
                         unfinished.discard(run)
                 reporter.update(made(), f"{len(runs) - len(unfinished)}/{len(runs)} runs")
                 time.sleep(POLL_SECONDS)
@@ -128,26 +146,22 @@ def _run_all(config: StudyConfig, runs: list[Run], workers: int, configs: Path) 
             raise KeyboardInterrupt
 
 
-def _launch(config: StudyConfig, run: Run, configs: Path) -> subprocess.Popen[bytes]:
+def _launch(config: StudyConfig, run: Run) -> subprocess.Popen[bytes]:
     settings = config.train_config(run.condition, run.seed)
-    file = configs / f"{run.path.name}.json"
-    write_json(file, to_plain(settings))
-    command = [sys.executable, "-m", "deepdelta", "train", "--config", str(file), "--run", str(run.path)]
+    write_json(run.settings, to_plain(settings))
+    command = [sys.executable, "-m", "deepdelta", "train", "--config", str(run.settings), "--run", str(run.path)]
     threads = str(settings.threads or 1)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    _log(run).parent.mkdir(parents=True, exist_ok=True)
-    with _log(run).open("ab") as log:
+    with run.log.open("ab") as log:
         # In a session of its own, so that Ctrl-C reaches the runs once, through us, after their step is finished.
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
-def _log(run: Run) -> Path:
-    return run.path.with_suffix(".log")
-
-
-def _last_line(run: Run) -> str:
-    lines = _log(run).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it printed nothing"
+def _failure(run: Run, code: int) -> str:
+    if code < 0:
+        return f"the run {run.path} was ended by {signal.Signals(-code).name}; the same command continues the study."
+    lines = run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"the run {run.path} failed: {lines[-1] if lines else f'exit code {code}'} (all of it: {run.log})"
 
 
 def _step(run: Run) -> int:

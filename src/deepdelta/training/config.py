@@ -1,5 +1,6 @@
 """Everything that decides the numbers of a training run."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -60,8 +61,8 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}.")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be greater than 0, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be greater than 0 and finite, got {getattr(self, name)}.")
         for name, low, high in (
             ("final_lr", 0, 1),
             ("warmup", 0, 1 << 62),

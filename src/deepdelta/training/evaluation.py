@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from deepdelta.data import Corpus, window_count, windows
+from deepdelta.errors import UserError
 from deepdelta.models import GPT
 
 CONTEXTS = "consecutive windows of {} tokens without overlap"
@@ -27,7 +28,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 709 else math.inf
 
     def bits_per_byte(self, byte_count: int) -> float:
         """Bits per byte of text, for `byte_count` bytes behind the evaluated tokens."""
@@ -49,7 +50,12 @@ def evaluate(
 
     Contexts are consecutive windows of the model's context length that do not overlap, so every token but the very
     first is predicted exactly once, those at the start of a window with little context. Sums are kept in fp64.
+
+    Raises:
+        UserError: a batch_size below 1.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     context = model.config.context
     split = corpus.validation if tokens is None else corpus.validation[: tokens + 1]
     total, count = 0.0, 0

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deepdelta.data import Corpus, batch, check_context, load_corpus
 from deepdelta.errors import UserError
-from deepdelta.files import write_json
 from deepdelta.models import GPT
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.environment import Device, choose_device, commit, machine, versions
@@ -74,35 +73,23 @@ def train(
     config = resolve(config, corpus)
     say(corpus.description)
     environment = describe(config, chosen, corpus)
-    if run.started:
-        _check_continues(run, config, environment, init_from, inexact_resume)
-    with run.locked():
-        return _start(config, run, corpus, chosen, environment, init_from, say)
-
-
-def _start(
-    config: TrainConfig,
-    run: RunDirectory,
-    corpus: Corpus,
-    chosen: Device,
-    environment: dict[str, Any],
-    init_from: Path | None,
-    say: Say,
-) -> Trained:
     model = GPT(config.model, seed=config.seed)
     if init_from is not None:
         RunDirectory(init_from).load_weights(model)
     trainer = Trainer(config, run, corpus, chosen, model.to(chosen.device), say)
-    if run.started:
-        trainer.restore()
-    else:
-        if corpus.tokenizer is not None:
-            corpus.tokenizer.save(run.path)
-        trainer.save()
-        write_json(run.environment_path, environment | {"init_from": str(init_from) if init_from else None})
-    # Written last: it makes the directory a run, or gives the run its new number of steps.
-    run.write_config(config)
-    return trainer.run_steps()
+    with run.locked():
+        if run.started:
+            _check_continues(run, config, environment, init_from, inexact_resume)
+            trainer.restore()
+        else:
+            run.clear()
+            if corpus.tokenizer is not None:
+                corpus.tokenizer.save(run.path)
+            trainer.save()
+            run.write_environment(environment | {"init_from": str(init_from) if init_from else None})
+        # Written last: it makes the directory a run, or gives the run its new number of steps.
+        run.write_config(config)
+        return trainer.run_steps()
 
 
 def _check_continues(
@@ -133,6 +120,13 @@ def describe(config: TrainConfig, chosen: Device, corpus: Corpus) -> dict[str, A
         "device": chosen.device.type,
         "precision": chosen.precision,
         "threads": torch.get_num_threads(),
+        **corpus_facts(corpus),
+    }
+
+
+def corpus_facts(corpus: Corpus) -> dict[str, Any]:
+    """What tells whether two runs saw the same ids."""
+    return {
         "corpus": corpus.description,
         "corpus_sha256": corpus.sha256,
         "tokenizer_sha256": corpus.tokenizer.sha256 if corpus.tokenizer else None,
@@ -164,6 +158,7 @@ class Trainer:
                 if not last and self.step % config.eval_every == 0:
                     self._validate(config.eval_tokens, reporter, final=False)
                 if last or stopped() or self.step % config.checkpoint_every == 0:
+                    self._check_good()
                     self.save()
             if self.step < config.steps:
                 self.say(f"Stopped at step {self.step} of {config.steps}, saved. The same command continues.")
@@ -190,29 +185,13 @@ class Trainer:
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        inputs, labels = batch(
-            self.corpus.train,
-            seed=config.seed,
-            step=self.step,
-            rank=0,
-            batch_size=config.batch_size * config.accumulate,
-            context=config.model.context,
-        )
         loss = 0.0
-        for part, part_labels in zip(inputs.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
-            on_device = part.to(self.chosen.device), part_labels.to(self.chosen.device)
-            with torch.autocast(self.chosen.device.type, dtype=torch.bfloat16, enabled=self.chosen.precision == "bf16"):
-                part_loss = self.forward(*on_device).loss / config.accumulate
-            part_loss.backward()
+        for part_loss in self._losses(self.forward):
+            part_loss.backward()  # type: ignore[no-untyped-call]
             loss += part_loss.item()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            append_json(self.run.metrics_path, {"step": self.step + 1, "diverged": True})
-            raise UserError(
-                f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}: training diverged. The last "
-                f"good checkpoint is at step {self.run.step()} in {self.run.path}. Lower lr (now {config.lr:g}) or "
-                "clip, or lengthen warmup."
-            )
+            raise self._diverged(f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -221,6 +200,36 @@ class Trainer:
         row = {"step": self.step, "loss": loss, "lr": rate, "gradient_norm": norm, "seconds": round(self.seconds, 4)}
         append_json(self.run.metrics_path, row)
         reporter.update(self.step, f"loss {loss:.3f}  {config.tokens_per_step / spent:,.0f} tokens/s")
+
+    def _losses(self, forward: nn.Module) -> Iterator[Tensor]:
+        """The share of each micro-batch in the loss of the next step."""
+        config, device = self.config, self.chosen.device
+        inputs, labels = batch(
+            self.corpus.train,
+            seed=config.seed,
+            step=self.step,
+            rank=0,
+            batch_size=config.batch_size * config.accumulate,
+            context=config.model.context,
+        )
+        for part, part_labels in zip(inputs.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.chosen.precision == "bf16"):
+                loss = forward(part.to(device), part_labels.to(device)).loss / config.accumulate
+            yield loss
+
+    @torch.no_grad()
+    def _check_good(self) -> None:
+        """Only weights with which the next step has a finite loss may replace the last good checkpoint."""
+        loss = next(self._losses(self.model)).item()
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss} at step {self.step + 1}")
+
+    def _diverged(self, what: str) -> UserError:
+        append_json(self.run.metrics_path, {"step": self.step + 1, "diverged": True})
+        return UserError(
+            f"{what}: training diverged. The last good checkpoint is at step {self.run.step()} in {self.run.path}. "
+            f"Lower lr (now {self.config.lr:g}) or clip, or lengthen warmup."
+        )
 
     def _validate(self, tokens: int | None, reporter: Reporter, *, final: bool) -> float:
         result = evaluate(
@@ -231,6 +240,8 @@ class Trainer:
             autocast=self.chosen.precision == "bf16",
             tokens=tokens,
         )
+        if not math.isfinite(result.loss):
+            raise self._diverged(f"the validation loss is {result.loss} after step {self.step}")
         row = {
             "step": self.step,
             "validation_loss": result.loss,

@@ -37,11 +37,12 @@ class _Lines:
     def __init__(self, console: Console, label: str, total: int, done: int) -> None:
         self.console, self.label, self.total, self.first = console, label, total, done
         self.began = self.last = time.monotonic()
+        self.said = done
 
     def update(self, done: int, facts: str) -> None:
         now = time.monotonic()
-        if now - self.last >= PLAIN_INTERVAL or done == self.total:
-            self.last = now
+        if now - self.last >= PLAIN_INTERVAL or (done == self.total and done != self.said):
+            self.last, self.said = now, done
             left = (now - self.began) / max(1, done - self.first) * (self.total - done)
             self.note(f"{self.label} {done}/{self.total}  {facts}  ETA {duration(left)}")
 

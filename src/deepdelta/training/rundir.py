@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepdelta.config import differences, from_plain, to_plain
+from deepdelta.data.tokenizer import FILE_NAME
 from deepdelta.errors import UserError
-from deepdelta.files import atomic_path, write_json, write_text
+from deepdelta.files import atomic_path, remove_temporaries, write_json, write_text
 from deepdelta.training.config import TrainConfig
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
@@ -47,19 +48,39 @@ class RunDirectory:
         """Hold the directory, so that no second process trains in it.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or there can be no directory at this path.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("w") as lock:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("w")
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be a run directory: {error.strerror}. Give another --run directory."
+            ) from None
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another process is training in {self.path}; wait for it or stop it.") from None
+            remove_temporaries(self.path)
             yield
 
     @property
-    def environment_path(self) -> Path:
-        return self.path / ENVIRONMENT
+    def busy(self) -> bool:
+        """Whether a process is training here now."""
+        if not (self.path / LOCK).exists():
+            return False
+        with (self.path / LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def clear(self) -> None:
+        """Delete what a start that was cut short may have left, or a run whose config.json was deleted."""
+        for name in (CHECKPOINT, METRICS, FILE_NAME):
+            (self.path / name).unlink(missing_ok=True)
 
     @property
     def metrics_path(self) -> Path:
@@ -79,6 +100,9 @@ class RunDirectory:
 
     def environment(self) -> dict[str, Any]:
         return self._read(ENVIRONMENT)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        write_json(self.path / ENVIRONMENT, environment)
 
     def write_config(self, config: TrainConfig) -> None:
         write_json(self.path / CONFIG, to_plain(config))
@@ -109,7 +133,8 @@ class RunDirectory:
         there = self.environment()
         if different := _differing(there, environment, ("corpus_sha256", "tokenizer_sha256")):
             raise UserError(
-                f"{self.path} was trained on another corpus ({different}); restore it, or give another --run directory."
+                f"{self.path} was trained on another corpus ({different}); restore that one: what is trained or "
+                "measured on different corpora does not compare."
             )
         if exact and (different := _differing(there, environment, NUMERICS)):
             raise UserError(
@@ -191,7 +216,7 @@ class RunDirectory:
     def _load_tensors(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         file = self.path / CHECKPOINT
         if not file.exists():
-            raise UserError(f"{self.path} holds no checkpoint yet; train it first.")
+            raise UserError(f"{self.path} holds no {CHECKPOINT}; restore it, or delete the directory and train anew.")
         try:
             with safe_open(file, framework="pt") as opened:
                 found = {
@@ -200,7 +225,7 @@ class RunDirectory:
                 return found, opened.metadata()
         except SafetensorError as error:
             raise UserError(
-                f"{file} is truncated or damaged ({error}); delete it to start the run anew, or restore a copy."
+                f"{file} is truncated or damaged ({error}); restore a copy, or delete {self.path} and train anew."
             ) from None
 
     def _read(self, name: str) -> dict[str, Any]:

@@ -1,0 +1,158 @@
+"""Speed and memory of a training step, several conditions measured against each other in one process."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from deepdelta.analysis.memory import peak_bytes
+from deepdelta.errors import UserError, nearest
+from deepdelta.models import GPT
+from deepdelta.training.config import TrainConfig
+from deepdelta.training.environment import Device, choose_device
+from deepdelta.training.optimizer import build_optimizer
+
+WARM_UP = 2
+"""Steps of each condition before anything is measured: the first one allocates the optimiser's state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Cost of one condition's training step (forward, backward, clipping, optimiser)."""
+
+    tokens_per_second: float
+    """Median over rounds."""
+    speed_ratio: float
+    """Median over rounds of tokens/s divided by the baseline's in the same round."""
+    speed_ratio_low: float
+    """The least of the rounds."""
+    speed_ratio_high: float
+    """The greatest of the rounds."""
+    rounds: int
+    peak_bytes: int
+    """Peak memory of allocated tensors in a step (see `deepdelta.analysis.memory`)."""
+    peak_ratio: float
+    """peak_bytes divided by the baseline's."""
+
+
+def measure_costs(
+    configs: Mapping[str, TrainConfig],
+    *,
+    vocab_size: int,
+    rounds: int,
+    baseline: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Cost]:
+    """Cost of each condition, by name.
+
+    Every round makes one training step of every condition, in an order drawn anew (with a fixed seed), so that what
+    else slows the machine down meets all conditions alike. All models live at once. Token ids are random: the
+    work does not depend on them.
+
+    Args:
+        configs: the conditions; device, precision and threads must be the same in all.
+        vocab_size: the vocabulary of models whose configuration leaves it open.
+        rounds: how many rounds are timed, after warm-up and the measurement of memory.
+        baseline: the condition that ratios refer to.
+        progress: called as progress(rounds done, rounds).
+
+    Raises:
+        UserError: an unknown baseline, no rounds, conditions on different devices, or a device that is absent.
+    """
+    if rounds < 1:
+        raise UserError(f"rounds must be at least 1, got {rounds}.")
+    if baseline not in configs:
+        raise UserError(f"baseline must be one of the conditions, got '{baseline}'; {nearest(baseline, configs)}")
+    for field in ("device", "precision", "threads"):
+        values = {getattr(config, field) for config in configs.values()}
+        if len(values) > 1:
+            raise UserError(f"{field} must be the same in all conditions to compare costs, got {values}; set one.")
+    first = configs[baseline]
+    chosen = choose_device(first.device, first.precision)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(first.threads or threads_before)
+    try:
+        trials = {name: _Trial(config, vocab_size, chosen) for name, config in configs.items()}
+        for trial in trials.values():
+            for _ in range(WARM_UP):
+                trial.step(trial.forward)
+        peaks = {name: trial.peak_bytes() for name, trial in trials.items()}
+        times = _timed(trials, rounds, progress)
+    finally:
+        torch.set_num_threads(threads_before)
+    speeds = {name: [trials[name].tokens / seconds for seconds in times[name]] for name in trials}
+    costs = {}
+    for name, speed in speeds.items():
+        ratios = [one / reference for one, reference in zip(speed, speeds[baseline], strict=True)]
+        costs[name] = Cost(
+            tokens_per_second=statistics.median(speed),
+            speed_ratio=statistics.median(ratios),
+            speed_ratio_low=min(ratios),
+            speed_ratio_high=max(ratios),
+            rounds=rounds,
+            peak_bytes=peaks[name],
+            peak_ratio=peaks[name] / peaks[baseline],
+        )
+    return costs
+
+
+def _timed(
+    trials: Mapping[str, "_Trial"], rounds: int, progress: Callable[[int, int], None] | None
+) -> dict[str, list[float]]:
+    """Seconds of each condition's step in each round."""
+    shuffle = random.Random(0).sample
+    times: dict[str, list[float]] = {name: [] for name in trials}
+    for done in range(1, rounds + 1):
+        for name in shuffle(list(trials), len(trials)):
+            trial = trials[name]
+            _synchronize(trial.chosen.device)
+            began = time.perf_counter()
+            trial.step(trial.forward)
+            _synchronize(trial.chosen.device)
+            times[name].append(time.perf_counter() - began)
+        if progress is not None:
+            progress(done, rounds)
+    return times
+
+
+class _Trial:
+    """One condition: model, optimiser and a batch, ready to make the same training step again and again."""
+
+    def __init__(self, config: TrainConfig, vocab_size: int, chosen: Device) -> None:
+        sizes = replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+        self.config, self.chosen, self.tokens = config, chosen, config.tokens_per_step
+        self.model = GPT(sizes, seed=config.seed).to(chosen.device)
+        self.optimizer = build_optimizer(self.model, config)
+        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        shape = (config.accumulate, config.batch_size, sizes.context + 1)
+        generator = torch.Generator().manual_seed(config.seed)
+        self.ids = torch.randint(vocab_size, shape, generator=generator).to(chosen.device)
+
+    def step(self, forward: nn.Module) -> None:
+        """What `deepdelta.training` does in a step, apart from reading the batch and writing the record."""
+        for ids in self.ids:
+            with torch.autocast(self.chosen.device.type, dtype=torch.bfloat16, enabled=self.chosen.precision == "bf16"):
+                loss = forward(ids[:, :-1], ids[:, 1:]).loss / self.config.accumulate
+            loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def peak_bytes(self) -> int:
+        """Of the step as it runs on CUDA; elsewhere of the uncompiled step, since the compiled one cannot be seen."""
+        forward = self.forward if self.chosen.device.type == "cuda" else self.model
+        return peak_bytes(lambda: self.step(forward), self._held())
+
+    def _held(self) -> list[Tensor]:
+        state = chain.from_iterable(values.values() for values in self.optimizer.state.values())
+        return [self.ids, *self.model.parameters(), *self.model.buffers(), *state]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,223 @@
+"""Floating-point operations of the GPT per token, one formula per part, as the forward pass executes them.
+
+Conventions:
+- A product of inner size k counts 2k per output (k multiplications, k additions); this covers adding the result to a
+  bias or a state. Convolutions likewise, padding included. These are the `matrix` operations, those that
+  `torch.utils.flop_counter` counts.
+- Everything else is `elementwise`: one per element for an addition, multiplication, division, root, power,
+  exponential, sigmoid or tanh; one per element read for a sum; 5 per element for a softmax (maximum, subtraction,
+  exponential, sum, division). Copies, look-ups, casts and comparisons are free, so the embedding has no part.
+- Attention counts all context x context scores, as the literature and torch's counter do; kernels that skip the
+  masked half execute about half of the part "attention scores", for every condition alike.
+- Backward is twice forward, for both kinds: each operation has two operands, each needs a gradient, each gradient
+  is as much work as the operation. What a fused kernel recomputes in backward is not counted.
+- Work per step rather than per token (folding convolution weights, clipping, the optimiser) is not counted.
+
+Symbols: D width, V value channels, T context, r rank, K taps.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deepdelta.errors import UserError
+from deepdelta.models import GPTConfig
+from deepdelta.nn import ResidualConfig
+
+SOFTMAX = 5
+SILU = 2
+BACKWARD = 2
+"""Backward work as a multiple of forward work."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one part."""
+
+    matrix: int = 0
+    elementwise: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.matrix + self.elementwise
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.matrix + other.matrix, self.elementwise + other.elementwise)
+
+    def __mul__(self, times: int) -> "Work":
+        return Work(self.matrix * times, self.elementwise * times)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per token."""
+
+    parts: Mapping[str, Work]
+    """Forward operations of each part, over all layers."""
+
+    @property
+    def forward(self) -> int:
+        return sum(work.total for work in self.parts.values())
+
+    @property
+    def matrix_forward(self) -> int:
+        return sum(work.matrix for work in self.parts.values())
+
+    @property
+    def training(self) -> int:
+        """Forward and backward."""
+        return self.forward * (1 + BACKWARD)
+
+
+def training_flops_per_token(config: GPTConfig) -> Flops:
+    """Operations per token of a GPT trained at its full context, by part.
+
+    Raises:
+        UserError: `vocab_size` is not set.
+    """
+    if config.vocab_size is None:
+        raise UserError("vocab_size must be set to count the operations of the head; set model.vocab_size.")
+    residual, width = config.residual, config.dim
+    norm = rms_norm(width)
+    per_block = {
+        "compression": compression(residual, width) * 2,
+        "norm": (norm if residual.norm == "rms" else Work()) * 2,
+        "attention projections": linear(width, config.heads * config.head_width) * 4,
+        "rotary": rotary(config),
+        "query-key norm": rms_norm(config.head_width) * (2 * config.heads if config.qk_norm else 0),
+        "attention scores": attention_scores(config),
+        "mlp": swiglu(width),
+        "direction": direction(residual, width) * 2,
+        "target": target(residual, width) * 2,
+        "gate": gates(residual, width) * 2,
+        "rewrite": rewrite(residual, width) * 2,
+    }
+    once = {
+        "expansion": expansion(residual, width),
+        "readout": compression(residual, width),
+        "final norm": norm,
+        "head": linear(width, config.vocab_size),
+        # log-softmax, and the sum over tokens.
+        "loss": Work(elementwise=SOFTMAX * config.vocab_size + 1),
+    }
+    return Flops({name: work * config.layers for name, work in per_block.items()} | once)
+
+
+def linear(inputs: int, outputs: int) -> Work:
+    """W x + b."""
+    return Work(matrix=2 * inputs * outputs)
+
+
+def rms_norm(width: int) -> Work:
+    """Square, mean, + eps, rsqrt, scale, weight."""
+    return Work(elementwise=4 * width + 3)
+
+
+def rotary(config: GPTConfig) -> Work:
+    """Two products and a sum per rotated feature of q and k."""
+    rotated = int(config.head_width * config.rope_fraction) // 2 * 2
+    return Work(elementwise=2 * config.heads * 3 * rotated)
+
+
+def attention_scores(config: GPTConfig) -> Work:
+    """q K^T, scaled, softmax, times the values, against all T positions."""
+    pairs = config.heads * config.context
+    return Work(matrix=2 * 2 * pairs * config.head_width, elementwise=(1 + SOFTMAX) * pairs)
+
+
+def swiglu(width: int) -> Work:
+    """W_o (silu(W_1 c) * W_2 c)."""
+    hidden = math.floor(8 / 3 * width)
+    return linear(width, hidden) * 3 + Work(elementwise=(SILU + 1) * hidden)
+
+
+def expansion(config: ResidualConfig, width: int) -> Work:
+    """repeat copies; embedding_conv: K taps per value channel and feature."""
+    taps = config.expansion_kernel if config.expansion == "embedding_conv" else 0
+    return Work(matrix=2 * taps * config.value_channels * width)
+
+
+def compression(config: ResidualConfig, width: int) -> Work:
+    """channel and channel_conv: a weighted sum over V; token: a convolution that sums over taps and V."""
+    size = config.value_channels * width
+    if config.value_channels == 1:
+        return Work()
+    if config.compression == "token":
+        return Work(matrix=2 * config.compression_kernel * size)
+    return Work(elementwise=2 * size)
+
+
+def direction(config: ResidualConfig, width: int) -> Work:
+    """r vectors (branch output, its maps, or the MLP of the pooled state), and the scale that each is given."""
+    if config.rule == "additive":
+        return Work()
+    # |a|^2, and sqrt(|a|^2 + eps^2); then 1/norm, or rsqrt(|a|^2 + eps) and for `operator` its square.
+    scalars = {"unit": 1, "operator": 3, "bounded": 2, "free": 0}[config.direction_norm]
+    scale = Work(elementwise=2 * width + 2 + scalars) * config.rank
+    if config.direction == "pooled":
+        return scale + pooled(config, width)
+    return scale + (linear(width, config.rank * width) if config.rank > 1 else Work())
+
+
+def pooled(config: ResidualConfig, width: int) -> Work:
+    """Pool the value channels, then the two-layer MLP with silu."""
+    channels, hidden = config.value_channels, config.direction_hidden
+    pool = {
+        "mean": Work(elementwise=(channels + 1) * width),
+        "flatten": Work(),
+        # q^T X scaled (one vector for all tokens, not a matrix product), softmax, weighted sum.
+        "attention": Work(matrix=2 * channels * width, elementwise=2 * channels * width + (1 + SOFTMAX) * channels),
+    }[config.direction_pool]
+    inputs = channels * width if config.direction_pool == "flatten" else width
+    return pool + linear(inputs, hidden) + Work(elementwise=SILU * hidden) + linear(hidden, config.rank * width)
+
+
+def target(config: ResidualConfig, width: int) -> Work:
+    """v of the rules that have one, or w_h = 1 + W c of those that write the branch output."""
+    outputs = config.rank * config.value_channels
+    if config.uses_target:
+        if config.target == "constant":
+            return Work()
+        # scaled_sigmoid: sigmoid and scale; magnitude: 1 + and times |h|.
+        return linear(width, outputs) + Work(
+            elementwise=2 * outputs if config.target in ("scaled_sigmoid", "magnitude") else 0
+        )
+    if config.rule == "two_gate" or (config.writes_branch and config.value_channels > 1):
+        return linear(width, outputs) + Work(elementwise=outputs)
+    return Work()
+
+
+def gates(config: ResidualConfig, width: int) -> Work:
+    """2 sigmoid(g(c)) for r gates (twice for two_gate), g linear or two layers with tanh."""
+    if config.rule == "additive" or config.gate == "constant":
+        return Work()
+    outputs, hidden = config.rank * gate_outputs(config), config.gate_hidden
+    if config.gate == "linear":
+        logits = linear(width, outputs)
+    else:
+        logits = linear(width, hidden) + Work(elementwise=hidden) + linear(hidden, outputs)
+    return (logits + Work(elementwise=2 * outputs)) * (2 if config.rule == "two_gate" else 1)
+
+
+def gate_outputs(config: ResidualConfig) -> int:
+    """Numbers per gate; a constant one is a single number."""
+    return config.value_channels if config.gate_per_channel and config.gate != "constant" else 1
+
+
+def rewrite(config: ResidualConfig, width: int) -> Work:
+    """X + k (w^T - b k^T X), r times: the read, the coefficient, and the outer product that adds as it goes."""
+    channels, gate = config.value_channels, gate_outputs(config)
+    if config.rule == "additive" and channels == 1:
+        return Work(elementwise=width)
+    read_or_outer = Work(matrix=2 * channels * width)
+    work = read_or_outer
+    if config.erases:
+        # b scaled twice by the size of the direction; w - b (k^T X).
+        work += read_or_outer + Work(elementwise=2 * gate + 2 * channels)
+    if config.uses_target:
+        # w = beta s v.
+        work += Work(elementwise=gate + channels)
+    if config.rule == "two_gate":
+        # w = beta w_h.
+        work += Work(elementwise=channels)
+    return work * config.rank

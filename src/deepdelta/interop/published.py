@@ -1,0 +1,269 @@
+"""The authors' published models: their configuration keys and tensor names to ours, and back (section 5).
+
+Their state is (batch, token, D, V) with V fastest, ours (batch, token, V, D): tensors that run over both are
+transposed on the way. The variant is not in their configuration; it is recognised from the tensor names.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepdelta.config import from_plain
+from deepdelta.errors import UserError, nearest
+from deepdelta.models import GPT, GPTConfig
+
+SIZES = {
+    "vocab_size": ("vocab_size", 50304),
+    "num_hidden_layers": ("layers", 12),
+    "num_attention_heads": ("heads", 6),
+    "hidden_size": ("dim", 768),
+    "head_dim": ("head_dim", 128),
+    "block_size": ("context", 1024),
+    "rope_base": ("rope_base", 10000.0),
+    "rope_ratio": ("rope_fraction", 1.0),
+    "use_qk_rmsnorm": ("qk_norm", True),
+    "embedding_init_std": ("embedding_std", 0.02),
+    "hidden_init_std_factor": ("init_factor", 0.5),
+}
+"""Published key: our field of GPTConfig, and the published default."""
+
+RESIDUAL: dict[str, Any] = {
+    "ddl_value_channels": 4,
+    "ddl_state_shortconv_kernel_size": None,
+    "ddl_state_read_init": None,
+    "ddl_state_dv_shortconv_causal": False,
+    "input_embed_shortconv_kernel_size": 4,
+    "ddl_k_eps": 1e-5,
+    "ddl_beta_hidden_size": 128,
+    "ddl_beta_single_linear": True,
+    "ddl_beta_init": 1.0,
+    "ddl_v_sigmoid": True,
+    "ddl_v_sigmoid_scale": 4.0,
+    "ddl_v_constant": False,
+    "ddl_v_constant_value": 2.0,
+    "ddl_v_dim1_constant": False,
+    "ddl_v_dim1_constant_value": 2.0,
+}
+"""Published keys of the residual, with their defaults. The read's start and the causal flag change nothing here: the
+tensors are loaded, and the published forward ignores the flag."""
+
+ONLY_AT_DEFAULT: dict[str, Any] = {
+    "using_groupnorm": False,
+    "use_output_gate": False,
+    "use_k_shift": False,
+    "use_v_shift": False,
+    "q_activation": None,
+    "k_activation": None,
+    "v_activation": None,
+    "mup": False,
+    "bias": False,
+    "dropout": 0.0,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+}
+"""Published keys that change the model in ways that have no counterpart here."""
+
+BOOKKEEPING = frozenset(
+    """architectures model_type auto_map dtype torch_dtype transformers_version _name_or_path name variant
+    kv_cache_slot_size hidden_size_base use_cache return_dict""".split()
+)
+"""Keys that say nothing about the numbers."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor's published axes become ours, and back."""
+
+    inward: Callable[[Tensor, int], Tensor]
+    outward: Callable[[Tensor], Tensor]
+
+
+SAME = Layout(lambda tensor, channels: tensor, lambda tensor: tensor)
+# (D * V, K) with V fastest, or (D * V, 1, K) for the embedding convolution, to (V, D, K).
+TOKEN = Layout(
+    lambda tensor, channels: tensor.reshape(-1, channels, tensor.shape[-1]).transpose(0, 1),
+    lambda tensor: tensor.transpose(0, 1).flatten(0, 1),
+)
+EMBEDDING = Layout(
+    lambda tensor, channels: TOKEN.inward(tensor.squeeze(1), channels),
+    lambda tensor: TOKEN.outward(tensor).unsqueeze(1),
+)
+
+BRANCH_NAMES = {
+    "attention": {"attn.c_q": "query", "attn.c_k": "key", "attn.c_v": "value", "attn.c_proj": "out"}
+    | {"attn.q_rms": "query_norm", "attn.k_rms": "key_norm"},
+    "mlp": {"mlp.c_fc1": "gate", "mlp.c_fc2": "up", "mlp.c_proj": "out"},
+}
+RESIDUAL_NAMES = {"beta": "gate.outer", "beta_in": "gate.inner", "beta_out": "gate.outer", "v_proj": "target.map"}
+COMPRESSION_NAMES = {
+    "channel_conv": {"weight": ("weight", SAME), "read": ("read", SAME)},
+    "token": {"shortconv.weight": ("weight", TOKEN), "read": ("read", SAME)},
+    "channel": {},
+}
+
+
+def load_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GPT:
+    """The published model with these tensors, as a GPT of this library.
+
+    Args:
+        config: the published configuration keys (section 5); missing ones take the published defaults.
+        tensors: the published parameters by name; `lm_head.weight` may stand beside the embedding it is tied to.
+
+    Returns:
+        A model with `model(input_ids, labels=None)`, logits, loss and gradients as the published code gives them. A
+        constant target leaves the published `v_proj` without use: those tensors are kept for `to_published`.
+
+    Raises:
+        UserError: an unknown key (the nearest one is named), a setting without a counterpart here, a missing or
+            unknown tensor, or one of the wrong shape.
+    """
+    model = GPT(_model_config(config, tensors))
+    channels = model.config.residual.value_channels
+    own = dict(model.named_parameters())
+    names = published_names(model.config)
+    given = dict(tensors)
+    head = given.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, given.get("transformer.wte.weight", head)):
+        raise UserError(
+            "lm_head.weight must equal transformer.wte.weight: the published head is tied to the embedding."
+        )
+    unused = {name: given.pop(name) for name in sorted(given) if _is_unused(name, model.config)}
+    if missing := sorted(set(names) - set(given)):
+        raise UserError(f"the published tensors {', '.join(missing)} are missing.")
+    if unknown := sorted(set(given) - set(names)):
+        raise UserError(f"unknown tensor '{unknown[0]}'; {nearest(unknown[0], names)}")
+    with torch.no_grad():
+        for name, (ours, layout) in names.items():
+            expected = tuple(layout.outward(own[ours]).shape)
+            if tuple(given[name].shape) != expected:
+                raise UserError(f"{name} must have shape {expected}, got {tuple(given[name].shape)}.")
+            own[ours].copy_(layout.inward(given[name], channels))
+    model.unused_published = {name: tensor.clone() for name, tensor in unused.items()}
+    return model
+
+
+def to_published(model: GPT, grads: bool = False) -> dict[str, Tensor]:
+    """The model's parameters under the published names and in the published layout; with `grads`, their gradients.
+
+    Raises:
+        UserError: the model has settings that the published code does not have, or a gradient is missing.
+    """
+    _check_published(model.config)
+    own = dict(model.named_parameters())
+    result = {} if grads else {name: tensor.clone() for name, tensor in model.unused_published.items()}
+    for name, (ours, layout) in published_names(model.config).items():
+        tensor = own[ours].grad if grads else own[ours].detach()
+        if tensor is None:
+            raise UserError(f"{ours} has no gradient; call loss.backward() first.")
+        result[name] = layout.outward(tensor).contiguous()
+    return result
+
+
+def published_names(config: GPTConfig) -> dict[str, tuple[str, Layout]]:
+    """Published tensor name: our parameter name, and how the axes are laid out."""
+    residual = config.residual
+    names: dict[str, tuple[str, Layout]] = {
+        "transformer.wte.weight": ("embedding.weight", SAME),
+        "ln_f.weight": ("norm.weight", SAME),
+    }
+    compression = COMPRESSION_NAMES[residual.compression]
+    if residual.expansion == "embedding_conv":
+        names["input_embed.conv.weight"] = ("stream.expansion.weight", EMBEDDING)
+    for theirs, (ours, layout) in compression.items():
+        names[f"readout.{theirs}"] = (f"stream.readout.{ours}", layout)
+    gate = (
+        ["beta.weight", "beta.bias"]
+        if residual.gate == "linear"
+        else ["beta_in.weight", "beta_out.weight", "beta_out.bias"]
+    )
+    target = [] if residual.target == "constant" else ["v_proj.weight", "v_proj.bias"]
+    for layer in range(config.layers):
+        theirs_layer, ours_layer = f"transformer.h.{layer}", f"layers.{layer}"
+        for theirs, (ours, layout) in compression.items():
+            names[f"{theirs_layer}.compress.{theirs}"] = (f"{ours_layer}.attention.compression.{ours}", layout)
+        for number, (sublayer, short) in enumerate({"attention": "attn", "mlp": "mlp"}.items(), start=1):
+            names[f"{theirs_layer}.ln_{number}.weight"] = (f"{ours_layer}.{sublayer}.norm.weight", SAME)
+            for theirs, ours in BRANCH_NAMES[sublayer].items():
+                if config.qk_norm or not theirs.endswith("rms"):
+                    names[f"{theirs_layer}.{theirs}.weight"] = (f"{ours_layer}.{sublayer}.branch.{ours}.weight", SAME)
+            for tensor in gate + target:
+                part, kind = tensor.split(".")
+                ours = f"{ours_layer}.{sublayer}.{RESIDUAL_NAMES[part]}.{kind}"
+                names[f"{theirs_layer}.ddl_{short}.{tensor}"] = (ours, SAME)
+    return names
+
+
+def _model_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GPTConfig:
+    known = {*SIZES, *RESIDUAL, *ONLY_AT_DEFAULT, *BOOKKEEPING}
+    for key, value in config.items():
+        if key not in known:
+            raise UserError(f"unknown configuration key '{key}'; {nearest(key, known)}")
+        if key in ONLY_AT_DEFAULT and value != ONLY_AT_DEFAULT[key]:
+            raise UserError(f"{key}={value!r} is not supported; only its default {ONLY_AT_DEFAULT[key]!r} is.")
+    sizes = {ours: config.get(theirs, default) for theirs, (ours, default) in SIZES.items()}
+    return from_plain(GPTConfig, sizes | {"residual": _residual(config, tensors)}, where="published configuration")
+
+
+def _residual(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    setting = RESIDUAL | {key: value for key, value in config.items() if key in RESIDUAL}
+    names = set(tensors)
+    token = any(name.endswith("compress.shortconv.weight") for name in names)
+    channel = any(name.endswith("compress.weight") for name in names)
+    channels = setting["ddl_value_channels"] if token or channel else 1
+    single = "v_dim1_constant" if channels == 1 else "v_constant"
+    target = "scaled_sigmoid" if setting["ddl_v_sigmoid"] else "linear_input"
+    if setting[f"ddl_{single}"]:
+        target = "constant"
+    kernel = setting["ddl_state_shortconv_kernel_size"] or (channels if channel else 4)
+    return {
+        "value_channels": channels,
+        "direction_eps": setting["ddl_k_eps"],
+        "target": target,
+        "target_scale": setting["ddl_v_sigmoid_scale"],
+        "target_value": setting[f"ddl_{single}_value"],
+        "gate": "linear" if setting["ddl_beta_single_linear"] else "two_layer",
+        "gate_init": min(max(setting["ddl_beta_init"], 0.0), 2.0),
+        "gate_hidden": setting["ddl_beta_hidden_size"],
+        "gate_hidden_bias": False,
+        "expansion": "embedding_conv" if "input_embed.conv.weight" in names else "repeat",
+        "expansion_kernel": setting["input_embed_shortconv_kernel_size"],
+        "compression": "token" if token else "channel_conv" if channel else "channel",
+        "compression_kernel": kernel,
+        "compression_init": "random" if token or channel else "identity",
+        "compression_sharing": "block",
+    }
+
+
+def _is_unused(name: str, config: GPTConfig) -> bool:
+    pattern = r"transformer\.h\.\d+\.ddl_(attn|mlp)\.v_proj\.(weight|bias)"
+    return config.residual.target == "constant" and re.fullmatch(pattern, name) is not None
+
+
+def _check_published(config: GPTConfig) -> None:
+    residual = config.residual
+    allowed: dict[str, tuple[Any, ...]] = {
+        "rule": ("delta",),
+        "rank": (1,),
+        "direction": ("branch",),
+        "direction_norm": ("unit",),
+        "target": ("scaled_sigmoid", "linear_input", "constant"),
+        "gate": ("linear", "two_layer"),
+        "gate_per_channel": (False,),
+        "compression": ("channel",) if residual.value_channels == 1 else ("channel_conv", "token"),
+        "compression_causal": (False,),
+        "norm": ("rms",),
+    }
+    if residual.gate == "two_layer":
+        allowed["gate_hidden_bias"] = (False,)
+    if residual.value_channels > 1:
+        allowed["compression_sharing"] = ("block",)
+    for name, values in allowed.items():
+        if getattr(residual, name) not in values:
+            raise UserError(
+                f"the published code has no {name}={getattr(residual, name)!r} "
+                f"(only {', '.join(repr(value) for value in values)}); the presets published-* have its settings."
+            )

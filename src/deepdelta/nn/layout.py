@@ -1,0 +1,58 @@
+"""Where the width stands: last, as in sequence models, or first after the batch, as in convolutional ones.
+
+The parts of a residual work on (..., V, D) and (..., D); a channel-first stream hands them permuted views.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deepdelta.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The way between the user's axes and the library's.
+
+    Channel-last: vectors (..., D), states (..., V, D). Channel-first: vectors (N, C, *space), states (N, V, C, *space).
+    """
+
+    channel_first: bool
+
+    def inward(self, x: Tensor) -> Tensor:
+        """Vectors to (..., D)."""
+        return x.movedim(1, -1) if self.channel_first else x
+
+    def outward(self, x_D: Tensor) -> Tensor:
+        """Vectors (..., D) back."""
+        return x_D.movedim(-1, 1) if self.channel_first else x_D
+
+    def state_inward(self, state: Tensor) -> Tensor:
+        """A state to (..., V, D)."""
+        return state.movedim((1, 2), (-2, -1)) if self.channel_first else state
+
+    def state_outward(self, state_VD: Tensor) -> Tensor:
+        """A state (..., V, D) back."""
+        return state_VD.movedim((-2, -1), (1, 2)) if self.channel_first else state_VD
+
+    def check_vectors(self, x: Tensor, width: int) -> None:
+        """Refuse vectors of another width."""
+        if self.channel_first:
+            if x.ndim < 3 or x.shape[1] != width:
+                raise UserError(f"x must be (batch, {width}, *space) on this stream, got shape {tuple(x.shape)}.")
+        elif x.ndim < 1 or x.shape[-1] != width:
+            raise UserError(f"x must end in the stream's width {width}, got shape {tuple(x.shape)}.")
+
+    def check_state(self, state: Tensor, channels: int, width: int) -> None:
+        """Refuse a state of another shape."""
+        if self.channel_first:
+            if state.ndim < 4 or tuple(state.shape[1:3]) != (channels, width):
+                raise UserError(
+                    f"the state must be (batch, {channels}, {width}, *space) on this stream, got shape "
+                    f"{tuple(state.shape)}; make it with stream.expand(x)."
+                )
+        elif tuple(state.shape[-2:]) != (channels, width):
+            raise UserError(
+                f"the state must end in (value channels, width) = {(channels, width)}, got shape "
+                f"{tuple(state.shape)}; make it with stream.expand(x)."
+            )

@@ -1,0 +1,223 @@
+"""Peak memory against hand computation and the profiler's record; speeds and ratios of real training steps."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from deepdelta import GPT, PRESETS, GPTConfig, TrainConfig, UserError
+from deepdelta.analysis import cost as cost_module
+from deepdelta.analysis import measure_costs, peak_bytes
+
+FLOAT = 4
+
+
+def chain_step(
+    rows: int, widths: tuple[int, int, int], *, keep_gradients: bool
+) -> tuple[Callable[[], None], list[Tensor]]:
+    """Forward and backward of (x W_1) W_2, and the tensors that exist before."""
+    a, b, c = widths
+    x, gradient = torch.randn(rows, a), torch.randn(rows, c)
+    first, second = torch.randn(a, b, requires_grad=True), torch.randn(b, c, requires_grad=True)
+
+    def step() -> None:
+        z = x @ first @ second
+        z.backward(gradient)
+        if not keep_gradients:
+            first.grad = second.grad = None
+
+    return step, [x, gradient, first, second]
+
+
+@pytest.mark.parametrize(("rows", "a", "b", "c"), [(40, 3, 5, 7), (2, 50, 30, 3), (9, 8, 7, 60)])
+def test_a_chain_of_products_by_hand(rows: int, a: int, b: int, c: int) -> None:
+    step, held = chain_step(rows, (a, b, c), keep_gradients=False)
+    before = rows * a + rows * c + a * b + b * c
+    # While W_2's product is differentiated: x W_1 (saved), z, and the gradients of both operands; then x W_1 is freed
+    # and W_1's gradient made.
+    at_second = rows * b + rows * c + rows * b + b * c
+    at_first = rows * c + rows * b + b * c + a * b
+    assert peak_bytes(step, held) == FLOAT * (before + max(at_second, at_first))
+
+
+def test_gradients_that_stay_are_counted_when_they_are_held() -> None:
+    step, held = chain_step(40, (3, 5, 7), keep_gradients=True)
+    step()
+    kept = [tensor.grad for tensor in held if tensor.grad is not None]
+    assert len(kept) == 2
+    fresh_step, fresh_held = chain_step(40, (3, 5, 7), keep_gradients=False)
+    assert peak_bytes(step, [*held, *kept]) == peak_bytes(fresh_step, fresh_held) + FLOAT * (3 * 5 + 5 * 7)
+
+
+def test_what_is_saved_for_backward_counts() -> None:
+    x = torch.randn(100, requires_grad=True)
+
+    def depth(layers: int) -> int:
+        def step() -> None:
+            y = x
+            for _ in range(layers):
+                y = y.sigmoid()
+            torch.autograd.grad(y, x, x.detach())
+
+        return peak_bytes(step, [x])
+
+    # Every further layer saves one output more.
+    assert depth(9) - depth(4) == 5 * 100 * FLOAT
+    with torch.no_grad():
+        assert peak_bytes(lambda: x.sigmoid().sigmoid().sigmoid(), [x]) == 3 * 100 * FLOAT
+
+
+def test_views_in_place_work_and_reuse_allocate_nothing() -> None:
+    x, other = torch.zeros(64), torch.zeros(1000)
+
+    def step() -> None:
+        x.view(8, 8).t().mul_(2)
+        other[:500].add_(1)
+        for _ in range(5):
+            x + 1
+
+    assert peak_bytes(step, [x]) == 2 * 64 * FLOAT
+    assert peak_bytes(step, [x, x.view(8, 8)[0]]) == 2 * 64 * FLOAT
+
+
+def test_memory_freed_in_the_step_makes_room() -> None:
+    box = [torch.zeros(1000)]
+
+    def step() -> None:
+        box[0] = box[0][:10].clone()
+        box.append(torch.ones(900))
+
+    # Beside what others hold: 10 new, then 1000 freed, then 900 new.
+    assert peak_bytes(step, []) == FLOAT * 10
+
+
+def training_step(residual: str) -> tuple[cost_module._Trial, Callable[[], None]]:
+    sizes = GPTConfig(context=32, layers=2, heads=2, dim=32, residual=PRESETS[residual])
+    trial = cost_module._Trial(
+        TrainConfig(model=sizes, batch_size=4, accumulate=2, device="cpu"), 64, cost_module.choose_device("cpu", "fp32")
+    )
+    return trial, lambda: trial.step(trial.model)
+
+
+def profiled_peak(step: Callable[[], None], path: Path) -> int:
+    """The peak of what torch's allocator hands out during `step`, from the profiler's memory events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        step()
+    record.export_chrome_trace(str(path))
+    events: list[dict[str, Any]] = [
+        event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"
+    ]
+    first = min(events, key=lambda event: event["ts"])["args"]
+    before = first["Total Allocated"] - first["Bytes"]
+    return max(event["args"]["Total Allocated"] for event in events) - before
+
+
+@pytest.mark.parametrize("residual", ["additive", "ddl", "published-tc"])
+def test_a_training_step_agrees_with_the_profiler(residual: str, tmp_path: Path) -> None:
+    trial, step = training_step(residual)
+    for _ in range(2):
+        step()
+    peak = trial.peak_bytes()
+    parameters = sum(parameter.nbytes for parameter in trial.model.parameters())
+    held = sum(tensor.nbytes for tensor in trial._held())
+    assert held > 3 * parameters
+    # Within the small temporaries that operators make inside themselves.
+    assert profiled_peak(step, tmp_path / "trace.json") == pytest.approx(peak - held, abs=8192)
+    assert peak - held > parameters
+    assert trial.peak_bytes() == peak
+
+
+def configs(**changes: Any) -> dict[str, TrainConfig]:
+    return {
+        name: TrainConfig(
+            model=GPTConfig(context=16, layers=1, heads=2, dim=16, residual=PRESETS[name]),
+            **({"batch_size": 2, "device": "cpu", "threads": 1} | changes),
+        )
+        for name in ("additive", "ddl-scalar", "ddl")
+    }
+
+
+def test_costs_of_three_conditions() -> None:
+    seen: list[tuple[int, int]] = []
+    threads = torch.get_num_threads()
+    costs = measure_costs(
+        configs(),
+        vocab_size=31,
+        rounds=7,
+        baseline="ddl-scalar",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(done, 7) for done in range(1, 8)]
+    assert torch.get_num_threads() == threads
+    assert list(costs) == ["additive", "ddl-scalar", "ddl"]
+    own = costs["ddl-scalar"]
+    assert (own.speed_ratio, own.speed_ratio_low, own.speed_ratio_high, own.peak_ratio) == (1, 1, 1, 1)
+    for one in costs.values():
+        assert one.rounds == 7
+        assert 0 < one.speed_ratio_low <= one.speed_ratio <= one.speed_ratio_high
+        assert one.peak_ratio == one.peak_bytes / own.peak_bytes
+    assert costs["additive"].peak_bytes < own.peak_bytes < costs["ddl"].peak_bytes
+    again = measure_costs(configs(), vocab_size=31, rounds=1, baseline="ddl-scalar")
+    assert [one.peak_bytes for one in again.values()] == [one.peak_bytes for one in costs.values()]
+
+
+def test_times_become_speeds_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With known times: ratios are taken within a round, the median over rounds, never between rounds."""
+    times = {"additive": [1.0, 4.0, 2.0], "ddl-scalar": [2.0, 4.0, 5.0], "ddl": [1.0, 1.0, 1.0]}
+    monkeypatch.setattr(cost_module, "_timed", lambda trials, rounds, progress: times)
+    costs = measure_costs(configs(accumulate=3), vocab_size=31, rounds=3, baseline="additive")
+    scalar, tokens = costs["ddl-scalar"], 2 * 3 * 16
+    assert scalar.tokens_per_second == tokens / 4
+    assert (scalar.speed_ratio_low, scalar.speed_ratio, scalar.speed_ratio_high) == pytest.approx((0.4, 0.5, 1.0))
+    assert (costs["ddl"].speed_ratio_low, costs["ddl"].speed_ratio, costs["ddl"].speed_ratio_high) == (1.0, 2.0, 4.0)
+
+
+def test_every_round_makes_every_condition_in_changing_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def record(trial: cost_module._Trial, forward: Any) -> None:
+        order.append(trial.config.model.residual.rule + str(trial.config.model.residual.value_channels))
+
+    plain = cost_module._Trial.step
+    monkeypatch.setattr(
+        cost_module._Trial, "step", lambda trial, forward: (record(trial, forward), plain(trial, forward))
+    )
+    measure_costs(configs(), vocab_size=31, rounds=8, baseline="additive")
+    timed = order[-24:]
+    rounds = [tuple(timed[i : i + 3]) for i in range(0, 24, 3)]
+    assert all(sorted(one) == ["additive1", "delta1", "delta4"] for one in rounds)
+    assert len(set(rounds)) > 2
+
+
+def test_the_step_trains() -> None:
+    trial, step = training_step("ddl")
+    before = {name: value.clone() for name, value in trial.model.state_dict().items()}
+    losses = []
+    for _ in range(12):
+        step()
+        with torch.no_grad():
+            loss = trial.model(trial.ids[0, :, :-1], trial.ids[0, :, 1:]).loss
+        assert loss is not None
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] < 1.5 * math.log(64)
+    changed = [name for name, value in trial.model.state_dict().items() if not torch.equal(value, before[name])]
+    assert set(changed) == set(before)
+    assert isinstance(trial.model, GPT) and all(parameter.grad is None for parameter in trial.model.parameters())
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(UserError, match="did you mean 'additive'"):
+        measure_costs(configs(), vocab_size=31, rounds=1, baseline="aditive")
+    with pytest.raises(UserError, match="rounds must be at least 1, got 0"):
+        measure_costs(configs(), vocab_size=31, rounds=0, baseline="additive")
+    mixed = configs()
+    mixed["ddl"] = replace(mixed["ddl"], threads=2)
+    with pytest.raises(UserError, match="threads must be the same"):
+        measure_costs(mixed, vocab_size=31, rounds=1, baseline="additive")

@@ -1,0 +1,162 @@
+"""Settings: what is refused, by name and with the reason, and that the table of illegal combinations is exact."""
+
+import dataclasses
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from deepdelta import PRESETS, DeltaStream, ResidualConfig, UserError
+from deepdelta.config import from_plain, to_plain
+from deepdelta.nn.config import ILLEGAL, RANGES
+
+# For every entry of the table, settings that break this rule and no other.
+TRIGGERS: dict[str, list[dict[str, Any]]] = {
+    "value_channels=1 with expansion='embedding_conv'": [{"value_channels": 1, "expansion": "embedding_conv"}],
+    "value_channels=1 with a compression other than 'channel'": [
+        {"value_channels": 1, "compression": "token"},
+        {"value_channels": 1, "compression": "channel_conv", "compression_kernel": 1},
+    ],
+    "compression='channel_conv' with compression_kernel > value_channels": [
+        {"compression": "channel_conv", "value_channels": 3},
+        {"compression": "channel_conv", "compression_kernel": 5},
+    ],
+    "compression_causal=True with a compression other than 'channel_conv'": [
+        {"compression_causal": True},
+        {"compression_causal": True, "compression": "token"},
+    ],
+    "compression='channel' with compression_init='random'": [{"compression_init": "random"}],
+    "rank > 1 with a rule that writes the branch output": [
+        {"rank": 2, "rule": rule} for rule in ("additive", "additive_erase", "two_gate")
+    ],
+    "direction='pooled' with a rule that writes the branch output": [
+        {"direction": "pooled", "rule": rule} for rule in ("additive", "additive_erase", "two_gate")
+    ],
+    "direction='pooled' with a target other than 'branch'": [
+        {"direction": "pooled", "target": target}
+        for target in ("linear", "scaled_sigmoid", "linear_input", "constant", "magnitude")
+    ],
+    "direction='pooled' with rule='erase_only'": [{"direction": "pooled", "rule": "erase_only"}],
+    "direction_norm other than 'unit' with a rule that writes the branch output": [
+        {"direction_norm": norm, "rule": rule}
+        for norm in ("operator", "bounded", "free")
+        for rule in ("additive", "additive_erase", "two_gate")
+    ],
+    "gate_per_channel=True with rule='additive'": [{"gate_per_channel": True, "rule": "additive"}],
+    "gate_per_channel=True with gate='constant'": [{"gate_per_channel": True, "gate": "constant"}],
+}
+
+
+def test_the_table_is_the_one_tested_here():
+    assert {illegal.settings for illegal in ILLEGAL} == TRIGGERS.keys()
+
+
+@pytest.mark.parametrize("illegal", ILLEGAL, ids=lambda illegal: illegal.settings)
+def test_every_illegal_combination_is_refused_with_its_reason(illegal):
+    for settings in TRIGGERS[illegal.settings]:
+        for build in (lambda s=settings: ResidualConfig(**s), lambda s=settings: DeltaStream(8, **s)):
+            with pytest.raises(UserError) as caught:
+                build()
+            assert f"{illegal.settings}: {illegal.reason}" in str(caught.value)
+
+
+@pytest.mark.parametrize("illegal", ILLEGAL, ids=lambda illegal: illegal.settings)
+def test_what_it_advises_is_legal(illegal):
+    """Each setting of a refused combination is legal with the others at their defaults, but for what it names."""
+    for settings in TRIGGERS[illegal.settings]:
+        base = dataclasses.asdict(ResidualConfig())
+        assert any(_legal({**base, **settings, name: base[name]}) for name in settings)
+
+
+def _legal(settings: dict[str, Any]) -> bool:
+    try:
+        ResidualConfig(**settings)
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("name", "low", "high"), RANGES)
+def test_ranges(name, low, high):
+    kind = get_type_hints(ResidualConfig)[name]
+    assert kind in (int, float)
+    for value in (low - 1, high + 1, low - 1e9, high * 2 + 1):
+        with pytest.raises(UserError, match=rf"{name} must lie in \[.*\], got {kind(value)!r}".replace("+", r"\+")):
+            ResidualConfig(**{name: kind(value)})
+    extra = {"compression_kernel": 4} if name != "compression_kernel" else {}
+    for value in (kind(low), kind(high)):
+        assert getattr(ResidualConfig(**{name: value, **extra}), name) == value
+    if kind is float:
+        with pytest.raises(UserError, match=f"{name} must lie in"):
+            ResidualConfig(**{name: float("nan")})
+
+
+CHOICES = {name: get_args(kind) for name, kind in get_type_hints(ResidualConfig).items() if get_args(kind)}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_misspelt_choices_name_the_valid_ones(unchecked, name):
+    misspelt = CHOICES[name][0][:-1] + "_"
+    with pytest.raises(UserError) as caught:
+        ResidualConfig(**{name: misspelt})
+    assert name in str(caught.value) and repr(misspelt) in str(caught.value)
+    assert all(choice in str(caught.value) for choice in CHOICES[name])
+    with pytest.raises(UserError) as caught:
+        DeltaStream(8, **{name: misspelt})
+    assert all(part in str(caught.value) for part in (name, repr(misspelt), *CHOICES[name]))
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ResidualConfig)])
+def test_misspelt_options_name_the_nearest(name):
+    misspelt = name[:2] + name[3:]
+    with pytest.raises(UserError, match=f"unknown key '{misspelt}'; did you mean '{name}'"):
+        DeltaStream(8, **{misspelt: 1})
+
+
+def test_an_option_like_none_names_them_all():
+    with pytest.raises(UserError, match="unknown key 'zzz'; known are: compression, .*value_channels"):
+        DeltaStream(8, zzz=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"value_channels": 2.5}, "value_channels: .*integer"),
+        ({"value_channels": "4"}, "value_channels: .*integer.*'4'"),
+        ({"gate_init": "high"}, "gate_init: .*number.*'high'"),
+        ({"gate_per_channel": "yes"}, "gate_per_channel: .*boolean.*'yes'"),
+    ],
+)
+def test_wrong_types(settings, message):
+    with pytest.raises(UserError, match=message):
+        DeltaStream(8, **settings)
+
+
+def test_dim():
+    with pytest.raises(UserError, match="dim must be at least 1, got 0"):
+        DeltaStream(0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_legal_and_survive_plain_data(name):
+    preset = PRESETS[name]
+    assert from_plain(ResidualConfig, to_plain(preset)) == preset
+    stream = DeltaStream(8, **dataclasses.asdict(preset))
+    assert stream.config == preset
+
+
+def test_the_library_s_defaults():
+    """Section 2: branch direction, linear target, linear gate with beta0 = 1, V = 4, embedding convolution, channel
+    compression with mean initialisation; a bare stream repeats instead, which needs no token axis."""
+    ddl = PRESETS["ddl"]
+    assert (ddl.rule, ddl.direction, ddl.target, ddl.gate, ddl.gate_init) == ("delta", "branch", "linear", "linear", 1)
+    assert (ddl.value_channels, ddl.expansion, ddl.expansion_kernel) == (4, "embedding_conv", 4)
+    assert (ddl.compression, ddl.compression_init, ddl.direction_eps) == ("channel", "identity", 1e-5)
+    assert DeltaStream(8).config == dataclasses.replace(ddl, expansion="repeat")
+    assert not DeltaStream(8).config.needs_tokens
+    assert (PRESETS["additive"].rule, PRESETS["additive"].value_channels) == ("additive", 1)
+    assert dataclasses.replace(PRESETS["ddl-scalar"], value_channels=4) == DeltaStream(8).config
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ResidualConfig().rule = "additive"  # type: ignore[misc]

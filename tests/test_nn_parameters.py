@@ -1,0 +1,199 @@
+"""Which parameters a residual has, how they start, and that what two rules share starts bit-equal."""
+
+import copy
+import math
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from helpers import near, randn
+from torch import Tensor, nn
+
+from deepdelta import DeltaStream
+from deepdelta.nn import initialise
+
+RULES = ["delta", "write_only", "erase_only", "additive", "additive_erase", "two_gate"]
+D, V = 12, 3
+GATE = {"gate.outer.weight": (1, D), "gate.outer.bias": (1,)}
+ERASE = {"erase_gate.outer.weight": (1, D), "erase_gate.outer.bias": (1,)}
+BY_RULE: dict[str, dict[str, tuple[int, ...]]] = {
+    "delta": {**GATE, "target.map.weight": (V, D)},
+    "write_only": {**GATE, "target.map.weight": (V, D)},
+    "erase_only": GATE,
+    "additive": {"write.map.weight": (V, D)},
+    "additive_erase": {**ERASE, "write.map.weight": (V, D)},
+    "two_gate": {**GATE, **ERASE, "write.map.weight": (V, D)},
+}
+COMMON = {"norm.weight": (D,), "compression.weight": (V, D)}
+
+
+def parameters(channels: int = V, seed: int = 0, **options: Any) -> dict[str, Tensor]:
+    return dict(DeltaStream(D, channels, seed=seed, **options).wrap().named_parameters())
+
+
+def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_creates_only_what_it_uses(rule):
+    assert shapes(parameters(rule=rule)) == {**COMMON, **BY_RULE[rule]}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_at_one_value_channel_nothing_is_compressed(rule):
+    expected = {name: (1, D) if name.endswith("map.weight") else shape for name, shape in BY_RULE[rule].items()}
+    if rule in ("additive", "additive_erase"):
+        del expected["write.map.weight"]  # w_h = 1: the plain residual
+    assert shapes(parameters(1, rule=rule)) == {"norm.weight": (D,), **expected}
+
+
+PARTS: list[tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = [
+    ({"rank": 2}, {"direction.maps.weight": (2 * D, D), "gate.outer.weight": (2, D), "target.map.weight": (2 * V, D)}),
+    ({"gate_per_channel": True}, {"gate.outer.weight": (V, D), "gate.outer.bias": (V,)}),
+    (
+        {"gate": "two_layer", "gate_hidden": 7},
+        {"gate.inner.weight": (7, D), "gate.inner.bias": (7,), "gate.outer.weight": (1, 7)},
+    ),
+    ({"gate": "two_layer"}, {"gate.inner.weight": (128, D)}),
+    ({"gate": "two_layer", "gate_hidden_bias": False}, {"gate.inner.bias": ()}),
+    ({"gate": "constant"}, {"gate.outer.weight": (), "gate.outer.bias": ()}),
+    ({"target": "constant"}, {"target.map.weight": ()}),
+    ({"target": "scaled_sigmoid"}, {"target.map.bias": (V,)}),
+    ({"target": "linear_input"}, {"target.map.bias": (V,)}),
+    ({"target": "magnitude"}, {}),
+    ({"compression": "token"}, {"compression.weight": (V, D, 4), "compression.read": (V,)}),
+    (
+        {"compression": "channel_conv", "compression_kernel": 2},
+        {"compression.weight": (D, 2), "compression.read": (V,)},
+    ),
+    ({"norm": "none"}, {"norm.weight": ()}),
+    (
+        {"direction": "pooled", "target": "branch", "direction_pool": "attention", "direction_hidden": 5},
+        {
+            "direction.inner.weight": (5, D),
+            "direction.inner.bias": (5,),
+            "direction.outer.weight": (D, 5),
+            "direction.outer.bias": (D,),
+            "direction.query": (D,),
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "changes"), PARTS, ids=lambda part: "-".join(map(str, part)))
+def test_a_part_creates_only_what_it_uses(options, changes):
+    """The shapes of the default residual with these changed; () stands for a parameter that is not there."""
+    expected = {**COMMON, **BY_RULE["delta"], **changes}
+    if options.get("rank") == 2:
+        expected["gate.outer.bias"] = (2,)
+    if options.get("gate") == "two_layer":
+        expected["gate.outer.weight"] = (1, options.get("gate_hidden", 128))
+        expected.setdefault("gate.inner.weight", (128, D))
+        expected.setdefault("gate.inner.bias", (128,))
+    assert shapes(parameters(**options)) == {name: shape for name, shape in expected.items() if shape}
+
+
+@pytest.mark.parametrize("channels", [1, V])
+@pytest.mark.parametrize("pair", [*combinations(RULES, 2)], ids="-".join)
+def test_what_two_rules_share_starts_bit_equal(pair, channels):
+    one, two = (parameters(channels, seed=3, rule=rule) for rule in pair)
+    shared = one.keys() & two.keys()
+    assert "norm.weight" in shared
+    assert [name for name in sorted(shared) if not torch.equal(one[name], two[name])] == []
+
+
+def test_a_start_depends_on_the_seed_and_the_place():
+    stream = DeltaStream(D, V, seed=1)
+    first, second = (dict(stream.wrap().named_parameters()) for _ in range(2))
+    again = parameters(seed=1)
+    other = parameters(seed=2)
+    for name in ("gate.outer.weight", "target.map.weight"):
+        assert torch.equal(first[name], again[name])
+        assert not torch.equal(first[name], second[name])
+        assert not torch.equal(first[name], other[name])
+
+
+def test_without_a_seed_it_comes_from_torch_s_generator():
+    draws = []
+    for manual in (5, 5, 6):
+        torch.manual_seed(manual)
+        draws.append(dict(DeltaStream(D, V).wrap().named_parameters())["target.map.weight"])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_a_seed_leaves_torch_s_generator_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    DeltaStream(D, V, seed=1, compression="token", compression_init="random").wrap()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_branch_is_never_drawn_anew():
+    branch = nn.Linear(D, D)
+    before = copy.deepcopy(branch.state_dict())
+    residual = DeltaStream(D, V, seed=0).wrap(branch)
+    assert residual.branch is branch
+    assert all(torch.equal(before[name], tensor) for name, tensor in branch.state_dict().items())
+
+
+@pytest.mark.parametrize("init_factor", [0.5, 2.0])
+def test_matrices_start_normal_with_the_stated_deviation(init_factor):
+    dim = 512
+    stream = DeltaStream(dim, 4, seed=0, init_factor=init_factor, compression="token", compression_init="random", rank=2)
+    residual = stream.wrap()
+    std = init_factor / math.sqrt(dim)
+    for name in ("direction.maps.weight", "compression.weight", "target.map.weight"):
+        weight = dict(residual.named_parameters())[name].detach()
+        assert abs(float(weight.std()) / std - 1) < 4 / math.sqrt(2 * weight.numel()), name
+        assert abs(float(weight.mean())) < 4 * std / math.sqrt(weight.numel()), name
+
+
+@pytest.mark.parametrize("gate", ["linear", "two_layer"])
+@pytest.mark.parametrize(("start", "expected"), [(0.1, 0.1), (1.0, 1.0), (1.9, 1.9), (0.0, 2e-6), (2.0, 2 - 2e-6)])
+def test_gates_start_at_their_setting(gate, start, expected):
+    """The output bias is logit(beta0 / 2), clamped away from the ends where it would be infinite."""
+    bias = parameters(gate=gate, gate_init=start)["gate.outer.bias"]
+    share = expected / 2
+    near(bias.detach(), torch.tensor([math.log(share) - math.log(1 - share)], dtype=torch.float32), tol=1e-6)
+    assert float(2 * torch.sigmoid(bias.detach().double())) == pytest.approx(expected, rel=1e-5)
+
+
+def test_erase_gates_start_at_their_own_setting():
+    for rule in ("additive_erase", "two_gate"):
+        bias = parameters(rule=rule, gate_init=1.5, erase_init=0.4)["erase_gate.outer.bias"]
+        assert float(2 * torch.sigmoid(bias.detach())) == pytest.approx(0.4, rel=1e-5)
+
+
+@pytest.mark.parametrize("compression", ["channel", "channel_conv", "token"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_compression_starts_as_the_mean_over_value_channels(compression, causal):
+    if causal and compression != "channel_conv":
+        pytest.skip("only the convolution along channels pads")
+    options = {"compression": compression, "compression_kernel": 3, "compression_causal": causal, "norm": "none"}
+    stream = DeltaStream(D, V, seed=0, **options)
+    state = randn(2, 5, V, D).float()
+    near(stream.reduce(state), state.mean(-2), tol=1e-6)
+    near(stream.wrap().open(state)[0], state.mean(-2), tol=1e-6)
+
+
+def test_embedding_convolution_starts_as_repeat():
+    x = randn(2, 5, D).float()
+    convolution, repeat = (DeltaStream(D, V, seed=0, expansion=kind).expand(x) for kind in ("embedding_conv", "repeat"))
+    assert torch.equal(convolution, repeat)
+
+
+def test_initialise_leaves_foreign_layers_as_they_are():
+    module = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    before = copy.deepcopy(module.state_dict())
+    initialise(module, 0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_every_parameter_gets_a_gradient():
+    for rule in RULES:
+        residual = DeltaStream(D, V, seed=0, rule=rule).wrap(nn.Linear(D, D))
+        residual(randn(2, V, D).float()).square().sum().backward()
+        assert [name for name, p in residual.named_parameters() if p.grad is None or not p.grad.any()] == []

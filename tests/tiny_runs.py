@@ -1,0 +1,94 @@
+"""Tiny runs that several test files start: a small text, a small model, processes of their own."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deepdelta.config import from_plain, merged
+from deepdelta.training import RunDirectory, TrainConfig, train
+from deepdelta.training.loop import Trained
+
+WORDS = "def return import class self for while if else the of and state gate write erase €".split()
+MODEL = {"context": 16, "layers": 1, "heads": 2, "dim": 16}
+
+
+def text_file(path: Path, words: int = 640) -> Path:
+    """A text of a few kilobytes, always the same."""
+    draw = random.Random(1)
+    path.write_text("".join(draw.choice(WORDS) + (" " if i % 8 else "\n") for i in range(words)), encoding="utf-8")
+    return path
+
+
+def settings(source: Path, **changes: Any) -> dict[str, Any]:
+    """A run of 20 steps as plain data, with `changes` laid over it."""
+    plain: dict[str, Any] = {
+        "model": MODEL,
+        "data": {"source": str(source)},
+        "steps": 20,
+        "batch_size": 2,
+        "warmup": 3,
+        "eval_every": 8,
+        "eval_tokens": 64,
+        "checkpoint_every": 7,
+        "device": "cpu",
+        "threads": 1,
+    }
+    return merged(plain, changes)
+
+
+def config(source: Path, **changes: Any) -> TrainConfig:
+    return from_plain(TrainConfig, settings(source, **changes))
+
+
+def quietly(settings: TrainConfig, run: Path, **options: Any) -> Trained:
+    return train(settings, run, say=lambda line: None, **options)
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "deepdelta", *map(str, arguments)]
+
+
+def start(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    """The command in a process of its own, both of its outputs in one pipe."""
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Return as soon as the run has recorded `step`; the process must still be at work then."""
+    while RunDirectory(run).last_recorded_step() < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The recorded lines without what the clock decides."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def tensors(run: Path) -> dict[str, Tensor]:
+    """Weights and optimiser state of the checkpoint."""
+    return load_file(run / "checkpoint.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Every recorded number, every weight and the optimiser's state are the same bit for bit."""
+    assert rows(one) == rows(other)
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    assert all(a[name].equal(b[name]) for name in a)
