@@ -1,17 +1,21 @@
 # make study   set up, then train the quick study and write its report
 # make test    set up, then run the whole test suite
+# make matrix  set up, then try every legal combination of the residual's settings (about MATRIXTIME)
 # make check   lint, format and types, without running anything
 # make fresh-clone   both README commands in a fresh clone of the last commit
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: study test check fresh-clone clean
+.PHONY: study test matrix check fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest
+
+matrix: .venv/test.stamp
+	$(BIN)/python -m pytest tests/test_matrix.py -m matrix --timeout 3600
 
 check: .venv/test.stamp
 	$(BIN)/ruff check src tests

@@ -1,13 +1,14 @@
 """What every test runs under: one thread, no deadlines, a cache folder of its own."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from jaxtyping import config as jaxtyping_config
 
 _CACHE = tempfile.TemporaryDirectory(prefix="deepdelta-tests-")
 os.environ["DEEPDELTA_CACHE"] = _CACHE.name  # before any import reads it; subprocesses inherit it
@@ -24,9 +25,19 @@ settings.load_profile("deepdelta")
 
 
 @pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Runs the package as users do, without the run-time type checks of the test run: these would answer a wrong
-    shape before the package's own message does, and torch.compile cannot trace them."""
-    jaxtyping_config.update("jaxtyping_disable", True)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package as users have it, without the run-time type checks of the test run: these would answer a wrong shape
+    before the package's own message does, and torch.compile cannot trace them."""
+    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "deepdelta"]
+    classes = {value for module in modules for value in vars(module).values() if _is_class_of_the_package(value)}
+    for owner in (*modules, *classes):
+        for name, value in list(vars(owner).items()):
+            if getattr(getattr(value, "__code__", None), "co_filename", None) == jaxtyping._decorator.__file__:
+                monkeypatch.setattr(owner, name, value.__wrapped__)
+    jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    jaxtyping_config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def _is_class_of_the_package(value: object) -> bool:
+    return isinstance(value, type) and value.__module__.partition(".")[0] == "deepdelta"

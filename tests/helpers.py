@@ -131,9 +131,7 @@ def gate_values(config: object, p: Mapping[str, Tensor], c: Tensor, name: str, s
         hidden = (hidden + p[f"{name}.inner.bias"] if config.gate_hidden_bias else hidden).tanh()
     logits = hidden @ p[f"{name}.outer.weight"].T + p[f"{name}.outer.bias"]
     beta = 2 / (1 + (-logits).exp())
-    return [
-        beta[..., i * per_rank : (i + 1) * per_rank].expand(*c.shape[:-1], channels) for i in range(config.rank)
-    ]
+    return [beta[..., i * per_rank : (i + 1) * per_rank].expand(*c.shape[:-1], channels) for i in range(config.rank)]
 
 
 def direction_vectors(config: object, p: Mapping[str, Tensor], state: Tensor, h: Tensor) -> list[Tensor]:

@@ -113,7 +113,7 @@ def test_misspelt_options_name_the_nearest(name):
 
 
 def test_an_option_like_none_names_them_all():
-    with pytest.raises(UserError, match="unknown key 'zzz'; known are: compression, .*value_channels"):
+    with pytest.raises(UserError, match=r"unknown key 'zzz'; known are: compression, .*value_channels"):
         DeltaStream(8, zzz=1)
 
 
@@ -126,7 +126,7 @@ def test_an_option_like_none_names_them_all():
         ({"gate_per_channel": "yes"}, "gate_per_channel: .*boolean.*'yes'"),
     ],
 )
-def test_wrong_types(settings, message):
+def test_wrong_types(unchecked, settings, message):
     with pytest.raises(UserError, match=message):
         DeltaStream(8, **settings)
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import near, randn
 
 from deepdelta import DeltaStream, UserError, recording
 from deepdelta.nn import DeltaResidual
+from helpers import near, randn
 
 DIM = 6
 ALONG_K = ["delta", "write_only", "erase_only", "additive_erase", "two_gate"]

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import near, randn
 from torch import Tensor, nn
 
 from deepdelta import DeltaStream
 from deepdelta.nn import initialise
+from helpers import near, randn
 
 RULES = ["delta", "write_only", "erase_only", "additive", "additive_erase", "two_gate"]
 D, V = 12, 3
@@ -142,7 +142,9 @@ def test_the_branch_is_never_drawn_anew():
 @pytest.mark.parametrize("init_factor", [0.5, 2.0])
 def test_matrices_start_normal_with_the_stated_deviation(init_factor):
     dim = 512
-    stream = DeltaStream(dim, 4, seed=0, init_factor=init_factor, compression="token", compression_init="random", rank=2)
+    stream = DeltaStream(
+        dim, 4, seed=0, init_factor=init_factor, compression="token", compression_init="random", rank=2
+    )
     residual = stream.wrap()
     std = init_factor / math.sqrt(dim)
     for name in ("direction.maps.weight", "compression.weight", "target.map.weight"):

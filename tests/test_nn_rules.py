@@ -8,12 +8,12 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from helpers import compressed, dense_residual, expanded, gradients, near, perturb, randn
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from deepdelta import DeltaResidual, DeltaStream, ResidualConfig, UserError
+from helpers import compressed, dense_residual, expanded, gradients, near, perturb, randn
 
 RULES = ["delta", "write_only", "erase_only", "additive", "additive_erase", "two_gate"]
 DIM = 5

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from helpers import BATCHES, CHANNELS, GATES, SEEDS, WIDTHS, dense_rewrite, near, outer, randn, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from deepdelta.ops import delta_rewrite
+from helpers import BATCHES, CHANNELS, GATES, SEEDS, WIDTHS, dense_rewrite, near, outer, randn, unit
 
 NOT_ONE = GATES.filter(lambda beta: abs(beta - 1) > 0.05)
 

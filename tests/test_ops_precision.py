@@ -1,11 +1,13 @@
 """Low precision: rounded once, at the end, to the state's dtype, also under autocast; sizes from 1e-30 to 1e15."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from helpers import outer, randn, unit
 from torch import Tensor
 
 from deepdelta.ops import accumulation_dtype, delta_rewrite, read_along, rewrite
+from helpers import outer, randn, unit
 
 HALVES = [torch.bfloat16, torch.float16]
 NAMES = ["state", "direction", "target", "gate"]
@@ -28,9 +30,12 @@ def eager(state: Tensor, direction: Tensor, target: Tensor, gate: Tensor) -> Ten
     return state + outer(gate[..., None] * (target - read), direction)
 
 
-def with_gradients(function, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+def with_gradients(
+    function: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype, autocast: bool = False
+) -> list[Tensor]:
     leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
-    new = function(**leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        new = function(**leaves)
     cotangent = randn(*new.shape, seed=9).to(torch.bfloat16).to(new.dtype)
     return [new.detach(), *torch.autograd.grad(new, list(leaves.values()), cotangent)]
 
@@ -39,9 +44,10 @@ def relative(actual: Tensor, oracle: Tensor) -> float:
     return float((actual.double() - oracle).norm() / oracle.norm())
 
 
+@pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_error_is_that_of_one_rounding(dtype):
-    tensors = inputs(dtype)
+def test_error_is_that_of_one_rounding(dtype, channels):
+    tensors = inputs(dtype, channels=channels)
     oracle = eager(**{name: tensor.double() for name, tensor in tensors.items()})
     new = delta_rewrite(**tensors)
     assert new.dtype == dtype
@@ -54,9 +60,10 @@ def test_error_is_that_of_one_rounding(dtype):
     assert ((new.double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_no_worse_than_eager_in_value_and_gradient(dtype):
-    tensors = inputs(dtype)
+def test_no_worse_than_eager_in_value_and_gradient(dtype, channels):
+    tensors = inputs(dtype, channels=channels)
     oracle = with_gradients(eager, tensors, torch.float64)
     ours, theirs = (with_gradients(function, tensors, dtype) for function in (delta_rewrite, eager))
     for name, one, other, exact in zip(["new state", *NAMES], ours, theirs, oracle, strict=True):
@@ -74,12 +81,13 @@ def test_dtypes(dtype):
     assert rewrite(tensors["state"], tensors["direction"].float(), 1.0)[0].dtype == dtype
 
 
-def test_autocast_does_not_round_the_state():
+@pytest.mark.parametrize("channels", [1, 4])
+def test_autocast_does_not_round_the_state(channels):
     """Under autocast the arithmetic stays in fp32: the same numbers, bit for bit, in value and in gradient."""
-    tensors = inputs(torch.float32)
+    tensors = inputs(torch.float32, channels=channels)
     plain = with_gradients(delta_rewrite, tensors, torch.float32)
+    inside = with_gradients(delta_rewrite, tensors, torch.float32, autocast=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = with_gradients(delta_rewrite, tensors, torch.float32)
         read = read_along(tensors["state"], tensors["direction"])
     assert read.dtype == torch.float32
     for name, one, other in zip(["new state", *NAMES], inside, plain, strict=True):

@@ -4,6 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from deepdelta.errors import UserError
+from deepdelta.ops import delta_rewrite, rewrite
+from deepdelta.ops.rewrite import reference
 from helpers import (
     BATCHES,
     CHANNELS,
@@ -17,13 +24,6 @@ from helpers import (
     same_values_and_gradients,
     unit,
 )
-from hypothesis import given
-from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
-
-from deepdelta.errors import UserError
-from deepdelta.ops import delta_rewrite, rewrite
-from deepdelta.ops.rewrite import reference
 
 
 def dense_delta(state: Tensor, direction: Tensor, target: Tensor, gate: Tensor) -> Tensor:

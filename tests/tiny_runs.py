@@ -9,14 +9,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import deepdelta
+from deepdelta import GPT
 from deepdelta.config import from_plain, merged
 from deepdelta.training import RunDirectory, TrainConfig, train
 from deepdelta.training.loop import Trained
 
 WORDS = "def return import class self for while if else the of and state gate write erase €".split()
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "200",
+    "PYTHONPATH": str(Path(deepdelta.__file__).resolve().parents[1]),
+}
 MODEL = {"context": 16, "layers": 1, "heads": 2, "dim": 16}
 
 
@@ -61,7 +70,7 @@ def start(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(*arguments),
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -88,7 +97,22 @@ def tensors(run: Path) -> dict[str, Tensor]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Every recorded number, every weight and the optimiser's state are the same bit for bit."""
-    assert rows(one) == rows(other)
+    for row, expected in zip(rows(one), rows(other), strict=True):
+        assert row == expected, f"{row} instead of {expected}"
     a, b = tensors(one), tensors(other)
     assert a.keys() == b.keys()
-    assert all(a[name].equal(b[name]) for name in a)
+    differing = [name for name in a if not a[name].equal(b[name])]
+    assert not differing, differing
+
+
+def nats(model: GPT, ids: np.ndarray) -> list[float]:
+    """-log p of every id but the first, window by window, the softmax written out in fp64."""
+    context, found = model.config.context, []
+    for start in range(0, len(ids) - 1, context):
+        window = torch.from_numpy(ids[start : start + context + 1].astype(np.int64))
+        with torch.no_grad():
+            logits = model(window[None, :-1]).logits[0].double()
+        shifted = logits - logits.max(1, keepdim=True).values
+        log_probabilities = shifted - shifted.exp().sum(1, keepdim=True).log()
+        found += [-log_probabilities[i, label].item() for i, label in enumerate(window[1:].tolist())]
+    return found

@@ -3,7 +3,7 @@
 from deepdelta import interop, ops
 from deepdelta.errors import UserError
 from deepdelta.models import GPT, GPTConfig, generate
-from deepdelta.nn import DeltaResidual, DeltaStream, ResidualConfig, RewriteRecord, recording
+from deepdelta.nn import DeltaResidual, DeltaStream, ResidualConfig, RewriteRecord, recording, use_backend
 from deepdelta.nn.presets import PRESETS
 from deepdelta.operator import DeltaOperator
 from deepdelta.training import TrainConfig, load, param_groups, train
@@ -28,4 +28,5 @@ __all__ = [
     "param_groups",
     "recording",
     "train",
+    "use_backend",
 ]

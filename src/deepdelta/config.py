@@ -5,6 +5,7 @@ Reading is strict: an unknown key is refused with the nearest valid one, a wrong
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -42,6 +43,15 @@ def from_plain(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
         came = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{where + ': ' if where else ''}{path + ': ' if path else ''}{message}{came}") from None
+
+
+def refuse_not_finite(data: Mapping[str, Any], path: str = "") -> None:
+    """Raise a UserError for a number that JSON cannot hold, named by its dotted key."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            refuse_not_finite(value, f"{path}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}{key} must be finite, got {value}.")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Plain:

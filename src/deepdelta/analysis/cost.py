@@ -124,14 +124,14 @@ class _Trial:
     """One condition: model, optimiser and a batch, ready to make the same training step again and again."""
 
     def __init__(self, config: TrainConfig, vocab_size: int, chosen: Device) -> None:
-        sizes = replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+        vocabulary = config.model.vocab_size or vocab_size
         self.config, self.chosen, self.tokens = config, chosen, config.tokens_per_step
-        self.model = GPT(sizes, seed=config.seed).to(chosen.device)
+        self.model = GPT(replace(config.model, vocab_size=vocabulary), seed=config.seed).to(chosen.device)
         self.optimizer = build_optimizer(self.model, config)
         self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
-        shape = (config.accumulate, config.batch_size, sizes.context + 1)
+        shape = (config.accumulate, config.batch_size, config.model.context + 1)
         generator = torch.Generator().manual_seed(config.seed)
-        self.ids = torch.randint(vocab_size, shape, generator=generator).to(chosen.device)
+        self.ids = torch.randint(vocabulary, shape, generator=generator).to(chosen.device)
 
     def step(self, forward: nn.Module) -> None:
         """What `deepdelta.training` does in a step, apart from reading the batch and writing the record."""

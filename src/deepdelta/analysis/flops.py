@@ -209,7 +209,8 @@ def rewrite(config: ResidualConfig, width: int) -> Work:
     channels, gate = config.value_channels, gate_outputs(config)
     if config.rule == "additive" and channels == 1:
         return Work(elementwise=width)
-    read_or_outer = Work(matrix=2 * channels * width)
+    # At V = 1 both are done element by element.
+    read_or_outer = Work(elementwise=2 * width) if channels == 1 else Work(matrix=2 * channels * width)
     work = read_or_outer
     if config.erases:
         # b scaled twice by the size of the direction; w - b (k^T X).

@@ -35,7 +35,8 @@ def peak_bytes(step: Callable[[], object], held: Iterable[Tensor]) -> int:
     own: int = sum(storage.nbytes() for storage in storages.values())
     device = next((storage.device for storage in storages.values() if storage.device.type == "cuda"), None)
     if device is None:
-        with _Ledger() as ledger:
+        ledger = _Ledger()
+        with ledger:
             step()
         return own + ledger.peak
     torch.cuda.synchronize(device)

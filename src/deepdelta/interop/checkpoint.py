@@ -1,6 +1,8 @@
 """From a folder with a published checkpoint to a run directory that every other command takes."""
 
 import json
+import struct
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError  # what torch raises for a file that holds more than tensors
 from typing import Any
@@ -16,10 +18,27 @@ from deepdelta.interop.published import load_published
 from deepdelta.models import GPT
 from deepdelta.training import RunDirectory, TrainConfig
 from deepdelta.training.environment import versions
+from deepdelta.training.loop import corpus_facts
 from deepdelta.training.optimizer import build_optimizer
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt", "checkpoint.pt")
 """Names that a published checkpoint's tensors go by, in the order of preference."""
+
+# An unreadable file, and what the readers raise on damaged bytes: pickle, by its documentation, keeps no closed list,
+# and struct and the decoders below it raise what they come to first.
+DAMAGED = (
+    OSError,
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    struct.error,
+)
 
 
 def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
@@ -38,12 +57,15 @@ def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
         raise UserError(f"{run} already holds a run; give another --run directory.")
     model = load_published(*read_published(folder))
     environment: dict[str, Any] = {"imported_from": str(folder), "versions": versions(), "corpus_sha256": None}
-    corpus = None if data is None else load_corpus(data)
-    if corpus is not None:
+    corpus = None
+    if data is not None:
         rows = model.embedding.weight.shape[0]
+        # Bare ids come without a vocabulary: the model's own bounds it, and an id beyond is refused.
+        data = replace(data, bin_vocab_size=min(data.bin_vocab_size, rows))
+        corpus = load_corpus(data)
         if corpus.vocab_size > rows:
             raise UserError(f"the corpus has {corpus.vocab_size} ids, the imported model only {rows}.")
-        environment |= {"corpus_sha256": corpus.sha256, "validation_bytes": corpus.validation_bytes}
+        environment |= corpus_facts(corpus)
     config = TrainConfig(model=model.config, data=data or DataConfig())
     with directory.locked():
         if corpus is not None and corpus.tokenizer is not None:
@@ -68,8 +90,10 @@ def read_published(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{folder} must hold the model's tensors as one of {', '.join(WEIGHTS)}, but does not.")
     try:
         keys = json.loads(config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{config} is not valid JSON: {error}.") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{config} cannot be read as JSON: {error}.") from None
+    if not isinstance(keys, dict):
+        raise UserError(f"{config} must hold an object of settings, got {type(keys).__name__}.")
     try:
         if weights.suffix == ".safetensors":
             return keys, load_file(weights)
@@ -80,8 +104,11 @@ def read_published(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{weights} holds more than tensors, which would mean running its code, or is damaged; save the model's "
             "state_dict alone, best as model.safetensors."
         ) from None
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except DAMAGED as error:
         raise UserError(f"{weights} does not hold a readable set of tensors: {error}") from None
-    if not (isinstance(tensors, dict) and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
+    if not (
+        isinstance(tensors, dict)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items())
+    ):
         raise UserError(f"{weights} must hold a dictionary of tensors by name, and nothing else.")
     return keys, dict(tensors)

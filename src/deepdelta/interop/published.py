@@ -4,9 +4,8 @@ Their state is (batch, token, D, V) with V fastest, ours (batch, token, V, D): t
 transposed on the way. The variant is not in their configuration; it is recognised from the tensor names.
 """
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -31,25 +30,34 @@ SIZES = {
 }
 """Published key: our field of GPTConfig, and the published default."""
 
-RESIDUAL: dict[str, Any] = {
-    "ddl_value_channels": 4,
-    "ddl_state_shortconv_kernel_size": None,
-    "ddl_state_read_init": None,
-    "ddl_state_dv_shortconv_causal": False,
-    "input_embed_shortconv_kernel_size": 4,
-    "ddl_k_eps": 1e-5,
-    "ddl_beta_hidden_size": 128,
-    "ddl_beta_single_linear": True,
-    "ddl_beta_init": 1.0,
-    "ddl_v_sigmoid": True,
-    "ddl_v_sigmoid_scale": 4.0,
-    "ddl_v_constant": False,
-    "ddl_v_constant_value": 2.0,
-    "ddl_v_dim1_constant": False,
-    "ddl_v_dim1_constant_value": 2.0,
-}
-"""Published keys of the residual, with their defaults. The read's start and the causal flag change nothing here: the
-tensors are loaded, and the published forward ignores the flag."""
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedResidual:
+    """Published keys of the residual, with their defaults.
+
+    The read's start and the causal flag change nothing here: the tensors are loaded, and the published forward ignores
+    the flag.
+    """
+
+    ddl_value_channels: int = 4
+    ddl_state_shortconv_kernel_size: int | None = None
+    """None: V for channel compression, 4 for token compression."""
+    ddl_state_read_init: float | None = None
+    ddl_state_dv_shortconv_causal: bool = False
+    input_embed_shortconv_kernel_size: int = 4
+    ddl_k_eps: float = 1e-5
+    ddl_beta_hidden_size: int = 128
+    ddl_beta_single_linear: bool = True
+    ddl_beta_init: float = 1.0
+    ddl_v_sigmoid: bool = True
+    ddl_v_sigmoid_scale: float = 4.0
+    ddl_v_constant: bool = False
+    ddl_v_constant_value: float = 2.0
+    ddl_v_dim1_constant: bool = False
+    ddl_v_dim1_constant_value: float = 2.0
+
+
+RESIDUAL = tuple(field.name for field in fields(PublishedResidual))
 
 ONLY_AT_DEFAULT: dict[str, Any] = {
     "using_groupnorm": False,
@@ -131,16 +139,17 @@ def load_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         raise UserError(
             "lm_head.weight must equal transformer.wte.weight: the published head is tied to the embedding."
         )
-    unused = {name: given.pop(name) for name in sorted(given) if _is_unused(name, model.config)}
+    unused_shapes = _unused_shapes(model.config)
+    unused = {name: given.pop(name) for name in unused_shapes if name in given}
     if missing := sorted(set(names) - set(given)):
         raise UserError(f"the published tensors {', '.join(missing)} are missing.")
     if unknown := sorted(set(given) - set(names)):
         raise UserError(f"unknown tensor '{unknown[0]}'; {nearest(unknown[0], names)}")
+    for name, tensor in unused.items():
+        _check_tensor(name, tensor, unused_shapes[name])
     with torch.no_grad():
         for name, (ours, layout) in names.items():
-            expected = tuple(layout.outward(own[ours]).shape)
-            if tuple(given[name].shape) != expected:
-                raise UserError(f"{name} must have shape {expected}, got {tuple(given[name].shape)}.")
+            _check_tensor(name, given[name], tuple(layout.outward(own[ours]).shape))
             own[ours].copy_(layout.inward(given[name], channels))
     model.unused_published = {name: tensor.clone() for name, tensor in unused.items()}
     return model
@@ -209,38 +218,54 @@ def _model_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> G
 
 
 def _residual(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    setting = RESIDUAL | {key: value for key, value in config.items() if key in RESIDUAL}
+    given = {key: value for key, value in config.items() if key in RESIDUAL}
+    setting = from_plain(PublishedResidual, given, where="published configuration")
     names = set(tensors)
     token = any(name.endswith("compress.shortconv.weight") for name in names)
     channel = any(name.endswith("compress.weight") for name in names)
-    channels = setting["ddl_value_channels"] if token or channel else 1
-    single = "v_dim1_constant" if channels == 1 else "v_constant"
-    target = "scaled_sigmoid" if setting["ddl_v_sigmoid"] else "linear_input"
-    if setting[f"ddl_{single}"]:
-        target = "constant"
-    kernel = setting["ddl_state_shortconv_kernel_size"] or (channels if channel else 4)
+    channels = setting.ddl_value_channels if token or channel else 1
+    constant, value = setting.ddl_v_constant, setting.ddl_v_constant_value
+    if channels == 1:
+        constant, value = setting.ddl_v_dim1_constant, setting.ddl_v_dim1_constant_value
+    kernel = setting.ddl_state_shortconv_kernel_size
     return {
         "value_channels": channels,
-        "direction_eps": setting["ddl_k_eps"],
-        "target": target,
-        "target_scale": setting["ddl_v_sigmoid_scale"],
-        "target_value": setting[f"ddl_{single}_value"],
-        "gate": "linear" if setting["ddl_beta_single_linear"] else "two_layer",
-        "gate_init": min(max(setting["ddl_beta_init"], 0.0), 2.0),
-        "gate_hidden": setting["ddl_beta_hidden_size"],
+        "direction_eps": setting.ddl_k_eps,
+        "target": "constant" if constant else "scaled_sigmoid" if setting.ddl_v_sigmoid else "linear_input",
+        "target_scale": setting.ddl_v_sigmoid_scale,
+        "target_value": value,
+        "gate": "linear" if setting.ddl_beta_single_linear else "two_layer",
+        "gate_init": min(max(setting.ddl_beta_init, 0.0), 2.0),
+        "gate_hidden": setting.ddl_beta_hidden_size,
         "gate_hidden_bias": False,
         "expansion": "embedding_conv" if "input_embed.conv.weight" in names else "repeat",
-        "expansion_kernel": setting["input_embed_shortconv_kernel_size"],
+        "expansion_kernel": setting.input_embed_shortconv_kernel_size,
         "compression": "token" if token else "channel_conv" if channel else "channel",
-        "compression_kernel": kernel,
+        "compression_kernel": (channels if channel else 4) if kernel is None else kernel,
         "compression_init": "random" if token or channel else "identity",
         "compression_sharing": "block",
     }
 
 
-def _is_unused(name: str, config: GPTConfig) -> bool:
-    pattern = r"transformer\.h\.\d+\.ddl_(attn|mlp)\.v_proj\.(weight|bias)"
-    return config.residual.target == "constant" and re.fullmatch(pattern, name) is not None
+def _unused_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The published tensors that a constant target leaves without use."""
+    if config.residual.target != "constant":
+        return {}
+    channels = config.residual.value_channels
+    return {
+        f"transformer.h.{layer}.ddl_{sublayer}.v_proj.{kind}": shape
+        for layer in range(config.layers)
+        for sublayer in ("attn", "mlp")
+        for kind, shape in (("weight", (channels, config.dim)), ("bias", (channels,)))
+    }
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        raise UserError(
+            f"{name} must be a floating-point tensor of shape {shape}, got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}."
+        )
 
 
 def _check_published(config: GPTConfig) -> None:
@@ -256,6 +281,7 @@ def _check_published(config: GPTConfig) -> None:
         "compression": ("channel",) if residual.value_channels == 1 else ("channel_conv", "token"),
         "compression_causal": (False,),
         "norm": ("rms",),
+        "norm_eps": (1e-5,),
     }
     if residual.gate == "two_layer":
         allowed["gate_hidden_bias"] = (False,)

@@ -17,6 +17,7 @@ from deepdelta.models.attention import Attention, Rotary, SwiGLU
 from deepdelta.nn import DeltaResidual, DeltaStream, ResidualConfig, RMSNorm, initialise
 from deepdelta.nn.linear import Initialised
 from deepdelta.nn.presets import PRESETS
+from deepdelta.nn.reading import Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,11 @@ class GPTConfig:
             raise UserError(
                 f"dim must be a multiple of heads, got dim={self.dim}, heads={self.heads}; or set head_dim."
             )
+        if not self.rope_base > 0:
+            raise UserError(f"rope_base must be greater than 0, got {self.rope_base}.")
+        for name in ("embedding_std", "init_factor"):
+            if not 0 <= getattr(self, name) <= 1e6:
+                raise UserError(f"{name} must lie in [0, 1e6], got {getattr(self, name)}.")
         if not 0 <= self.rope_fraction <= 1:
             raise UserError(f"rope_fraction must lie in [0, 1], got {self.rope_fraction}.")
 
@@ -83,7 +89,7 @@ class Embedding(Initialised):
 
 
 class Layer(nn.Module):
-    """An attention residual, then an MLP residual, on one state."""
+    """An attention residual, and the MLP residual that follows it."""
 
     def __init__(self, config: GPTConfig, stream: DeltaStream, rotary: Rotary) -> None:
         super().__init__()
@@ -104,9 +110,6 @@ class Layer(nn.Module):
             SwiGLU(config.dim, std=std, out_std=out_std),
             share_compression=self.attention if config.residual.compression_sharing == "block" else None,
         )
-
-    def forward(self, state_BTVD: Tensor) -> Tensor:
-        return self.mlp(self.attention(state_BTVD))  # type: ignore[no-any-return]
 
 
 class GPT(nn.Module):
@@ -131,6 +134,10 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.dim)
         initialise(self, seed)
 
+    def residuals(self) -> list[DeltaResidual]:
+        """Every residual in the order of application."""
+        return [residual for layer in self.layers for residual in (layer.attention, layer.mlp)]
+
     def forward(self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"] | None = None) -> GPTOutput:
         """Logits for every position, and the loss where labels are given (labels are the next tokens; -1 is ignored).
 
@@ -141,10 +148,12 @@ class GPT(nn.Module):
             raise UserError(
                 f"the model's context is {self.config.context} tokens, got {input_ids.shape[1]}; cut the input."
             )
-        state_BTVD = self.stream.expand(self.embedding(input_ids))
-        for layer in self.layers:
-            state_BTVD = layer(state_BTVD)
-        logits = F.linear(self.norm(self.stream.reduce(state_BTVD)), self.embedding.weight)
+        residuals = self.residuals()
+        head = Reading(self.stream.readout, self.norm)
+        opened = residuals[0].reading().open(self.stream.expand(self.embedding(input_ids)))
+        for residual, following in zip(residuals, [*(later.reading() for later in residuals[1:]), head], strict=True):
+            opened = residual.advance(opened, following)
+        logits = F.linear(opened.c, self.embedding.weight)
         if labels is None:
             return GPTOutput(logits, None)
         return GPTOutput(logits, F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1))

@@ -1,6 +1,7 @@
 """The parts with parameters: direction, target, gate, expansion, compression, and the residual that joins them."""
 
 from deepdelta.nn.adding import resnet_branch
+from deepdelta.nn.backend import Backend, use_backend
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.linear import Linear, RMSNorm, initialise
 from deepdelta.nn.recording import Recorder, recording
@@ -8,6 +9,7 @@ from deepdelta.nn.residual import DeltaResidual, RewriteRecord
 from deepdelta.nn.stream import DeltaStream
 
 __all__ = [
+    "Backend",
     "DeltaResidual",
     "DeltaStream",
     "Linear",
@@ -18,4 +20,5 @@ __all__ = [
     "initialise",
     "recording",
     "resnet_branch",
+    "use_backend",
 ]

@@ -75,7 +75,8 @@ class ChannelConvolution(ConvolutionCompression):
         padded = F.pad(self.read, (taps, taps))
         # Tap k of input channel j feeds output channel j + left - k, which the read vector weighs (0 outside).
         reads_KV = torch.stack([padded[taps + self.left - k :][:channels] for k in range(taps)])
-        return (self.weight @ reads_KV).T
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return (self.weight @ reads_KV).T
 
     def forward(self, state_VD: Tensor) -> Tensor:
         return (state_VD * self.folded().to(state_VD.dtype)).sum(-2)
@@ -99,8 +100,9 @@ class TokenConvolution(ConvolutionCompression):
         x_NDVT = state_BTVD.reshape(-1, tokens, channels, width).permute(0, 3, 2, 1)
         x_NCT = F.pad(x_NDVT.reshape(-1, width * channels, tokens), (taps - 1, 0))
         weight = self.folded().transpose(0, 1).to(state_BTVD.dtype)
-        y_NDT = F.conv1d(x_NCT, weight, groups=width)
-        return y_NDT.transpose(-1, -2).reshape(*batch, tokens, width)
+        with torch.autocast(state_BTVD.device.type, enabled=False):
+            y_NDT = F.conv1d(x_NCT, weight, groups=width)
+        return y_NDT.transpose(-1, -2).contiguous().view(*batch, tokens, width)
 
 
 def build_compression(config: ResidualConfig, dim: int, std: float) -> nn.Module:

@@ -125,7 +125,9 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("value_channels", 1, 4096),
     ("rank", 1, 64),
     ("direction_hidden", 1, 1 << 20),
-    ("direction_eps", 1e-30, 1e3),
+    ("direction_eps", 1e-15, 1e3),
+    ("target_scale", -1e6, 1e6),
+    ("target_value", -1e6, 1e6),
     ("gate_init", 0.0, 2.0),
     ("gate_hidden", 1, 1 << 20),
     ("erase_init", 0.0, 2.0),
@@ -194,6 +196,11 @@ ILLEGAL: tuple[Illegal, ...] = (
         "direction_norm other than 'unit' with a rule that writes the branch output",
         "those rules write h exactly and erase along the unit direction; use direction_norm='unit'.",
         lambda c: c.direction_norm != "unit" and c.writes_branch,
+    ),
+    Illegal(
+        "gate_per_channel=True with gate='constant'",
+        "a constant is the same for every value channel; leave it False.",
+        lambda c: c.gate_per_channel and c.gate == "constant",
     ),
     Illegal(
         "gate_per_channel=True with rule='additive'",

@@ -1,10 +1,9 @@
-"""Where the direction k comes from: a vector a and a scale s with k = s a, so that k itself is never stored.
+"""Where the direction k comes from: vectors a, and a scale s with k = s a, so that k itself is never stored.
 
 Shapes: V value channels, D compute width, r rank; `...` any leading axes.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -12,42 +11,24 @@ from torch.nn import functional as F
 
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.linear import Initialised, Linear
-from deepdelta.ops import accumulation_dtype
+from deepdelta.ops.step.reference import Normalise
 
 
-class ScaledDirection(NamedTuple):
-    """k = scale * vector, handed on unmultiplied."""
+def normalisation(config: ResidualConfig, width: int) -> Normalise:
+    """The scale s with k = s a that `direction_norm` gives a vector a (section 2, direction).
 
-    vector: Tensor
-    """a, (..., D)."""
-    scale: Tensor | float
-    """s, (..., 1)."""
-    write_scale: Tensor | float
-    """What a target along k is multiplied by to become a coefficient of the vector; the scale, but for `operator`."""
-    norm: Tensor
-    """sqrt(|a|^2 + eps^2), (..., 1), in fp32 or wider: the size of a with a defined gradient at 0."""
-
-
-def scaled(vector: Tensor, config: ResidualConfig) -> ScaledDirection:
-    """The vector with the scale that `direction_norm` gives it (section 2, direction).
-
-    - unit: k = a / sqrt(|a|^2 + eps^2); at a = 0, k = 0 with derivative 1 / eps.
+    - unit: s = 1 / sqrt(|a|^2 + eps^2); at a = 0, k = 0 with derivative 1 / eps.
     - operator: A = I - beta a a^T / (a^T a + eps), the write divided alike; the read compares a^T X with v.
-    - bounded: k = a / sqrt(|a|^2 + D), so |k| < 1 and beta |k|^2 < 2 by construction.
-    - free: k = a / sqrt(D), so |k| is the rms of a, unbounded; for study.
+    - bounded: s = 1 / sqrt(|a|^2 + D), so |k| < 1 and beta |k|^2 < 2 by construction.
+    - free: s = 1 / sqrt(D), so |k| is the rms of a, unbounded; for study.
     """
-    width, eps = vector.shape[-1], config.direction_eps
-    square = vector.to(accumulation_dtype(vector.dtype)).square().sum(-1, keepdim=True)
-    norm = (square + eps * eps).sqrt()
-    if config.direction_norm == "unit":
-        return ScaledDirection(vector, 1 / norm, 1 / norm, norm)
-    if config.direction_norm == "operator":
-        root = (square + eps).rsqrt()
-        return ScaledDirection(vector, root, root * root, norm)
-    if config.direction_norm == "bounded":
-        root = (square + width).rsqrt()
-        return ScaledDirection(vector, root, root, norm)
-    return ScaledDirection(vector, 1 / math.sqrt(width), 1 / math.sqrt(width), norm)
+    eps = config.direction_eps
+    return {
+        "unit": Normalise(eps * eps, 1),
+        "operator": Normalise(eps, 2),
+        "bounded": Normalise(float(width), 1),
+        "free": Normalise(None, 1, 1 / math.sqrt(width)),
+    }[config.direction_norm]
 
 
 class BranchDirection(nn.Module):

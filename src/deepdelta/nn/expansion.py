@@ -42,8 +42,11 @@ class EmbeddingConvolution(Initialised):
         batch, tokens = x_BTD.shape[:-2], x_BTD.shape[-2]
         x_NDT = F.pad(x_BTD.reshape(-1, tokens, width).transpose(-1, -2), (taps - 1, 0))
         weight = self.weight.transpose(0, 1).reshape(width * channels, 1, taps).to(x_BTD.dtype)
-        y_NDVT = F.conv1d(x_NDT, weight, groups=width).reshape(-1, width, channels, tokens)
-        return y_NDVT.permute(0, 3, 2, 1).reshape(*batch, tokens, channels, width)
+        # Autocast would hand the convolution bf16, and with it the whole state.
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            y_NDVT = F.conv1d(x_NDT, weight, groups=width).reshape(-1, width, channels, tokens)
+        # Contiguous once here: else the strange strides go along through every layer.
+        return y_NDVT.permute(0, 3, 2, 1).contiguous().view(*batch, tokens, channels, width)
 
 
 def build_expansion(config: ResidualConfig, dim: int) -> Repeat | EmbeddingConvolution:

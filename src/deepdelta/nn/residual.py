@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from deepdelta.errors import UserError
 from deepdelta.nn.compression import build_compression
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.direction import ScaledDirection, build_direction, scaled
+from deepdelta.nn.direction import build_direction, normalisation
 from deepdelta.nn.gate import Gate
 from deepdelta.nn.layout import Layout
 from deepdelta.nn.linear import RMSNorm
+from deepdelta.nn.reading import Opened, Reading
 from deepdelta.nn.target import BranchWrite, Target
-from deepdelta.ops import read_along, rewrite
+from deepdelta.ops import read_along
+from deepdelta.ops.step import Normalise, Rewritten, fused_step, rewrite_along, scale_of
 
 
 class RewriteRecord(NamedTuple):
@@ -54,6 +56,8 @@ class DeltaResidual(nn.Module):
         super().__init__()
         self.config, self.dim, self.layout = config, dim, layout
         self.recorder: Callable[[RewriteRecord], None] | None = None
+        self.fused = False
+        """Whether the rewrites are done by `ops.step.fused_step`; see `use_backend`."""
         # A shared compression belongs to the residual that made it; held in a tuple, it is not registered twice.
         self._shared_compression = None if compression is None else (compression,)
         if compression is None:
@@ -88,10 +92,8 @@ class DeltaResidual(nn.Module):
                 another shape than the branch's input.
         """
         self.layout.check_state(state, self.config.value_channels, self.dim)
-        state_VD = self.layout.state_inward(state)
-        x_in_D = self.compression_part()(state_VD)
-        c_D = self.norm(x_in_D)
-        return self.layout.outward(c_D), partial(self._close, state_VD, x_in_D, c_D)
+        opened = self.reading().open(self.layout.state_inward(state))
+        return self.layout.outward(opened.c), partial(self._close, opened)
 
     def forward(self, state: Float[Tensor, "..."], *args: Any, **kwargs: Any) -> Any:
         """The rewritten state; of a branch that returns a tuple the first element is h and the others pass through."""
@@ -103,72 +105,108 @@ class DeltaResidual(nn.Module):
             return (close(output[0]), *output[1:])
         return close(output)
 
-    def _close(self, state_VD: Tensor, x_in_D: Tensor, c_D: Tensor, h: Tensor) -> Tensor:
+    def reading(self) -> Reading:
+        """How this residual reads the state for its branch."""
+        needs_x_in = self.config.uses_target and self.config.target in ("scaled_sigmoid", "linear_input")
+        return Reading(self.compression_part(), self.norm, needs_x_in)
+
+    def advance(self, opened: Opened, following: Reading) -> Opened:
+        """From this residual's opened state through its branch and rewrite to what `following` opens.
+
+        For models that know their order of residuals: where the fused step can, it opens in the rewrite's own pass.
+        """
+        assert self.branch is not None and not self.layout.channel_first
+        folded = following.folded() if self._runs_fused() else None
+        h_D = self.branch(opened.c)
+        if folded is None:
+            return following.open(self._rewritten(opened, h_D))
+        *earlier, last = self._steps(opened, h_D)
+        state_VD = opened.state
+        for step in earlier:
+            state_VD = fused_step(state_VD, step.h, step.write, step.erase, step.normalise)[0]
+        state_VD, c_D = fused_step(
+            state_VD,
+            last.h,
+            last.write,
+            last.erase,
+            last.normalise,
+            folded.compression,
+            folded.weight,
+            folded.eps,
+            opens=True,
+        )
+        assert c_D is not None
+        return Opened(state_VD, None, c_D)
+
+    def _runs_fused(self) -> bool:
+        return self.fused and self.recorder is None
+
+    def _close(self, opened: Opened, h: Tensor) -> Tensor:
         h_D = self.layout.inward(h)
-        if h_D.shape != x_in_D.shape:
+        if h_D.shape != opened.c.shape:
             raise UserError(
                 "the branch must return its output in the shape of its input, "
-                f"{tuple(self.layout.outward(c_D).shape)}, got {tuple(h.shape)}; where the width changes, reduce the "
-                "state and expand it again."
+                f"{tuple(self.layout.outward(opened.c).shape)}, got {tuple(h.shape)}; where the width changes, reduce "
+                "the state and expand it again."
             )
-        return self.layout.state_outward(self._rewritten(state_VD, x_in_D, c_D, h_D))
+        return self.layout.state_outward(self._rewritten(opened, h_D))
 
-    def _rewritten(self, state_VD: Tensor, x_in_D: Tensor, c_D: Tensor, h_D: Tensor) -> Tensor:
-        if self.config.rule == "additive":
-            return self._write_branch(state_VD, c_D, h_D, None, None)
-        gates = self.gate(c_D)
-        if self.config.rule == "additive_erase":
-            return self._write_branch(state_VD, c_D, h_D, None, gates[0])
-        if self.config.rule == "two_gate":
-            return self._write_branch(state_VD, c_D, h_D, gates[0], self.erase_gate(c_D)[0])
-        vectors = self.direction(state_VD, h_D)
-        directions = [scaled(vector, self.config) for vector in vectors]
-        targets: list[Tensor | None] = [None] * self.config.rank
-        if self.config.uses_target:
-            targets = list(self.target(x_in_D, c_D, h_D, [direction.norm for direction in directions]))
-        for direction, beta, target in zip(directions, gates, targets, strict=True):
-            state_VD = self._write_target(state_VD, direction, beta, target)
+    def _rewritten(self, opened: Opened, h_D: Tensor) -> Tensor:
+        state_VD = opened.state
+        for step in self._steps(opened, h_D):
+            if self._runs_fused():
+                state_VD = fused_step(state_VD, step.h, step.write, step.erase, step.normalise)[0]
+                continue
+            rewritten = rewrite_along(state_VD, step.h, step.write, step.erase, step.normalise)
+            if self.recorder is not None:
+                self.recorder(_record(state_VD, step, rewritten, self.config.direction_eps))
+            state_VD = rewritten.state
         return state_VD
 
-    def _write_target(self, state_VD: Tensor, k: ScaledDirection, beta: Tensor, target: Tensor | None) -> Tensor:
-        """delta, write_only, erase_only: w = beta v or nothing, b = beta or nothing, along k = scale * vector."""
-        write = 0.0 if target is None else beta * k.write_scale * target
-        erase = beta * k.scale * k.scale if self.config.erases else None
-        new_VD, read = rewrite(state_VD, k.vector, write, erase)
-        if self.recorder is not None:
-            if target is not None and k.write_scale is not k.scale:
-                target = target * (k.write_scale / k.scale)
-            self._record(state_VD, k, beta, beta if self.config.erases else None, read, target)
-        return new_VD
+    def _steps(self, opened: Opened, h_D: Tensor) -> list["Step"]:
+        """The rewrites of this residual in the order of application, w and b as the rule says (section 1)."""
+        rule, along_h, c_D = self.config.rule, Normalise(self.config.direction_eps**2, 0), opened.c
+        if self.config.writes_branch:
+            write: Tensor | float = self.write(c_D) if hasattr(self, "write") else 1.0
+            if rule == "additive":
+                return [Step(h_D, write, None, along_h, None, None)]
+            gate = self.gate(c_D)[0]
+            if rule == "additive_erase":
+                return [Step(h_D, write, gate, along_h, gate, None)]
+            return [Step(h_D, gate * write, self.erase_gate(c_D)[0], along_h, gate, None)]
+        vectors, gates = self.direction(opened.state, h_D), self.gate(c_D)
+        targets: list[Tensor | None] = [None] * len(vectors)
+        if self.config.uses_target:
+            targets = list(self.target(opened.x_in, c_D, h_D, vectors))
+        return [self._target_step(*parts) for parts in zip(vectors, gates, targets, strict=True)]
 
-    def _write_branch(
-        self, state_VD: Tensor, c_D: Tensor, h_D: Tensor, beta: Tensor | None, erase: Tensor | None
-    ) -> Tensor:
-        """additive, additive_erase, two_gate: X + h w_h^T, minus b k (k^T X) along the unit direction of h."""
-        write: Tensor | float = self.write(c_D) if hasattr(self, "write") else 1.0
-        if beta is not None:
-            write = beta * write
-        k = scaled(h_D, self.config) if erase is not None or self.recorder is not None else None
-        coefficient = erase * k.scale * k.scale if erase is not None and k is not None else None
-        new_VD, read = rewrite(state_VD, h_D, write, coefficient)
-        if self.recorder is not None and k is not None:
-            self._record(state_VD, k, erase if beta is None else beta, erase, read, None)
-        return new_VD
+    def _target_step(self, h_D: Tensor, beta: Tensor, target: Tensor | None) -> "Step":
+        """delta, write_only, erase_only: w = beta v or nothing, b = beta or nothing, along k = s h."""
+        write: Tensor | float = 0.0 if target is None else beta * target
+        erase = beta if self.config.erases else None
+        return Step(h_D, write, erase, normalisation(self.config, self.dim), beta, target)
 
-    def _record(
-        self,
-        state_VD: Tensor,
-        k: ScaledDirection,
-        beta: Tensor | None,
-        erase: Tensor | None,
-        read: Tensor | None,
-        target: Tensor | None,
-    ) -> None:
-        """Hand over what the rewrite used; the read along the unscaled vector becomes the read along k."""
-        assert self.recorder is not None
-        read_V = (read_along(state_VD, k.vector) if read is None else read) * k.scale
-        norm = k.vector.to(read_V.dtype).norm(dim=-1, keepdim=True) * k.scale
-        sizes_V = norm * state_VD.to(read_V.dtype).norm(dim=-1)
-        cosine_V = torch.where(sizes_V > 0, read_V / sizes_V, torch.zeros_like(read_V))
-        values = (beta, erase, read_V, target, norm.squeeze(-1), k.norm.squeeze(-1), cosine_V)
-        self.recorder(RewriteRecord(*(None if value is None else value.detach() for value in values)))  # type: ignore[arg-type]
+
+class Step(NamedTuple):
+    """One rewrite along the direction of h, as `ops.step` takes it, with the gate and the target for the recorder."""
+
+    h: Tensor
+    write: Tensor | float
+    erase: Tensor | None
+    normalise: Normalise
+    beta: Tensor | None
+    target: Tensor | None
+
+
+def _record(state_VD: Tensor, step: Step, rewritten: Rewritten, eps: float) -> RewriteRecord:
+    """What the rewrite used, on the scale of k; where it had no read of its own, the read along the unit direction."""
+    raw_V = read_along(state_VD, step.h) if rewritten.read is None else rewritten.read
+    h_D = step.h.to(raw_V.dtype)
+    scale, size = scale_of(step.h, step.normalise), h_D.norm(dim=-1, keepdim=True)
+    # The operator form compares the raw read with v; on the scale of k both are smaller by s.
+    target = step.target * scale if step.target is not None and step.normalise.power == 2 else step.target
+    sizes_V = size * state_VD.to(raw_V.dtype).norm(dim=-1)
+    cosine_V = torch.where(sizes_V > 0, raw_V / sizes_V, torch.zeros_like(raw_V))
+    branch_norm = (size.square() + eps * eps).sqrt().squeeze(-1)
+    values = (step.beta, step.erase, raw_V * scale, target, (size * scale).squeeze(-1), branch_norm, cosine_V)
+    return RewriteRecord(*(None if value is None else value.detach() for value in values))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.linear import Linear
+from deepdelta.ops import accumulation_dtype
 
 
 class Target(nn.Module):
@@ -18,24 +19,31 @@ class Target(nn.Module):
     def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
         super().__init__()
         self.kind, self.channels, self.rank = config.target, config.value_channels, config.rank
-        self.scale, self.value = config.target_scale, config.target_value
+        self.scale, self.value, self.eps = config.target_scale, config.target_value, config.direction_eps
         if self.kind != "constant":
             biased = self.kind in ("scaled_sigmoid", "linear_input")
             self.map = Linear(dim, self.rank * self.channels, std=std, bias=0.0 if biased else None)
 
-    def forward(self, x_in_D: Tensor, c_D: Tensor, h_D: Tensor, norms: list[Tensor]) -> list[Tensor]:
-        """One v (..., V) per rank; `norms` are the sizes of the r directions, (..., 1) each."""
+    def forward(self, x_in_D: Tensor | None, c_D: Tensor, h_D: Tensor, vectors: list[Tensor]) -> list[Tensor]:
+        """One v (..., V) per rank; `vectors` are what the r directions are made of."""
         if self.kind == "constant":
             return [
                 torch.full((*c_D.shape[:-1], self.channels), self.value, dtype=c_D.dtype, device=c_D.device)
             ] * self.rank
         source = {"linear": c_D, "magnitude": c_D, "branch": h_D}.get(self.kind, x_in_D)
+        assert source is not None, "a reading that drops x_in goes with targets that do not need it"
         v_rV = list(self.map(source).chunk(self.rank, dim=-1))
         if self.kind == "scaled_sigmoid":
             return [self.scale * torch.sigmoid(v) for v in v_rV]
         if self.kind == "magnitude":
-            return [norm * (1 + v) for v, norm in zip(v_rV, norms, strict=True)]
+            return [size(vector, self.eps) * (1 + v) for v, vector in zip(v_rV, vectors, strict=True)]
         return v_rV
+
+
+def size(vector_D: Tensor, eps: float) -> Tensor:
+    """sqrt(|h|^2 + eps^2), (..., 1) in fp32 or wider: |h| with a defined gradient at 0."""
+    wide = vector_D.to(accumulation_dtype(vector_D.dtype))
+    return (wide.square().sum(-1, keepdim=True) + eps * eps).sqrt()
 
 
 class BranchWrite(nn.Module):

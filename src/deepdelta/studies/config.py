@@ -66,8 +66,8 @@ class StudyConfig:
                 )
         if "seed" in self.train or any("seed" in condition.changes for condition in self.conditions.values()):
             raise UserError("the seed of a run comes from the study's seeds; remove 'seed' from train and changes.")
-        for condition in self.conditions:
-            self.train_config(condition, self.seeds[0])
+        for name in self.conditions:
+            self.train_config(name, self.seeds[0])
 
     def train_config(self, condition: str, seed: int) -> TrainConfig:
         """The run of one condition and seed."""

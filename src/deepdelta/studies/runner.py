@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from deepdelta.config import differences, to_plain
-from deepdelta.data import load_corpus
+from deepdelta.data import check_context, load_corpus
 from deepdelta.errors import UserError
 from deepdelta.files import write_json
 from deepdelta.report import render_table, write_report
@@ -25,6 +25,7 @@ from deepdelta.studies.collection import collect, measure
 from deepdelta.studies.config import StudyConfig
 from deepdelta.studies.results import StudyResults, save_results
 from deepdelta.training import RunDirectory
+from deepdelta.training.environment import choose_device
 from deepdelta.training.loop import stop_signals
 from deepdelta.training.progress import reporting
 
@@ -71,11 +72,15 @@ def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, com
         raise UserError(f"workers must be at least 1, got {workers}.")
     console = Console()
     settings = config.train_config(config.baseline, config.seeds[0])
+    corpus = load_corpus(settings.data, progress=console.print)
+    choose_device(settings.device, settings.precision)
+    for name in config.conditions:
+        check_context(corpus, config.train_config(name, config.seeds[0]).model.context)
+    # From here on there are files: what can be refused has been.
     runs = [Run(name, seed, out / "runs" / f"{name}-seed{seed}") for seed in config.seeds for name in config.conditions]
     _claim(config, runs, out)
     started = datetime.datetime.now(datetime.UTC)
     _run_all(config, runs, workers or max(1, (os.cpu_count() or 1) // (settings.threads or 1)))
-    corpus = load_corpus(settings.data, progress=console.print)
     costs = measure(config, settings.model.vocab_size or corpus.vocab_size, out / "costs.json")
     cells = {(run.condition, run.seed): run.path for run in runs}
     results = collect(config, cells, costs, corpus, command=command, started=started)

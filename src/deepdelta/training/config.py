@@ -1,9 +1,9 @@
 """Everything that decides the numbers of a training run."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from deepdelta.config import refuse_not_finite
 from deepdelta.data import DataConfig
 from deepdelta.errors import UserError
 from deepdelta.models import GPTConfig
@@ -47,6 +47,7 @@ class TrainConfig:
     """CPU threads; None keeps torch's choice."""
 
     def __post_init__(self) -> None:
+        refuse_not_finite(asdict(self))
         for name in (
             "steps",
             "batch_size",
@@ -61,8 +62,8 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}.")
         for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be greater than 0 and finite, got {getattr(self, name)}.")
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be greater than 0, got {getattr(self, name)}.")
         for name, low, high in (
             ("final_lr", 0, 1),
             ("warmup", 0, 1 << 62),

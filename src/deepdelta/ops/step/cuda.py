@@ -1,0 +1,143 @@
+"""The fused step on CUDA: Triton's kernels over torch's memory, compiled once per width, V, dtype and setting.
+
+Bytes per token, with B per number of the state: forward reads X and h and writes X' and c', 2 (V + 1) D B; backward
+reads X, h and the two gradients and writes dX and dh, 3 (V + 1) D B. A token of up to WHOLE numbers (V and D each
+rounded up to a power of two) stays in registers between the passes; a larger one is read from the cache once per pass.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepdelta.ops.precision import accumulation_dtype
+from deepdelta.ops.step import cuda_kernel
+from deepdelta.ops.step.reference import Normalise
+
+WHOLE = 16384
+TILE = 4096
+"""Numbers in a tile of a token that is larger than WHOLE."""
+NUMBERS_PER_THREAD = 16
+
+
+class Blocks(NamedTuple):
+    """How one token is laid over the threads of a program."""
+
+    channels: int
+    width: int
+    warps: int
+
+    def settings(self) -> dict[str, int]:
+        return {"BLOCK_V": self.channels, "BLOCK_D": self.width, "num_warps": self.warps}
+
+
+def blocks(channels: int, width: int, dtype: torch.dtype) -> Blocks:
+    """The tile of a token and the warps that share it; an fp64 number counts as two."""
+    size = 2 if dtype == torch.float64 else 1
+    rows, columns = _power_of_two(channels), _power_of_two(width)
+    if rows * columns * size > WHOLE:
+        columns = max(1, TILE // (rows * size))
+    warps = rows * columns * size // (32 * NUMBERS_PER_THREAD)
+    return Blocks(rows, columns, max(1, min(16, warps)))
+
+
+def forward(
+    state: Tensor,
+    h: Tensor,
+    write: Tensor,
+    erase: Tensor | None,
+    normalise: Normalise,
+    compression: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    opens: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """X', c' (empty unless `opens`), and for the backward pass the scale, the raw read and 1 / rms of x_in'."""
+    tokens, channels, _ = state.shape
+    wide = accumulation_dtype(state.dtype)
+    new = torch.empty_like(state)
+    c = torch.empty_like(h) if opens else h.new_empty(0)
+    scale, inverse = state.new_empty(tokens, dtype=wide), state.new_empty(tokens, dtype=wide)
+    read = state.new_empty((tokens, channels) if erase is not None else (0, 0), dtype=wide)
+    opening = (compression, norm_weight) if opens else (None, None)
+    filled = (new, c if opens else None, scale, read, inverse)
+    _forward(state, h, write, erase, opening, filled, normalise, norm_eps, replay=False)
+    return new, c, scale, read, inverse
+
+
+def backward(
+    state: Tensor,
+    h: Tensor,
+    write: Tensor,
+    erase: Tensor | None,
+    normalise: Normalise,
+    compression: Tensor | None,
+    norm_weight: Tensor | None,
+    opens: bool,
+    scale: Tensor,
+    read: Tensor,
+    inverse: Tensor,
+    d_new: Tensor,
+    d_c: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of state, h, write, erase, compression and norm weight (None where there is none)."""
+    tokens, channels, width = state.shape
+    d_state, d_h, d_write = torch.empty_like(state), torch.empty_like(h), torch.empty_like(write)
+    d_erase = None if erase is None else torch.empty_like(erase)
+    opening = (compression, norm_weight) if opens else (None, None)
+    shape = blocks(channels, width, state.dtype)
+    # Enough programs to fill the device once; each takes a run of tokens and sums its gradients of the parameters.
+    programs = min(tokens, _processors(state.device) * max(1, 32 // shape.warps))
+    sums = [None if p is None else p.new_empty(programs, *p.shape) for p in opening]
+    if tokens:
+        with torch.cuda.device_of(state):
+            cuda_kernel.backward[programs,](
+                state, h, write, erase, *opening, scale, read, inverse, d_new, d_c if opens else None,
+                d_state, d_h, d_write, d_erase, *sums, tokens,
+                OFFSET=normalise.offset, POWER=normalise.power, V=channels, D=width,
+                GATES=0 if erase is None else erase.shape[1], **shape.settings(),
+            )  # fmt: skip
+    d_compression, d_weight = (None if total is None else total.sum(0) for total in sums)
+    return d_state, d_h, d_write, d_erase, d_compression, d_weight
+
+
+def replay(
+    state: Tensor, h: Tensor, write: Tensor, erase: Tensor | None, normalise: Normalise, scale: Tensor, read: Tensor
+) -> Tensor:
+    """X' again, bit for bit, from X and what the forward pass stored."""
+    new = torch.empty_like(state)
+    _forward(state, h, write, erase, (None, None), (new, None, scale, read, None), normalise, 0.0, replay=True)
+    return new
+
+
+def _forward(
+    state: Tensor,
+    h: Tensor,
+    write: Tensor,
+    erase: Tensor | None,
+    opening: tuple[Tensor | None, Tensor | None],
+    filled: tuple[Tensor | None, ...],
+    normalise: Normalise,
+    norm_eps: float,
+    replay: bool,
+) -> None:
+    tokens, channels, width = state.shape
+    if tokens == 0:
+        return
+    with torch.cuda.device_of(state):
+        cuda_kernel.forward[tokens,](
+            state, h, write, erase, *opening, *filled,
+            OFFSET=normalise.offset, POWER=normalise.power, EPS=norm_eps, REPLAY=replay, V=channels, D=width,
+            GATES=0 if erase is None else erase.shape[1], **blocks(channels, width, state.dtype).settings(),
+        )  # fmt: skip
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    # Triton's interpreter, which runs the same programs one after another on CPU tensors, counts as one.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

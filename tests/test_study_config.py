@@ -1,0 +1,199 @@
+"""Studies as files: what ships, what is read, and what is refused before anything runs."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepdelta import GPT, UserError
+from deepdelta.cli import main
+from deepdelta.config import differences, to_plain
+from deepdelta.studies.config import StudyConfig, load_study, named_studies
+from deepdelta.training import TrainConfig
+
+STUDY = """
+name = "mine"
+question = "Does it help?"
+baseline = "plain"
+seeds = [3, 1]
+
+[train]
+steps = 5
+model = { dim = 16, heads = 2 }
+
+[conditions.plain]
+summary = "x + F(x)"
+changes.model.residual = { rule = "additive", value_channels = 1, expansion = "repeat" }
+
+[conditions.delta]
+summary = "the delta rule"
+changes = { lr = 0.5, model = { dim = 32 } }
+"""
+
+
+def study(folder: Path, *replacements: tuple[str, str], **overrides: Any) -> StudyConfig:
+    text = STUDY
+    for old, new in replacements:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "mine.toml").write_text(text)
+    return load_study(str(folder / "mine.toml"), overrides)
+
+
+def refused(message: str, folder: Path, *replacements: tuple[str, str], **overrides: Any) -> None:
+    with pytest.raises(UserError, match=message):
+        study(folder, *replacements, **overrides)
+
+
+def test_conditions_differ_from_the_common_settings_in_their_changes_alone(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    assert (config.seeds, config.baseline, list(config.conditions)) == ((3, 1), "plain", ["plain", "delta"])
+    delta = config.train_config("delta", 3)
+    assert (delta.steps, delta.lr, delta.seed) == (5, 0.5, 3)
+    assert (delta.model.dim, delta.model.heads) == (32, 2)
+    plain = config.train_config("plain", 1)
+    assert (plain.steps, plain.lr, plain.seed, plain.model.dim) == (5, TrainConfig().lr, 1, 16)
+    assert plain.model.residual.rule == "additive"
+    common = to_plain(TrainConfig(steps=5, seed=1))
+    assert {line.split(":")[0] for line in differences(common, to_plain(plain))} == {
+        *("model.dim", "model.heads", "model.residual.rule", "model.residual.value_channels"),
+        "model.residual.expansion",
+    }
+
+
+def test_overrides_replace_keys(tmp_path: Path) -> None:
+    config = study(tmp_path, seeds=[0, 1, 2], train={"steps": 9, "data": {"source": "x"}})
+    assert config.seeds == (0, 1, 2)
+    settings = config.train_config("plain", 2)
+    assert (settings.steps, settings.data.source, settings.model.dim) == (9, "x", 16)
+
+
+def test_the_quick_study() -> None:
+    assert "quick" in named_studies()
+    config = load_study("quick")
+    assert config.baseline == "additive" and len(config.seeds) == 3
+    rules = {}
+    for name in config.conditions:
+        settings = config.train_config(name, config.seeds[0])
+        model = settings.model
+        rules[name] = (model.residual.rule, model.residual.value_channels)
+        assert (settings.data.source, settings.threads, settings.device) == ("stdlib", 1, "cpu")
+    assert rules == {
+        "additive": ("additive", 1),
+        "ddl-scalar": ("delta", 1),
+        "ddl": ("delta", 4),
+        "write-only": ("write_only", 4),
+        "expanded-additive": ("additive", 4),
+    }
+
+
+@pytest.mark.parametrize("name", named_studies())
+def test_every_named_study_is_valid_and_its_conditions_share_the_data_order(name: str) -> None:
+    config = load_study(name)
+    assert config.name == name
+    orders = set()
+    for condition in config.conditions:
+        settings = config.train_config(condition, config.seeds[0])
+        GPT(replace(settings.model, vocab_size=257))
+        orders.add((settings.batch_size * settings.accumulate, settings.model.context, settings.steps, settings.data))
+    assert len(orders) == 1
+
+
+def test_controls_of_the_quick_study_differ_in_the_rule_alone() -> None:
+    config = load_study("quick")
+    plain = {name: to_plain(config.train_config(name, 0)) for name in config.conditions}
+    for control, rule in (("write-only", "write_only"), ("expanded-additive", "additive")):
+        assert differences(plain["ddl"], plain[control]) == [
+            f"model.residual.rule: 'delta' there, '{rule}' here",
+        ]
+    assert differences(plain["additive"], plain["ddl-scalar"]) == ["model.residual.rule: 'additive' there, 'delta' here"]
+
+
+def test_unknown_studies() -> None:
+    with pytest.raises(
+        UserError, match=r"there is no study 'quik'; did you mean 'quick'\?.*A file of your own ends in"
+    ):
+        load_study("quik")
+    with pytest.raises(UserError, match=r"there is no study file absent\.toml; named studies are: .*quick"):
+        load_study("absent.toml")
+    with pytest.raises(UserError, match=r"there is no study '\.\./named/quick'"):
+        load_study("../named/quick")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = [3, 1]", "sedes = [3, 1]", "mine.toml: unknown key 'sedes'; did you mean 'seeds'"),
+        ("seeds = [3, 1]", "seeds = [1, 1]", r"seeds must be different numbers from 0 on.*got \[1, 1\]"),
+        ("seeds = [3, 1]", "seeds = []", "seeds must be different numbers from 0 on, at least one"),
+        ("seeds = [3, 1]", "seeds = [-1]", r"seeds must be different numbers from 0 on.*got \[-1\]"),
+        ("seeds = [3, 1]", "seeds = ['3']", "seeds.0: .*valid integer, got '3'"),
+        ("seeds = [3, 1]", "", "mine.toml: seeds: Field required"),
+        ('baseline = "plain"', 'baseline = "plian"', "baseline must be one of .* got 'plian'; did you mean 'plain'"),
+        ("steps = 5", "step = 5", "condition plain: unknown key 'step'; did you mean 'steps'"),
+        ("steps = 5", "steps = 0", "condition plain: steps must be at least 1, got 0"),
+        ("steps = 5", "steps = 'x'", "condition plain: steps: .*valid integer, got 'x'"),
+        ("steps = 5", "seed = 5", "the seed of a run comes from the study's seeds"),
+        ("lr = 0.5,", "seed = 5,", "the seed of a run comes from the study's seeds"),
+        ("lr = 0.5,", "lrr = 0.5,", "condition delta: unknown key 'lrr'; did you mean 'lr'"),
+        ("lr = 0.5,", "data = { source = 'x' },", "conditions must share 'data', .* changes of delta to train"),
+        ("lr = 0.5,", "threads = 4,", "conditions must share 'threads'"),
+        ("changes = { lr", "change = { lr", "conditions.delta: unknown key 'change'; did you mean 'changes'"),
+        ('summary = "the delta rule"', "", "conditions.delta.summary: Field required"),
+        ("[conditions.delta]", '[conditions."a/b"]', "names of studies and conditions name files: .*got 'a/b'"),
+        ("[conditions.delta]", '[conditions."../b"]', "names of studies and conditions name files: .*got '../b'"),
+        ('name = "mine"', 'name = "/tmp/x"', "names of studies and conditions name files: .*got '/tmp/x'"),
+        ("steps = 5", "steps = ", "mine.toml is not valid TOML"),
+        (
+            "[train]\nsteps = 5\nmodel = { dim = 16, heads = 2 }",
+            "train = 5",
+            "mine.toml: train: Input should be an object, got 5",
+        ),
+    ],
+)
+def test_study_files_that_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    refused(message, tmp_path, (old, new))
+
+
+@pytest.mark.parametrize("name", ["cost_rounds", "rewrite_tokens"])
+def test_ranges(tmp_path: Path, name: str) -> None:
+    refused(f"{name} must be at least 1, got 0", tmp_path, ("seeds = [3, 1]", f"seeds = [3, 1]\n{name} = 0"))
+
+
+def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b'name = "\xff"')
+    with pytest.raises(UserError, match=r"mine\.toml is not valid TOML"):
+        load_study(str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quik",), "there is no study 'quik'; did you mean 'quick'?"),
+        (("quick", "--steps", "0"), "steps must be at least 1, got 0"),
+        (("quick", "--seeds", "1", "1"), "seeds must be different numbers from 0 on"),
+        (("quick", "--workers", "0"), "workers must be at least 1, got 0"),
+        (("quick", "--source", "no/such/file"), "there is nothing at 'no/such/file'"),
+        (
+            ("quick", "--source", "short.txt"),
+            "context must be smaller than the number of tokens in each split; it is 128",
+        ),
+        (("quick", "--sedes", "1"), "--seeds"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_errors_of_the_command(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("too short for the context of that study " * 10)
+    with pytest.raises(SystemExit) as ended:
+        main(["study", *arguments, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
