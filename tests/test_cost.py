@@ -203,7 +203,7 @@ def test_the_step_trains() -> None:
     for _ in range(12):
         step()
         with torch.no_grad():
-            loss = trial.model(trial.ids[0, :, :-1], trial.ids[0, :, 1:]).loss
+            loss = trial.model(trial.ids[:, :-1], trial.ids[:, 1:]).loss
         assert loss is not None
         losses.append(loss.item())
     assert losses[-1] < losses[0] < 1.5 * math.log(64)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deepdelta.config import from_plain, to_plain
-from deepdelta.data import DataConfig, check_context, files, load_corpus
+from deepdelta.data import DataConfig, check_context, documents, load_corpus
 from deepdelta.errors import UserError
 
 
@@ -78,9 +78,9 @@ def test_folder_without_documents_or_with_too_few(tmp_path: Path) -> None:
     refused(r"leave the training split empty", folder, tmp_path / "c", validation_fraction=0.9)
 
 
-@pytest.mark.parametrize("offset", [3, files.CHUNK - 1, files.CHUNK + 5])
+@pytest.mark.parametrize("offset", [3, documents.CHUNK - 1, documents.CHUNK + 5])
 def test_text_that_is_not_utf8(tmp_path: Path, offset: int) -> None:
-    text = bytearray(b"abcdefg\n" * (files.CHUNK // 4))
+    text = bytearray(b"abcdefg\n" * (documents.CHUNK // 4))
     text[offset : offset + 2] = b"\xe2\x82"  # the third byte of the character is missing
     (tmp_path / "a.txt").write_bytes(text)
     message = rf"a.txt must be UTF-8 to be split into BPE tokens; byte {offset:,} is not"
@@ -98,13 +98,13 @@ def test_token_files(tmp_path: Path) -> None:
     path, cache = tmp_path / "a.bin", tmp_path / "c"
     path.write_bytes(b"x" * 1001)
     refused(r"a.bin must hold uint16 ids of 2 bytes each; its length of 1,001 bytes is odd", path, cache)
-    ids = np.zeros(files.CHUNK, "<u2")  # two chunks
-    ids[[files.CHUNK // 2 + 7, -1]] = 50304, 60000
+    ids = np.zeros(documents.CHUNK, "<u2")  # two chunks
+    ids[[documents.CHUNK // 2 + 7, -1]] = 50304, 60000
     ids.tofile(path)
     refused(
         r"below the vocabulary size of 50,304; position 524,295 holds 50,304. Set bin_vocab_size to at", path, cache
     )
-    ids[files.CHUNK // 2 + 7] = 0
+    ids[documents.CHUNK // 2 + 7] = 0
     ids.tofile(path)  # the bad id lies in the validation split: its position is still the file's
     refused(r"position 1,048,575 holds 60,000. Set bin_vocab_size to at least 60,001", path, cache)
     refused(r"a BPE cannot be trained on ids", path, cache, tokenizer="bpe")

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_oracle import vector
 from torch import Tensor
 
 from deepdelta import GPT, PRESETS, GPTConfig, ResidualConfig, UserError
 from deepdelta.interop import load_published, to_published
 from deepdelta.interop.published import ONLY_AT_DEFAULT
+from test_oracle import vector
 
 
 def refused(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -231,5 +231,5 @@ def test_the_published_presets_go_out_and_come_back(name):
 
 
 def test_gradients_before_backward():
-    with pytest.raises(UserError, match="has no gradient; call loss.backward"):
+    with pytest.raises(UserError, match=r"has no gradient; call loss\.backward"):
         to_published(model(), grads=True)

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_oracle import vector
-from tiny_runs import rows
 from torch.nn import functional as F
 
 import deepdelta
@@ -21,6 +19,8 @@ from deepdelta.cli import main
 from deepdelta.data import DataConfig, batch, load_corpus
 from deepdelta.interop import import_published, load_published, to_published
 from deepdelta.interop.checkpoint import WEIGHTS, read_published
+from test_oracle import vector
+from tiny_runs import rows
 
 
 def checkpoint(folder: Path, name: str = "cc-ec", weights: str = "model.safetensors") -> Path:
@@ -134,6 +134,13 @@ def test_ids_beyond_the_model_are_refused(tmp_path, capsys):
     source = ids_file(tmp_path / "ids.bin", 300)
     message = refused(capsys, "import", folder, "--run", tmp_path / "run", "--source", source)
     assert "97" in message and str(source) in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_without_a_token_to_predict_is_refused(tmp_path, capsys):
+    folder, source = checkpoint(tmp_path / "cc"), ids_file(tmp_path / "ids.bin", 97, count=10)
+    message = refused(capsys, "import", folder, "--run", tmp_path / "run", "--source", source)
+    assert message == f"{source} must hold out at least 2 tokens for validation, got 1; give more of it.\n"
     assert not (tmp_path / "run").exists()
 
 

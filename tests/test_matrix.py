@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import perturb
 from safetensors.torch import load, save
+from torch import Tensor
+
+from deepdelta import GPT, GPTConfig, ResidualConfig, UserError
+from deepdelta.nn.config import ILLEGAL
+from helpers import perturb
 from settings_matrix import (
     AXES,
     EXTENSIONS,
@@ -25,10 +29,6 @@ from settings_matrix import (
     pairs,
     pairwise,
 )
-from torch import Tensor
-
-from deepdelta import GPT, GPTConfig, ResidualConfig, UserError
-from deepdelta.nn.config import ILLEGAL
 
 ALL = AXES | EXTENSIONS | STARTS
 DECIDING = {name: ALL[name] for name in ("direction_norm", "gate_per_channel", "compression_causal")}

@@ -4,15 +4,14 @@ import copy
 
 import pytest
 import torch
-import torchvision_beside_cpu_torch  # noqa: F401 (before torchvision)
-from helpers import randn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import ResNet, resnet18, resnet50
 
 import deepdelta
 from deepdelta import DeltaStream, UserError
 from deepdelta.nn import resnet_branch
+from helpers import randn
+from torchvision_beside_cpu_torch import models
 
 # A plain multi-layer perceptron: expand once, wrap each hidden layer, reduce once.
 
@@ -57,7 +56,7 @@ class DeltaStage(nn.Module):
         return self.stream.reduce(state)
 
 
-def delta_resnet(network: ResNet, **options: object) -> ResNet:
+def delta_resnet(network: models.ResNet, **options: object) -> models.ResNet:
     """The network with delta residuals; its weights are used, not copied."""
     for i in range(1, 5):
         stage = getattr(network, f"layer{i}")
@@ -131,7 +130,7 @@ def test_the_additive_perceptron_is_the_plain_residual_network():
 # ResNet
 
 
-def settled(network: ResNet) -> ResNet:
+def settled(network: models.ResNet) -> models.ResNet:
     """With running statistics and affine weights away from 0 and 1, in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     for module in network.modules():
@@ -141,7 +140,7 @@ def settled(network: ResNet) -> ResNet:
     return network.eval()
 
 
-@pytest.mark.parametrize("build", [resnet18, resnet50])
+@pytest.mark.parametrize("build", [models.resnet18, models.resnet50])
 def test_the_additive_resnet_is_the_network_it_was_made_of(build):
     """Exactly: nothing is added twice, left out or applied in another order."""
     torch.manual_seed(0)
@@ -153,12 +152,12 @@ def test_the_additive_resnet_is_the_network_it_was_made_of(build):
     count = sum(parameter.numel() for parameter in original.parameters())
     assert sum(parameter.numel() for parameter in converted.parameters()) == count
     wrapped = sum(isinstance(module, deepdelta.DeltaResidual) for module in converted.modules())
-    assert wrapped == {resnet18: 5, resnet50: 12}[build]
+    assert wrapped == {models.resnet18: 5, models.resnet50: 12}[build]
 
 
 def test_expanded_additive_with_equal_channels_is_the_network_too():
     """V = 4 with w_h = 1: every value channel carries the plain network."""
-    original = settled(resnet18(num_classes=7))
+    original = settled(models.resnet18(num_classes=7))
     converted = delta_resnet(copy.deepcopy(original), rule="additive", value_channels=4)
     for module in converted.modules():
         if isinstance(module, deepdelta.DeltaResidual):
@@ -170,7 +169,7 @@ def test_expanded_additive_with_equal_channels_is_the_network_too():
 
 def test_the_delta_resnet_trains():
     torch.manual_seed(0)
-    network = delta_resnet(resnet18(num_classes=3), value_channels=4, seed=0)
+    network = delta_resnet(models.resnet18(num_classes=3), value_channels=4, seed=0)
     own = [name for name, _ in network.named_parameters() if ".gate." in name or ".target." in name]
     assert len(own) == 5 * 3
     optimizer = torch.optim.AdamW(deepdelta.param_groups(network, weight_decay=0.01), lr=1e-3)
@@ -189,7 +188,7 @@ def test_the_delta_resnet_trains():
 
 def test_a_shortcut_map_on_every_value_channel():
     """The other way through a change of stage: the block's own shortcut, channel by channel."""
-    block = settled(resnet18()).layer2[0]
+    block = settled(models.resnet18()).layer2[0]
     before = DeltaStream(64, value_channels=3, channel_first=True, norm="none", seed=0)
     state = randn(2, 3, 64, 8, 8).float()
     mapped = before.map_channels(block.downsample, state)
@@ -289,7 +288,7 @@ def examples() -> dict[str, nn.Module]:
     stream, blocks = encoder(value_channels=2)
     return {
         "perceptron": DeltaMLP(5, 8, 2, depth=2),
-        "resnet": delta_resnet(resnet18(), value_channels=2),
+        "resnet": delta_resnet(models.resnet18(), value_channels=2),
         "encoder": nn.ModuleDict({"stream": stream, "blocks": blocks}),
     }
 
@@ -317,8 +316,8 @@ def test_a_copy_shares_nothing_and_computes_the_same():
 @pytest.mark.parametrize(
     ("branch", "advice"),
     [
-        (lambda: resnet18().layer1[0], "BasicBlock .*wrap deepdelta.nn.resnet_branch"),
-        (lambda: resnet50().layer1[1], "Bottleneck .*wrap deepdelta.nn.resnet_branch"),
+        (lambda: models.resnet18().layer1[0], "BasicBlock .*wrap deepdelta.nn.resnet_branch"),
+        (lambda: models.resnet50().layer1[1], "Bottleneck .*wrap deepdelta.nn.resnet_branch"),
         (lambda: nn.TransformerEncoderLayer(8, 2), "TransformerEncoderLayer .*self-attention and its feed-forward"),
         (lambda: nn.TransformerDecoderLayer(8, 2), "TransformerDecoderLayer .*attentions and its feed-forward"),
         (lambda: DeltaStream(8).wrap(nn.Identity()), "DeltaResidual .*wrapped already"),
@@ -335,18 +334,18 @@ class Subclass(nn.TransformerEncoderLayer):
 
 
 def test_a_block_that_changes_width_is_no_branch():
-    with pytest.raises(UserError, match="BasicBlock changes width or resolution.*stream.reduce"):
-        resnet_branch(resnet18().layer2[0])
+    with pytest.raises(UserError, match=r"BasicBlock changes width or resolution.*stream.reduce"):
+        resnet_branch(models.resnet18().layer2[0])
     with pytest.raises(UserError, match="takes a torchvision BasicBlock or Bottleneck, got Linear"):
         resnet_branch(nn.Linear(2, 2))
     stream = DeltaStream(64, channel_first=True, norm="none")
-    residual = stream.wrap(resnet18().layer2[0].conv1)
+    residual = stream.wrap(models.resnet18().layer2[0].conv1)
     with pytest.raises(UserError, match="where the width changes, reduce the state and expand it again"):
         residual(stream.expand(randn(1, 64, 4, 4).float()))
 
 
 def test_the_branch_is_made_of_the_block_s_own_modules():
-    block = resnet50().layer1[1]
+    block = models.resnet50().layer1[1]
     branch = resnet_branch(block)
     assert [type(part).__name__ for part in branch] == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["Conv2d", "BatchNorm2d"]
     assert {id(p) for p in branch.parameters()} == {id(p) for p in block.parameters()}

@@ -107,7 +107,9 @@ def test_controls_of_the_quick_study_differ_in_the_rule_alone() -> None:
         assert differences(plain["ddl"], plain[control]) == [
             f"model.residual.rule: 'delta' there, '{rule}' here",
         ]
-    assert differences(plain["additive"], plain["ddl-scalar"]) == ["model.residual.rule: 'additive' there, 'delta' here"]
+    assert differences(plain["additive"], plain["ddl-scalar"]) == [
+        "model.residual.rule: 'additive' there, 'delta' here"
+    ]
 
 
 def test_unknown_studies() -> None:

@@ -79,7 +79,9 @@ def test_loss_of_a_part(run: Path, corpus: Corpus) -> None:
 def test_a_run_records_the_losses_that_evaluation_finds(run: Path, corpus: Corpus) -> None:
     final = rows(run)[-1]
     again = evaluate(load(run).model, corpus, batch_size=2, device=CPU)
-    assert (final["validation_loss"], final["validation_tokens"]) == (again.loss, again.tokens)
+    # The run's rewrites are the fused backend's where it is installed, a loaded model's the reference.
+    assert final["validation_loss"] == pytest.approx(again.loss, rel=1e-6)
+    assert final["validation_tokens"] == again.tokens
 
 
 def test_edges_of_an_evaluation(run: Path, corpus: Corpus) -> None:

@@ -230,7 +230,9 @@ def test_init_from(finished: Path, copy: Path, source: Path, tmp_path: Path) -> 
     assert json.loads((new / "environment.json").read_text())["init_from"] == str(finished)
     # The first step sees the finished run's weights: its loss is far below that of a fresh start.
     assert rows(new)[0]["loss"] < 5.2 < rows(finished)[0]["loss"]
-    refused("already holds a run; --init-from starts a new one", config(source, steps=30), copy, init_from=finished)
+    refused(
+        "already holds a run, started from new weights; --init-from", config(source, steps=30), copy, init_from=finished
+    )
     refused("holds no checkpoint", config(source), tmp_path / "other", init_from=tmp_path / "absent")
     refused("does not fit this model", config(source, model={"dim": 8}), tmp_path / "other", init_from=finished)
 

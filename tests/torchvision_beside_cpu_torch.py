@@ -1,4 +1,4 @@
-"""Import this before torchvision, so that PyPI's wheel of it works beside a CPU build of torch.
+"""torchvision's models, also where PyPI's wheel of torchvision stands beside a CPU build of torch.
 
 That wheel's compiled operators are linked against the libraries of the CUDA build. Beside a CPU build they do not load,
 which torchvision tolerates, but then it registers shape functions and gradients for them by name, which fails:
@@ -32,3 +32,7 @@ if not _operators_load():
     DECLARED = torch.library.Library("torchvision", "DEF")
     for name in NAMES:
         DECLARED.define(f"{name}(Tensor x) -> Tensor")
+
+from torchvision import models  # noqa: E402
+
+__all__ = ["models"]

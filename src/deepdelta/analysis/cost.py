@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from deepdelta.analysis.memory import peak_bytes
 from deepdelta.errors import UserError, nearest
 from deepdelta.models import GPT
+from deepdelta.nn import use_backend
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.environment import Device, choose_device
 from deepdelta.training.optimizer import build_optimizer
+from deepdelta.training.step import micro_losses
 
 WARM_UP = 2
 """Steps of each condition before anything is measured: the first one allocates the optimiser's state."""
@@ -127,18 +129,17 @@ class _Trial:
         vocabulary = config.model.vocab_size or vocab_size
         self.config, self.chosen, self.tokens = config, chosen, config.tokens_per_step
         self.model = GPT(replace(config.model, vocab_size=vocabulary), seed=config.seed).to(chosen.device)
+        use_backend(self.model, config.backend)
         self.optimizer = build_optimizer(self.model, config)
         self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
-        shape = (config.accumulate, config.batch_size, config.model.context + 1)
+        shape = (config.accumulate * config.batch_size, config.model.context + 1)
         generator = torch.Generator().manual_seed(config.seed)
         self.ids = torch.randint(vocabulary, shape, generator=generator).to(chosen.device)
 
     def step(self, forward: nn.Module) -> None:
         """What `deepdelta.training` does in a step, apart from reading the batch and writing the record."""
-        for ids in self.ids:
-            with torch.autocast(self.chosen.device.type, dtype=torch.bfloat16, enabled=self.chosen.precision == "bf16"):
-                loss = forward(ids[:, :-1], ids[:, 1:]).loss / self.config.accumulate
-            loss.backward()
+        for loss in micro_losses(forward, self.ids[:, :-1], self.ids[:, 1:], self.config.accumulate, self.chosen):
+            loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

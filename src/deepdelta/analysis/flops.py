@@ -151,9 +151,11 @@ def direction(config: ResidualConfig, width: int) -> Work:
     """r vectors (branch output, its maps, or the MLP of the pooled state), and the scale that each is given."""
     if config.rule == "additive":
         return Work()
-    # |a|^2, and sqrt(|a|^2 + eps^2); then 1/norm, or rsqrt(|a|^2 + eps) and for `operator` its square.
-    scalars = {"unit": 1, "operator": 3, "bounded": 2, "free": 0}[config.direction_norm]
-    scale = Work(elementwise=2 * width + 2 + scalars) * config.rank
+    # |a|^2, then 1 / sqrt(|a|^2 + offset), and for `operator` its square.
+    scalars = {"unit": 3, "operator": 4, "bounded": 3}
+    scale = Work()
+    if config.direction_norm != "free":
+        scale = Work(elementwise=2 * width + scalars[config.direction_norm]) * config.rank
     if config.direction == "pooled":
         return scale + pooled(config, width)
     return scale + (linear(width, config.rank * width) if config.rank > 1 else Work())
@@ -178,10 +180,13 @@ def target(config: ResidualConfig, width: int) -> Work:
     if config.uses_target:
         if config.target == "constant":
             return Work()
-        # scaled_sigmoid: sigmoid and scale; magnitude: 1 + and times |h|.
-        return linear(width, outputs) + Work(
-            elementwise=2 * outputs if config.target in ("scaled_sigmoid", "magnitude") else 0
-        )
+        work = linear(width, outputs)
+        if config.target in ("scaled_sigmoid", "magnitude"):
+            # Sigmoid and scale; 1 + and times |h|.
+            work += Work(elementwise=2 * outputs)
+        if config.target == "magnitude":
+            work += Work(elementwise=2 * width + 2) * config.rank
+        return work
     if config.rule == "two_gate" or (config.writes_branch and config.value_channels > 1):
         return linear(width, outputs) + Work(elementwise=outputs)
     return Work()
@@ -213,11 +218,11 @@ def rewrite(config: ResidualConfig, width: int) -> Work:
     read_or_outer = Work(elementwise=2 * width) if channels == 1 else Work(matrix=2 * channels * width)
     work = read_or_outer
     if config.erases:
-        # b scaled twice by the size of the direction; w - b (k^T X).
-        work += read_or_outer + Work(elementwise=2 * gate + 2 * channels)
+        # b s^2; w - b (k^T X).
+        work += read_or_outer + Work(elementwise=1 + gate + 2 * channels)
     if config.uses_target:
-        # w = beta s v.
-        work += Work(elementwise=gate + channels)
+        # w = beta v, and s w.
+        work += Work(elementwise=2 * channels)
     if config.rule == "two_gate":
         # w = beta w_h.
         work += Work(elementwise=channels)

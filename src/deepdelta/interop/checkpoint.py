@@ -50,7 +50,8 @@ def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
         data: the corpus to evaluate the model on, kept as the run's own; None leaves it without one.
 
     Raises:
-        UserError: see `read_published` and `load_published`; a run that exists; a corpus beyond the vocabulary.
+        UserError: see `read_published` and `load_published`; a run that exists; a corpus beyond the vocabulary or
+            too short to evaluate on.
     """
     directory = RunDirectory(run)
     if directory.started:
@@ -65,6 +66,8 @@ def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
         corpus = load_corpus(data)
         if corpus.vocab_size > rows:
             raise UserError(f"the corpus has {corpus.vocab_size} ids, the imported model only {rows}.")
+        if len(corpus.validation) < 2:
+            raise UserError(f"{data.source} must hold out at least 2 tokens for validation, got 1; give more of it.")
         environment |= corpus_facts(corpus)
     config = TrainConfig(model=model.config, data=data or DataConfig())
     with directory.locked():

@@ -8,7 +8,6 @@ from deepdelta.errors import UserError
 from deepdelta.models.gpt import GPT
 
 
-@torch.no_grad()
 def generate(
     model: GPT,
     prompt: Sequence[int],
@@ -27,28 +26,46 @@ def generate(
         vocab_size: ids from here on (padding of the embedding) are never drawn.
 
     Raises:
-        UserError: an empty prompt, ids beyond the vocabulary, or a setting out of range.
+        UserError: an empty prompt, ids beyond the vocabulary, or a setting out of range; raised by the call, before
+            the first id is asked for.
     """
     rows = model.embedding.weight.shape[0]
     if not prompt:
         raise UserError("the prompt must hold at least one token, got none.")
     if min(prompt) < 0 or max(prompt) >= rows:
         raise UserError(f"the prompt's ids must lie in [0, {rows}), got {max(prompt)}.")
-    if temperature < 0:
-        raise UserError(f"temperature must be at least 0, got {temperature}.")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k must be at least 1, got {top_k}.")
+    for name, value, low in (
+        ("temperature", temperature, 0),
+        ("tokens", tokens, 0),
+        ("seed", seed, 0),
+        ("top_k", 1 if top_k is None else top_k, 1),
+    ):
+        if not low <= value < 1 << 62:
+            raise UserError(f"{name} must be at least {low}, got {value}.")
+    return _drawn(model, list(prompt), tokens, temperature, top_k, seed, vocab_size)
+
+
+def _drawn(
+    model: GPT,
+    ids: list[int],
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    vocab_size: int | None,
+) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     device = model.embedding.weight.device
-    ids = list(prompt)
     for _ in range(tokens):
         window = torch.tensor([ids[-model.config.context :]], device=device)
-        logits = model(window).logits[0, -1, :vocab_size].double().cpu()
+        with torch.no_grad():
+            logits = model(window).logits[0, -1, :vocab_size].double().cpu()
+        if top_k is not None and top_k < logits.shape[0]:
+            logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
         if temperature == 0:
             ids.append(int(logits.argmax()))
         else:
-            if top_k is not None and top_k < logits.shape[0]:
-                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            probabilities = (logits / temperature).softmax(-1)
+            # Less the largest, so that a small temperature gives -inf for the others and not inf for all.
+            probabilities = ((logits - logits.max()) / temperature).nan_to_num(nan=0.0).softmax(-1)
             ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
         yield ids[-1]

@@ -152,7 +152,7 @@ class GPT(nn.Module):
         head = Reading(self.stream.readout, self.norm)
         opened = residuals[0].reading().open(self.stream.expand(self.embedding(input_ids)))
         for residual, following in zip(residuals, [*(later.reading() for later in residuals[1:]), head], strict=True):
-            opened = residual.advance(opened, following)
+            opened = residual(opened, following)
         logits = F.linear(opened.c, self.embedding.weight)
         if labels is None:
             return GPTOutput(logits, None)

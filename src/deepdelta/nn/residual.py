@@ -66,8 +66,9 @@ class DeltaResidual(nn.Module):
         rule = config.rule
         if rule != "additive":
             self.direction = build_direction(config, dim, std)
-            self.gate = Gate(config, dim, std, config.erase_init if rule == "additive_erase" else config.gate_init)
-        if rule == "two_gate":
+        if rule not in ("additive", "additive_erase"):
+            self.gate = Gate(config, dim, std, config.gate_init)
+        if rule in ("additive_erase", "two_gate"):
             self.erase_gate = Gate(config, dim, std, config.erase_init)
         if config.uses_target:
             self.target = Target(config, dim, std)
@@ -92,13 +93,24 @@ class DeltaResidual(nn.Module):
                 another shape than the branch's input.
         """
         self.layout.check_state(state, self.config.value_channels, self.dim)
+        if self.config.needs_tokens and state.ndim < 3:
+            raise UserError(
+                f"compression='{self.config.compression}' with expansion='{self.config.expansion}' works over a token "
+                f"axis: a state (..., token, value channels, width) is needed, got shape {tuple(state.shape)}."
+            )
         opened = self.reading().open(self.layout.state_inward(state))
         return self.layout.outward(opened.c), partial(self._close, opened)
 
-    def forward(self, state: Float[Tensor, "..."], *args: Any, **kwargs: Any) -> Any:
-        """The rewritten state; of a branch that returns a tuple the first element is h and the others pass through."""
+    def forward(self, state: Float[Tensor, "..."] | Opened, *args: Any, **kwargs: Any) -> Any:
+        """The rewritten state; of a branch that returns a tuple the first element is h and the others pass through.
+
+        Models that know their order of residuals hand on an opened state instead, with the reading that follows:
+        `opened = residual(opened, following)`. Where the fused step can, it opens in the rewrite's own pass.
+        """
         if self.branch is None:
             raise UserError("this residual wraps no branch: use `c, rewrite = residual.open(state)`.")
+        if isinstance(state, Opened):
+            return self._advance(state, *args)
         c_D, close = self.open(state)
         output = self.branch(c_D, *args, **kwargs)
         if isinstance(output, tuple):
@@ -110,11 +122,7 @@ class DeltaResidual(nn.Module):
         needs_x_in = self.config.uses_target and self.config.target in ("scaled_sigmoid", "linear_input")
         return Reading(self.compression_part(), self.norm, needs_x_in)
 
-    def advance(self, opened: Opened, following: Reading) -> Opened:
-        """From this residual's opened state through its branch and rewrite to what `following` opens.
-
-        For models that know their order of residuals: where the fused step can, it opens in the rewrite's own pass.
-        """
+    def _advance(self, opened: Opened, following: Reading) -> Opened:
         assert self.branch is not None and not self.layout.channel_first
         folded = following.folded() if self._runs_fused() else None
         h_D = self.branch(opened.c)
@@ -170,10 +178,11 @@ class DeltaResidual(nn.Module):
             write: Tensor | float = self.write(c_D) if hasattr(self, "write") else 1.0
             if rule == "additive":
                 return [Step(h_D, write, None, along_h, None, None)]
-            gate = self.gate(c_D)[0]
+            erase = self.erase_gate(c_D)[0]
             if rule == "additive_erase":
-                return [Step(h_D, write, gate, along_h, gate, None)]
-            return [Step(h_D, gate * write, self.erase_gate(c_D)[0], along_h, gate, None)]
+                return [Step(h_D, write, erase, along_h, erase, None)]
+            gate = self.gate(c_D)[0]
+            return [Step(h_D, gate * write, erase, along_h, gate, None)]
         vectors, gates = self.direction(opened.state, h_D), self.gate(c_D)
         targets: list[Tensor | None] = [None] * len(vectors)
         if self.config.uses_target:

@@ -88,6 +88,13 @@ class DeltaStream(nn.Module):
         """
         if branch is not None:
             refuse_adding(branch)
+        if share_compression is not None:
+            other = share_compression.config, share_compression.dim
+            if other != (self.config, self.dim):
+                raise UserError(
+                    f"share_compression must be a residual of a stream with these settings and width {self.dim}, got "
+                    f"one of width {share_compression.dim} with {share_compression.config}."
+                )
         shared = None if share_compression is None else share_compression.compression_part()
         residual = DeltaResidual(self.config, self.dim, self.std, self.layout, shared)
         initialise(residual, self.seed, f"residual{self._wrapped}")

@@ -7,6 +7,7 @@ from deepdelta.config import refuse_not_finite
 from deepdelta.data import DataConfig
 from deepdelta.errors import UserError
 from deepdelta.models import GPTConfig
+from deepdelta.nn import Backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a CUDA device that has it, else fp32."""
+    backend: Backend = "auto"
+    """What does the rewrites: reference (plain PyTorch), fused (numba on the CPU, Triton on CUDA), or auto."""
     compile: bool = False
     """torch.compile the model."""
     threads: int | None = None

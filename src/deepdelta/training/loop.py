@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from deepdelta.data import Corpus, batch, check_context, load_corpus
 from deepdelta.errors import UserError
 from deepdelta.models import GPT
+from deepdelta.nn import use_backend
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.environment import Device, choose_device, commit, machine, versions
 from deepdelta.training.evaluation import evaluate
 from deepdelta.training.optimizer import build_optimizer, learning_rate
 from deepdelta.training.progress import Reporter, duration, reporting
 from deepdelta.training.rundir import RunDirectory, append_json
+from deepdelta.training.step import micro_losses
 
 Say = Callable[[str], None]
 
@@ -72,11 +74,13 @@ def train(
     check_context(corpus, config.model.context)
     config = resolve(config, corpus)
     say(corpus.description)
-    environment = describe(config, chosen, corpus)
-    model = GPT(config.model, seed=config.seed)
+    model = GPT(config.model, seed=config.seed).to(chosen.device)
     if init_from is not None:
         RunDirectory(init_from).load_weights(model)
-    trainer = Trainer(config, run, corpus, chosen, model.to(chosen.device), say)
+    rewrites = use_backend(model, config.backend)
+    say(f"Rewrites by the backend '{rewrites.backend}' ({rewrites.reason}).")
+    environment = describe(chosen, corpus) | {"backend": rewrites.backend}
+    trainer = Trainer(config, run, corpus, chosen, model, say)
     with run.locked():
         if run.started:
             _check_continues(run, config, environment, init_from, inexact_resume)
@@ -95,8 +99,12 @@ def train(
 def _check_continues(
     run: RunDirectory, config: TrainConfig, environment: dict[str, Any], init_from: Path | None, inexact: bool
 ) -> None:
-    if init_from is not None:
-        raise UserError(f"{run.path} already holds a run; --init-from starts a new one: give another --run directory.")
+    there = run.environment().get("init_from")
+    if init_from is not None and str(init_from) != there:
+        raise UserError(
+            f"{run.path} already holds a run, started from {there or 'new weights'}; --init-from {init_from} starts a "
+            "new one: give another --run directory."
+        )
     run.check_continues(config)
     run.check_environment(environment, exact=not inexact)
     if run.step() > config.steps:
@@ -111,7 +119,7 @@ def resolve(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     return replace(config, model=replace(config.model, vocab_size=size or corpus.vocab_size))
 
 
-def describe(config: TrainConfig, chosen: Device, corpus: Corpus) -> dict[str, Any]:
+def describe(chosen: Device, corpus: Corpus) -> dict[str, Any]:
     """What a run's numbers depend on besides its configuration."""
     return {
         "versions": versions(),
@@ -203,7 +211,7 @@ class Trainer:
 
     def _losses(self, forward: nn.Module) -> Iterator[Tensor]:
         """The share of each micro-batch in the loss of the next step."""
-        config, device = self.config, self.chosen.device
+        config = self.config
         inputs, labels = batch(
             self.corpus.train,
             seed=config.seed,
@@ -212,10 +220,7 @@ class Trainer:
             batch_size=config.batch_size * config.accumulate,
             context=config.model.context,
         )
-        for part, part_labels in zip(inputs.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.chosen.precision == "bf16"):
-                loss = forward(part.to(device), part_labels.to(device)).loss / config.accumulate
-            yield loss
+        return micro_losses(forward, inputs, labels, config.accumulate, self.chosen)
 
     @torch.no_grad()
     def _check_good(self) -> None:

@@ -9,6 +9,9 @@ from torch.optim import AdamW
 from deepdelta.errors import UserError
 from deepdelta.training.config import TrainConfig
 
+NORMS = (nn.LayerNorm, nn.RMSNorm)
+"""The norms of torch whose weights may have several axes."""
+
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two optimiser groups over any module: decayed, and exempt (gates, biases, norms, reads).
@@ -28,7 +31,7 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     exempt = {
         id(parameter)
         for owner in module.modules()
-        if getattr(owner, "weight_decay_exempt", False)
+        if getattr(owner, "weight_decay_exempt", False) or isinstance(owner, NORMS)
         for parameter in owner.parameters()
     }
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

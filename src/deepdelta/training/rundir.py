@@ -33,7 +33,7 @@ CHECKPOINT, LOCK = "checkpoint.safetensors", ".lock"
 CHANGEABLE = ("steps", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every")
 """What may differ when a run is continued: none of it touches the steps already made."""
 
-NUMERICS = ("versions", "machine", "threads", "device", "precision")
+NUMERICS = ("versions", "machine", "threads", "device", "precision", "backend")
 """What the last bits of a number depend on besides the configuration."""
 
 

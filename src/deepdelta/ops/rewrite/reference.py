@@ -27,9 +27,9 @@ def rewrite(
     """X + k (w^T - b k^T X), and the read k^T X (None without an erase term)."""
     wide = accumulation_dtype(state.dtype)
     read_V = None if erase is None else read_along(state, direction)
-    if isinstance(write, float) and read_V is None:
+    if not isinstance(write, Tensor) and read_V is None:
         return torch.add(state, direction.unsqueeze(-2), alpha=write).to(state.dtype), None
-    coefficient_V = write if isinstance(write, float) else write.to(wide)
+    coefficient_V = write.to(wide) if isinstance(write, Tensor) else write
     if erase is not None and read_V is not None:
         coefficient_V = coefficient_V - erase.to(wide) * read_V
     assert isinstance(coefficient_V, Tensor)

@@ -38,6 +38,9 @@ def _rounded(value, like):
 
 
 # The plain functions, without the checks that the tests put around every function of the package.
+load, store = inspect.unwrap(load), inspect.unwrap(store)
+
+
 @overload(load, inline="always")
 def _load(value):
     return inspect.unwrap(_widened) if value == types.uint16 else lambda value: value

@@ -1,8 +1,9 @@
 """The fused step on CUDA: Triton's kernels over torch's memory, compiled once per width, V, dtype and setting.
 
 Bytes per token, with B per number of the state: forward reads X and h and writes X' and c', 2 (V + 1) D B; backward
-reads X, h and the two gradients and writes dX and dh, 3 (V + 1) D B. A token of up to WHOLE numbers (V and D each
-rounded up to a power of two) stays in registers between the passes; a larger one is read from the cache once per pass.
+reads X, h and the two gradients and writes dX and dh, 3 (V + 1) D B. A token stays in registers from the first pass over
+it to the last while V and D, each rounded up to a power of two, multiply to at most WHOLE_FORWARD or WHOLE_BACKWARD. A
+larger one comes from memory once and from the cache for the later passes, which are then two or three.
 """
 
 from functools import cache
@@ -15,14 +16,17 @@ from deepdelta.ops.precision import accumulation_dtype
 from deepdelta.ops.step import cuda_kernel
 from deepdelta.ops.step.reference import Normalise
 
-WHOLE = 16384
+WHOLE_FORWARD = 16384
+WHOLE_BACKWARD = 8192
 TILE = 4096
-"""Numbers in a tile of a token that is larger than WHOLE."""
-NUMBERS_PER_THREAD = 16
+"""Numbers in a tile of a larger token."""
+NUMBERS_PER_THREAD = 32
+RESIDENT_WARPS = 8
+"""Warps of the backward kernel that a processor holds at once: each of their threads takes up to 255 registers."""
 
 
 class Blocks(NamedTuple):
-    """How one token is laid over the threads of a program."""
+    """A tile of a token, and the warps that share it."""
 
     channels: int
     width: int
@@ -32,11 +36,11 @@ class Blocks(NamedTuple):
         return {"BLOCK_V": self.channels, "BLOCK_D": self.width, "num_warps": self.warps}
 
 
-def blocks(channels: int, width: int, dtype: torch.dtype) -> Blocks:
-    """The tile of a token and the warps that share it; an fp64 number counts as two."""
+def blocks(channels: int, width: int, dtype: torch.dtype, whole: int) -> Blocks:
+    """The whole token up to `whole` numbers, of which fp64 counts two each; else tiles of all value channels."""
     size = 2 if dtype == torch.float64 else 1
     rows, columns = _power_of_two(channels), _power_of_two(width)
-    if rows * columns * size > WHOLE:
+    if rows * columns * size > whole:
         columns = max(1, TILE // (rows * size))
     warps = rows * columns * size // (32 * NUMBERS_PER_THREAD)
     return Blocks(rows, columns, max(1, min(16, warps)))
@@ -86,17 +90,17 @@ def backward(
     d_state, d_h, d_write = torch.empty_like(state), torch.empty_like(h), torch.empty_like(write)
     d_erase = None if erase is None else torch.empty_like(erase)
     opening = (compression, norm_weight) if opens else (None, None)
-    shape = blocks(channels, width, state.dtype)
+    tile = blocks(channels, width, state.dtype, WHOLE_BACKWARD)
     # Enough programs to fill the device once; each takes a run of tokens and sums its gradients of the parameters.
-    programs = min(tokens, _processors(state.device) * max(1, 32 // shape.warps))
+    programs = min(tokens, _processors(state.device) * max(1, RESIDENT_WARPS // tile.warps))
     sums = [None if p is None else p.new_empty(programs, *p.shape) for p in opening]
     if tokens:
-        with torch.cuda.device_of(state):
+        with torch.cuda.device(state.device):
             cuda_kernel.backward[programs,](
                 state, h, write, erase, *opening, scale, read, inverse, d_new, d_c if opens else None,
                 d_state, d_h, d_write, d_erase, *sums, tokens,
                 OFFSET=normalise.offset, POWER=normalise.power, V=channels, D=width,
-                GATES=0 if erase is None else erase.shape[1], **shape.settings(),
+                GATES=0 if erase is None else erase.shape[1], **tile.settings(),
             )  # fmt: skip
     d_compression, d_weight = (None if total is None else total.sum(0) for total in sums)
     return d_state, d_h, d_write, d_erase, d_compression, d_weight
@@ -125,11 +129,11 @@ def _forward(
     tokens, channels, width = state.shape
     if tokens == 0:
         return
-    with torch.cuda.device_of(state):
+    with torch.cuda.device(state.device):
         cuda_kernel.forward[tokens,](
             state, h, write, erase, *opening, *filled,
             OFFSET=normalise.offset, POWER=normalise.power, EPS=norm_eps, REPLAY=replay, V=channels, D=width,
-            GATES=0 if erase is None else erase.shape[1], **blocks(channels, width, state.dtype).settings(),
+            GATES=0 if erase is None else erase.shape[1], **tile.settings(),
         )  # fmt: skip
 
 

@@ -101,9 +101,10 @@ def step(
     norm_eps: float,
     opens: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _implementation(state).forward(
+    filled: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _implementation(state).forward(
         state, h, write, erase, Normalise(offset, power), compression, norm_weight, norm_eps, opens
     )
+    return filled
 
 
 @torch.library.custom_op("deepdelta::step_backward", mutates_args=())
