@@ -5,6 +5,8 @@
 # make fresh-clone   both README commands in a fresh clone of the last commit
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRAS_study := study,fast
+EXTRAS_test := test
 
 .PHONY: study test matrix check fresh-clone clean
 
@@ -37,5 +39,5 @@ clean:
 
 .venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing into .venv (some minutes the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS_$*)]"
 	@touch $@

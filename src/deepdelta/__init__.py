@@ -3,7 +3,7 @@
 from deepdelta import interop, ops
 from deepdelta.errors import UserError
 from deepdelta.models import GPT, GPTConfig, generate
-from deepdelta.nn import DeltaResidual, DeltaStream, ResidualConfig, RewriteRecord, recording, use_backend
+from deepdelta.nn import DeltaResidual, DeltaStream, ResidualConfig, RewriteRecord, recording, use_backend, use_memory
 from deepdelta.nn.presets import PRESETS
 from deepdelta.operator import DeltaOperator
 from deepdelta.training import TrainConfig, load, param_groups, train
@@ -29,4 +29,5 @@ __all__ = [
     "recording",
     "train",
     "use_backend",
+    "use_memory",
 ]

@@ -176,7 +176,45 @@ class Study:
         run_study(config, self.out or Path("runs") / f"study-{config.name}", workers=self.workers, command=command)
 
 
-COMMANDS = {"train": Train, "evaluate": Evaluate, "generate": Generate, "study": Study, "import": Import}
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time a named suite: correctness first, then interleaved rounds; JSON, table and plot."""
+
+    name: Positional[str] = "bar"
+    """bar (the table of figures to reach), growth, operator or gpu."""
+    out: Path | None = None
+    """Where results.json, table.md, plot.svg and plot.html go; runs/bench-NAME by default."""
+    rounds: int | None = None
+    """Another number of interleaved rounds than the suite's."""
+    threads: int | None = None
+    """CPU threads; all cores by default."""
+    quick: bool = False
+    """Small sizes, five rounds, nothing compiled: to see that all of it runs. No measurement."""
+
+    def __call__(self) -> None:
+        # Here: importing what compares takes time that the other commands need not spend.
+        from deepdelta.benchmarks import load_suite, run_suite
+        from deepdelta.benchmarks.config import quick
+
+        suite = load_suite(self.name)
+        run_suite(
+            quick(suite) if self.quick else suite,
+            self.out or Path("runs") / f"bench-{self.name}",
+            rounds=self.rounds,
+            threads=self.threads,
+            quick=self.quick,
+            command=shlex.join(["deepdelta", *sys.argv[1:]]),
+        )
+
+
+COMMANDS = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "study": Study,
+    "import": Import,
+    "bench": Bench,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,8 +3,9 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from deepdelta.analysis.memory import peak_bytes
 from deepdelta.errors import UserError, nearest
 from deepdelta.models import GPT
-from deepdelta.nn import use_backend
+from deepdelta.nn import use_backend, use_memory
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.environment import Device, choose_device
 from deepdelta.training.optimizer import build_optimizer
@@ -52,9 +53,8 @@ def measure_costs(
 ) -> dict[str, Cost]:
     """Cost of each condition, by name.
 
-    Every round makes one training step of every condition, in an order drawn anew (with a fixed seed), so that what
-    else slows the machine down meets all conditions alike. All models live at once. Token ids are random: the
-    work does not depend on them.
+    Every round makes one training step of every condition (see `interleaved`). All models live at once. Token ids are
+    random: the work does not depend on them.
 
     Args:
         configs: the conditions; device, precision and threads must be the same in all.
@@ -103,23 +103,43 @@ def measure_costs(
     return costs
 
 
+def interleaved(
+    runs: Mapping[str, Sequence[Callable[[], object]]],
+    *,
+    rounds: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[tuple[float, ...]]]:
+    """Seconds of each run in each round, from its beginning to the end of each of its stages.
+
+    Every round makes every run once, in an order drawn anew (with a fixed seed), so that what else slows the machine
+    down meets all runs alike.
+    """
+    shuffle = random.Random(0).sample
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in runs}
+    for done in range(1, rounds + 1):
+        for name in shuffle(list(runs), len(runs)):
+            ends = []
+            _synchronize(device)
+            began = time.perf_counter()
+            for stage in runs[name]:
+                stage()
+                _synchronize(device)
+                ends.append(time.perf_counter() - began)
+            times[name].append(tuple(ends))
+        if progress is not None:
+            progress(done, rounds)
+    return times
+
+
 def _timed(
     trials: Mapping[str, "_Trial"], rounds: int, progress: Callable[[int, int], None] | None
 ) -> dict[str, list[float]]:
     """Seconds of each condition's step in each round."""
-    shuffle = random.Random(0).sample
-    times: dict[str, list[float]] = {name: [] for name in trials}
-    for done in range(1, rounds + 1):
-        for name in shuffle(list(trials), len(trials)):
-            trial = trials[name]
-            _synchronize(trial.chosen.device)
-            began = time.perf_counter()
-            trial.step(trial.forward)
-            _synchronize(trial.chosen.device)
-            times[name].append(time.perf_counter() - began)
-        if progress is not None:
-            progress(done, rounds)
-    return times
+    runs = {name: (partial(trial.step, trial.forward),) for name, trial in trials.items()}
+    device = next(iter(trials.values())).chosen.device
+    times = interleaved(runs, rounds=rounds, device=device, progress=progress)
+    return {name: [seconds for (seconds,) in rows] for name, rows in times.items()}
 
 
 class _Trial:
@@ -130,6 +150,7 @@ class _Trial:
         self.config, self.chosen, self.tokens = config, chosen, config.tokens_per_step
         self.model = GPT(replace(config.model, vocab_size=vocabulary), seed=config.seed).to(chosen.device)
         use_backend(self.model, config.backend)
+        use_memory(self.model, config.memory)
         self.optimizer = build_optimizer(self.model, config)
         self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
         shape = (config.accumulate * config.batch_size, config.model.context + 1)

@@ -1,6 +1,7 @@
 """Models built on the stream: GPT."""
 
+from deepdelta.models.cache import CacheMemory, DecodingCache
 from deepdelta.models.generation import generate
 from deepdelta.models.gpt import GPT, GPTConfig, GPTOutput
 
-__all__ = ["GPT", "GPTConfig", "GPTOutput", "generate"]
+__all__ = ["GPT", "CacheMemory", "DecodingCache", "GPTConfig", "GPTOutput", "generate"]

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D model width, H heads, E width of a head, F hidden w
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -27,11 +28,40 @@ class Rotary(nn.Module):
         self.register_buffer("cosine", angle_TR.cos().unsqueeze(1), persistent=False)
         self.register_buffer("sine", angle_TR.sin().unsqueeze(1), persistent=False)
 
-    def forward(self, x_BTHE: Tensor) -> Tensor:
-        tokens, half = x_BTHE.shape[1], self.cosine.shape[-1]
-        cosine, sine = (table[:tokens].to(x_BTHE.dtype) for table in (self.cosine, self.sine))
+    def at(self, positions: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """cos and sin at positions (B, T) or at a slice of them, (..., 1, half)."""
+        return self.cosine[positions], self.sine[positions]
+
+    def forward(self, x_BTHE: Tensor, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x rotated to the positions that `angles` are of; None: from 0 on."""
+        half = self.cosine.shape[-1]
+        cosine, sine = (table.to(x_BTHE.dtype) for table in angles or self.at(slice(x_BTHE.shape[1])))
         first, second, rest = x_BTHE[..., :half], x_BTHE[..., half : 2 * half], x_BTHE[..., 2 * half :]
         return torch.cat((first * cosine - second * sine, first * sine + second * cosine, rest), dim=-1)
+
+
+class Slots(NamedTuple):
+    """Where new tokens stand in the memory of a cache: in slots first .. last - 1 of every row."""
+
+    first: int
+    last: int
+    angles: tuple[Tensor, Tensor]
+    """cos and sin of the tokens' positions."""
+    visible: Tensor | None
+    """Which slots before `last` each token attends to, (B or 1, 1, T, last); None: those up to its own."""
+
+
+class KeyValues(NamedTuple):
+    """An attention's memory in cached decoding, (B, H, context, E) each."""
+
+    keys: Tensor
+    values: Tensor
+
+    def extend(self, k_BHTE: Tensor, v_BHTE: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+        """All keys and values up to the new ones, which are written into their slots."""
+        self.keys[:, :, slots.first : slots.last] = k_BHTE
+        self.values[:, :, slots.first : slots.last] = v_BHTE
+        return self.keys[:, :, : slots.last], self.values[:, :, : slots.last]
 
 
 class Attention(nn.Module):
@@ -51,13 +81,19 @@ class Attention(nn.Module):
         # The tables are the model's: held in a tuple, they are not registered once per layer.
         self._rotary = (rotary,)
 
-    def forward(self, c_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    def forward(
+        self, c_BTD: Float[Tensor, "B T D"], memory: KeyValues | None = None, slots: Slots | None = None
+    ) -> Float[Tensor, "B T D"]:
         heads = (*c_BTD.shape[:2], self.heads, self.head_dim)
-        rotary = self._rotary[0]
-        q_BHTE = self.query_norm(rotary(self.query(c_BTD).view(heads))).transpose(1, 2)
-        k_BHTE = self.key_norm(rotary(self.key(c_BTD).view(heads))).transpose(1, 2)
+        rotary, angles = self._rotary[0], None if slots is None else slots.angles
+        q_BHTE = self.query_norm(rotary(self.query(c_BTD).view(heads), angles)).transpose(1, 2)
+        k_BHTE = self.key_norm(rotary(self.key(c_BTD).view(heads), angles)).transpose(1, 2)
         v_BHTE = self.value(c_BTD).view(heads).transpose(1, 2)
-        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
+        visible, causal = None, True
+        if memory is not None and slots is not None:
+            k_BHTE, v_BHTE = memory.extend(k_BHTE, v_BHTE, slots)
+            visible, causal = slots.visible, slots.visible is None and slots.last - slots.first > 1
+        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=visible, is_causal=causal)
         return self.out(y_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

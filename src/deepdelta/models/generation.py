@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from deepdelta.errors import UserError
+from deepdelta.models.cache import DecodingCache
 from deepdelta.models.gpt import GPT
 
 
@@ -19,6 +20,10 @@ def generate(
     vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Up to `tokens` ids that continue `prompt`, each drawn from softmax(logits / temperature).
+
+    Each is drawn from the logits of the last `context` ids, at positions from 0 on. Up to the context's length they
+    come one id at a time from a `DecodingCache`. Beyond it the window slides: every id then has another position, so
+    the whole window is fed again for each new id, at the cost of a prefill. The weights must not change meanwhile.
 
     Args:
         temperature: 0 takes the likeliest token.
@@ -56,10 +61,12 @@ def _drawn(
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     device = model.embedding.weight.device
+    cache = DecodingCache(model)
     for _ in range(tokens):
-        window = torch.tensor([ids[-model.config.context :]], device=device)
-        with torch.no_grad():
-            logits = model(window).logits[0, -1, :vocab_size].double().cpu()
+        if len(ids) > cache.context:
+            cache.clear()
+        new = ids[-cache.context :][cache.length :]
+        logits = cache.decode(torch.tensor([new], device=device))[0, -1, :vocab_size].double().cpu()
         if top_k is not None and top_k < logits.shape[0]:
             logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
         if temperature == 0:

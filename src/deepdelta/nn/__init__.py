@@ -5,6 +5,7 @@ from deepdelta.nn.backend import Backend, use_backend
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.linear import Linear, RMSNorm, initialise
 from deepdelta.nn.recording import Recorder, recording
+from deepdelta.nn.replay import Plan, use_memory
 from deepdelta.nn.residual import DeltaResidual, RewriteRecord
 from deepdelta.nn.stream import DeltaStream
 
@@ -13,6 +14,7 @@ __all__ = [
     "DeltaResidual",
     "DeltaStream",
     "Linear",
+    "Plan",
     "RMSNorm",
     "Recorder",
     "ResidualConfig",
@@ -21,4 +23,5 @@ __all__ = [
     "recording",
     "resnet_branch",
     "use_backend",
+    "use_memory",
 ]

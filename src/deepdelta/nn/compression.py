@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from deepdelta.nn.config import ResidualConfig
+from deepdelta.nn.history import History
 from deepdelta.nn.linear import Initialised
 
 
@@ -29,6 +30,10 @@ class ChannelCompression(Initialised):
 
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
         parameter.fill_(1 / parameter.shape[0])
+
+    def folded(self) -> Tensor:
+        """C, (V, D)."""
+        return self.weight
 
     def forward(self, state_VD: Tensor) -> Tensor:
         return (state_VD * self.weight.to(state_VD.dtype)).sum(-2)
@@ -96,13 +101,56 @@ class TokenConvolution(ConvolutionCompression):
     def forward(self, state_BTVD: Tensor) -> Tensor:
         channels, width, taps = self.weight.shape
         batch, tokens = state_BTVD.shape[:-3], state_BTVD.shape[-3]
-        # One group per feature with V inputs and one output: the sum over value channels happens in the convolution.
-        x_NDVT = state_BTVD.reshape(-1, tokens, channels, width).permute(0, 3, 2, 1)
-        x_NCT = F.pad(x_NDVT.reshape(-1, width * channels, tokens), (taps - 1, 0))
-        weight = self.folded().transpose(0, 1).to(state_BTVD.dtype)
-        with torch.autocast(state_BTVD.device.type, enabled=False):
-            y_NDT = F.conv1d(x_NCT, weight, groups=width)
-        return y_NDT.transpose(-1, -2).contiguous().view(*batch, tokens, width)
+        x_NCT = F.pad(_by_feature(state_BTVD.reshape(-1, tokens, channels, width)), (taps - 1, 0))
+        return _convolved(x_NCT, self.folded()).view(*batch, tokens, width)
+
+
+def _by_feature(state_NTVD: Tensor) -> Tensor:
+    """(N, D * V, T): one group per feature with V inputs and one output, so that the convolution sums over V too."""
+    tokens, channels, width = state_NTVD.shape[1:]
+    return state_NTVD.permute(0, 3, 2, 1).reshape(-1, width * channels, tokens)
+
+
+def _convolved(x_NCT: Tensor, weight_VDK: Tensor) -> Tensor:
+    """(N, T - K + 1, D) of T tokens."""
+    weight = weight_VDK.transpose(0, 1).to(x_NCT.dtype)
+    with torch.autocast(x_NCT.device.type, enabled=False):
+        y_NDT = F.conv1d(x_NCT, weight, groups=weight.shape[0])
+    return y_NDT.transpose(-1, -2).contiguous()
+
+
+class FoldedChannels(nn.Module):
+    """A compression along the value channels for decoding: its C (V, D) as it was when this was made."""
+
+    weight: Tensor
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight_VD)
+
+    def folded(self) -> Tensor:
+        return self.weight
+
+    def forward(self, state_VD: Tensor) -> Tensor:
+        return (state_VD * self.weight.to(state_VD.dtype)).sum(-2)
+
+
+class FoldedTokens(nn.Module):
+    """A compression over tokens for decoding: its weight (V, D, K) as it was when this was made, and its history."""
+
+    weight: Tensor
+
+    def __init__(self, weight_VDK: Tensor, history: History) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight_VDK)
+        self.history = history
+
+    def forward(self, state_BTVD: Tensor) -> Tensor:
+        x_BKVD = self.history.extend(state_BTVD)
+        if state_BTVD.shape[1] == 1:
+            # For one token the convolution costs more in its set-up than in its sums.
+            return (x_BKVD * self.weight.permute(2, 0, 1)).sum((1, 2)).unsqueeze(1)
+        return _convolved(_by_feature(x_BKVD), self.weight)
 
 
 def build_compression(config: ResidualConfig, dim: int, std: float) -> nn.Module:

@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from deepdelta.nn.config import ResidualConfig
+from deepdelta.nn.history import History
 from deepdelta.nn.linear import Initialised
 
 
@@ -37,10 +38,19 @@ class EmbeddingConvolution(Initialised):
         parameter.zero_()
         parameter[..., -1] = 1.0
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, history: History | None = None) -> Tensor:
+        """The tokens' states; what came before them is in `history`, or nothing did."""
         channels, width, taps = self.weight.shape
         batch, tokens = x_BTD.shape[:-2], x_BTD.shape[-2]
-        x_NDT = F.pad(x_BTD.reshape(-1, tokens, width).transpose(-1, -2), (taps - 1, 0))
+        if history is None:
+            x_NDT = F.pad(x_BTD.reshape(-1, tokens, width).transpose(-1, -2), (taps - 1, 0))
+        else:
+            x_BKD = history.extend(x_BTD)
+            if tokens == 1:
+                # For one token the convolution costs more in its set-up than in its sums.
+                weight_VKD = self.weight.transpose(1, 2).to(x_BTD.dtype)
+                return (x_BKD.unsqueeze(1) * weight_VKD).sum(2).unsqueeze(1)
+            x_NDT = x_BKD.transpose(-1, -2)
         weight = self.weight.transpose(0, 1).reshape(width * channels, 1, taps).to(x_BTD.dtype)
         # Autocast would hand the convolution bf16, and with it the whole state.
         with torch.autocast(x_BTD.device.type, enabled=False):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from deepdelta.nn.compression import ChannelCompression, ChannelConvolution, Squeeze
+from deepdelta.nn.compression import ChannelCompression, ChannelConvolution, FoldedChannels, Squeeze
 from deepdelta.nn.linear import RMSNorm
 
 
@@ -48,8 +48,6 @@ class Reading(NamedTuple):
         weight, eps = (self.norm.weight, self.norm.eps) if isinstance(self.norm, RMSNorm) else (None, 0.0)
         if isinstance(self.compression, Squeeze):
             return Folded(None, weight, eps)
-        if isinstance(self.compression, ChannelCompression):
-            return Folded(self.compression.weight, weight, eps)
-        if isinstance(self.compression, ChannelConvolution):
+        if isinstance(self.compression, ChannelCompression | ChannelConvolution | FoldedChannels):
             return Folded(self.compression.folded(), weight, eps)
         return None

@@ -19,10 +19,11 @@ from deepdelta.nn.direction import build_direction, normalisation
 from deepdelta.nn.gate import Gate
 from deepdelta.nn.layout import Layout
 from deepdelta.nn.linear import RMSNorm
-from deepdelta.nn.reading import Opened, Reading
+from deepdelta.nn.reading import Folded, Opened, Reading
+from deepdelta.nn.replay import Memory, hand_on
 from deepdelta.nn.target import BranchWrite, Target
-from deepdelta.ops import read_along
-from deepdelta.ops.step import Normalise, Rewritten, fused_step, rewrite_along, scale_of
+from deepdelta.ops import read_along, rewrite
+from deepdelta.ops.step import FusedStep, Normalise, Rewritten, fused_step, remake, rewrite_along, scale_of
 
 
 class RewriteRecord(NamedTuple):
@@ -58,6 +59,8 @@ class DeltaResidual(nn.Module):
         self.recorder: Callable[[RewriteRecord], None] | None = None
         self.fused = False
         """Whether the rewrites are done by `ops.step.fused_step`; see `use_backend`."""
+        self.memory = Memory()
+        """What is saved of the state for the backward pass; see `use_memory`."""
         # A shared compression belongs to the residual that made it; held in a tuple, it is not registered twice.
         self._shared_compression = None if compression is None else (compression,)
         if compression is None:
@@ -98,14 +101,17 @@ class DeltaResidual(nn.Module):
                 f"compression='{self.config.compression}' with expansion='{self.config.expansion}' works over a token "
                 f"axis: a state (..., token, value channels, width) is needed, got shape {tuple(state.shape)}."
             )
-        opened = self.reading().open(self.layout.state_inward(state))
+        state_VD = hand_on(state, self.layout.state_inward(state))
+        with self.memory.watching(state_VD):
+            opened = self.reading().open(state_VD)
         return self.layout.outward(opened.c), partial(self._close, opened)
 
     def forward(self, state: Float[Tensor, "..."] | Opened, *args: Any, **kwargs: Any) -> Any:
         """The rewritten state; of a branch that returns a tuple the first element is h and the others pass through.
 
         Models that know their order of residuals hand on an opened state instead, with the reading that follows:
-        `opened = residual(opened, following)`. Where the fused step can, it opens in the rewrite's own pass.
+        `opened = residual(opened, following)`, extra arguments going to the branch. Where the fused step can, it opens
+        in the rewrite's own pass.
         """
         if self.branch is None:
             raise UserError("this residual wraps no branch: use `c, rewrite = residual.open(state)`.")
@@ -122,29 +128,32 @@ class DeltaResidual(nn.Module):
         needs_x_in = self.config.uses_target and self.config.target in ("scaled_sigmoid", "linear_input")
         return Reading(self.compression_part(), self.norm, needs_x_in)
 
-    def _advance(self, opened: Opened, following: Reading) -> Opened:
+    def _advance(self, opened: Opened, following: Reading, *args: Any) -> Opened:
         assert self.branch is not None and not self.layout.channel_first
         folded = following.folded() if self._runs_fused() else None
-        h_D = self.branch(opened.c)
+        h_D = self.branch(opened.c, *args)
         if folded is None:
-            return following.open(self._rewritten(opened, h_D))
+            state_VD = self._rewritten(opened, h_D)
+            with self.memory.watching(state_VD):
+                return following.open(state_VD)
         *earlier, last = self._steps(opened, h_D)
         state_VD = opened.state
         for step in earlier:
-            state_VD = fused_step(state_VD, step.h, step.write, step.erase, step.normalise)[0]
-        state_VD, c_D = fused_step(
-            state_VD,
-            last.h,
-            last.write,
-            last.erase,
-            last.normalise,
-            folded.compression,
-            folded.weight,
-            folded.eps,
-            opens=True,
-        )
+            state_VD = self._fused(state_VD, step).state
+        state_VD, c_D, _ = self._fused(state_VD, last, folded)
         assert c_D is not None
         return Opened(state_VD, None, c_D)
+
+    def _fused(self, state_VD: Tensor, step: "Step", folded: Folded | None = None) -> FusedStep:
+        opening = (None, None, 0.0) if folded is None else folded
+        with self.memory.watching(state_VD):
+            result = fused_step(
+                state_VD, step.h, step.write, step.erase, step.normalise, *opening, opens=folded is not None
+            )
+        self.memory.follow(
+            state_VD, result.state, partial(remake, result.done), partial(remake, result.done, backwards=True)
+        )
+        return result
 
     def _runs_fused(self) -> bool:
         return self.fused and self.recorder is None
@@ -157,17 +166,20 @@ class DeltaResidual(nn.Module):
                 f"{tuple(self.layout.outward(opened.c).shape)}, got {tuple(h.shape)}; where the width changes, reduce "
                 "the state and expand it again."
             )
-        return self.layout.state_outward(self._rewritten(opened, h_D))
+        state_VD = self._rewritten(opened, h_D)
+        return hand_on(state_VD, self.layout.state_outward(state_VD))
 
     def _rewritten(self, opened: Opened, h_D: Tensor) -> Tensor:
         state_VD = opened.state
         for step in self._steps(opened, h_D):
             if self._runs_fused():
-                state_VD = fused_step(state_VD, step.h, step.write, step.erase, step.normalise)[0]
+                state_VD = self._fused(state_VD, step).state
                 continue
-            rewritten = rewrite_along(state_VD, step.h, step.write, step.erase, step.normalise)
+            with self.memory.watching(state_VD):
+                rewritten = rewrite_along(state_VD, step.h, step.write, step.erase, step.normalise)
             if self.recorder is not None:
                 self.recorder(_record(state_VD, step, rewritten, self.config.direction_eps))
+            self.memory.follow(state_VD, rewritten.state, partial(_redo, step), partial(_undo, step, rewritten))
             state_VD = rewritten.state
         return state_VD
 
@@ -205,6 +217,21 @@ class Step(NamedTuple):
     normalise: Normalise
     beta: Tensor | None
     target: Tensor | None
+
+
+@torch.no_grad()
+def _redo(step: Step, state_VD: Tensor) -> Tensor:
+    return rewrite_along(state_VD, step.h, step.write, step.erase, step.normalise).state
+
+
+@torch.no_grad()
+def _undo(step: Step, done: Rewritten, new_VD: Tensor) -> Tensor:
+    """X = X' - h a^T with the coefficients a that the step had."""
+    power = step.normalise.power if isinstance(step.write, Tensor) else 0
+    coefficient = step.write * done.scale**power
+    if step.erase is not None and done.read is not None:
+        coefficient = coefficient - step.erase * done.scale**2 * done.read
+    return rewrite(new_VD, step.h, -coefficient, None)[0]
 
 
 def _record(state_VD: Tensor, step: Step, rewritten: Rewritten, eps: float) -> RewriteRecord:

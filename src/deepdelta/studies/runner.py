@@ -24,7 +24,7 @@ from deepdelta.report import render_table, write_report
 from deepdelta.studies.collection import collect, measure
 from deepdelta.studies.config import StudyConfig
 from deepdelta.studies.results import StudyResults, save_results
-from deepdelta.training import RunDirectory
+from deepdelta.training import RunDirectory, TrainConfig
 from deepdelta.training.environment import choose_device
 from deepdelta.training.loop import stop_signals
 from deepdelta.training.progress import reporting
@@ -80,7 +80,7 @@ def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, com
     runs = [Run(name, seed, out / "runs" / f"{name}-seed{seed}") for seed in config.seeds for name in config.conditions]
     _claim(config, runs, out)
     started = datetime.datetime.now(datetime.UTC)
-    _run_all(config, runs, workers or max(1, (os.cpu_count() or 1) // (settings.threads or 1)))
+    _run_all(config, runs, workers or max(1, (os.cpu_count() or 1) // (settings.threads or 1)), len(corpus.validation))
     costs = measure(config, settings.model.vocab_size or corpus.vocab_size, out / "costs.json")
     cells = {(run.condition, run.seed): run.path for run in runs}
     results = collect(config, cells, costs, corpus, command=command, started=started)
@@ -109,20 +109,23 @@ def _claim(config: StudyConfig, runs: list[Run], out: Path) -> None:
     write_json(file, to_plain(config))
 
 
-def _run_all(config: StudyConfig, runs: list[Run], workers: int) -> None:
+def _work(settings: TrainConfig, validation_tokens: int) -> int:
+    """A run's length in steps, its final validation counted as the steps that take as long."""
+    tokens = min(settings.final_eval_tokens or validation_tokens, validation_tokens)
+    return settings.steps + tokens // (3 * settings.tokens_per_step)
+
+
+def _run_all(config: StudyConfig, runs: list[Run], workers: int, validation_tokens: int) -> None:
     """Train what has not ended, `workers` processes at a time."""
-    steps = {run: config.train_config(run.condition, run.seed).steps for run in runs}
+    work = {run: _work(config.train_config(run.condition, run.seed), validation_tokens) for run in runs}
     waiting = [run for run in runs if not run.ended]
     running: dict[Run, subprocess.Popen[bytes]] = {}
     unfinished = set(waiting)
-    done = sum(steps[run] for run in runs if run not in unfinished)
-
-    started = tuple(waiting)
 
     def made() -> int:
-        return done + sum(_step(run) if run in unfinished else steps[run] for run in started)
+        return sum(RunDirectory(run.path).last_recorded_step() if run in unfinished else work[run] for run in runs)
 
-    with stop_signals() as stopped, reporting(f"Study {config.name}", sum(steps.values()), made()) as reporter:
+    with stop_signals() as stopped, reporting(f"Study {config.name}", sum(work.values()), made()) as reporter:
         try:
             while (waiting or running) and not stopped():
                 # A busy run is still trained by a process of a study that was killed: it is waited for.
@@ -167,7 +170,3 @@ def _failure(run: Run, code: int) -> str:
         return f"the run {run.path} was ended by {signal.Signals(-code).name}; the same command continues the study."
     lines = run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return f"the run {run.path} failed: {lines[-1] if lines else f'exit code {code}'} (all of it: {run.log})"
-
-
-def _step(run: Run) -> int:
-    return RunDirectory(run.path).last_recorded_step()

@@ -7,7 +7,7 @@ from deepdelta.config import refuse_not_finite
 from deepdelta.data import DataConfig
 from deepdelta.errors import UserError
 from deepdelta.models import GPTConfig
-from deepdelta.nn import Backend
+from deepdelta.nn import Backend, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,9 @@ class TrainConfig:
     """auto: bf16 autocast on a CUDA device that has it, else fp32."""
     backend: Backend = "auto"
     """What does the rewrites: reference (plain PyTorch), fused (numba on the CPU, Triton on CUDA), or auto."""
+    memory: Plan = "replay"
+    """What is saved of the state for the backward pass: save (every state), replay (some, the others made again, bit
+    for bit), recover (the last, the others made backwards). Compiled code decides by itself."""
     compile: bool = False
     """torch.compile the model."""
     threads: int | None = None

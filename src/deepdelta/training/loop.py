@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deepdelta.data import Corpus, batch, check_context, load_corpus
 from deepdelta.errors import UserError
 from deepdelta.models import GPT
-from deepdelta.nn import use_backend
+from deepdelta.nn import use_backend, use_memory
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.environment import Device, choose_device, commit, machine, versions
 from deepdelta.training.evaluation import evaluate
@@ -78,6 +78,7 @@ def train(
     if init_from is not None:
         RunDirectory(init_from).load_weights(model)
     rewrites = use_backend(model, config.backend)
+    use_memory(model, config.memory)
     say(f"Rewrites by the backend '{rewrites.backend}' ({rewrites.reason}).")
     environment = describe(chosen, corpus) | {"backend": rewrites.backend}
     trainer = Trainer(config, run, corpus, chosen, model, say)

@@ -26,24 +26,26 @@ def forward(
     norm_weight: Tensor | None,
     norm_eps: float,
     opens: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """X', c' (empty unless `opens`), and for the backward pass the scale, the raw read and 1 / rms of x_in'."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """X', c' (empty unless `opens`), and for later the scale, the raw read, 1 / rms of x_in' and the a of X + h a^T."""
     tokens, channels, _ = state.shape
     one, wide = _one(state.dtype), accumulation_dtype(state.dtype)
     new = torch.empty_like(state)
     c = torch.empty_like(h) if opens else h.new_empty(0)
     scale, inverse = state.new_empty(tokens, dtype=wide), state.new_empty(tokens, dtype=wide)
     read = state.new_empty((tokens, channels) if erase is not None else (0, 0), dtype=wide)
+    coefficient = torch.empty_like(write)
     offset = None if normalise.offset is None else type(one)(normalise.offset)
     given = (_array(state), _array(h), _array(write), _array(erase), offset, normalise.power)
     opening = (_array(compression), _array(norm_weight)) if opens else (None, None)
-    filled = (_array(new), _array(c) if opens else None, _array(scale), _array(read), _array(inverse))
+    later = (_array(scale), _array(read), _array(inverse), _array(coefficient))
+    filled = (_array(new), _array(c) if opens else None, *later)
 
     def share(index: int, first: int, last: int) -> None:
         cpu_kernel.forward(first, last, one, *given, *opening, type(one)(norm_eps), *filled)
 
     _over_tokens(share, tokens)
-    return new, c, scale, read, inverse
+    return new, c, scale, read, inverse, coefficient
 
 
 def backward(
@@ -58,6 +60,7 @@ def backward(
     scale: Tensor,
     read: Tensor,
     inverse: Tensor,
+    coefficient: Tensor,
     d_new: Tensor,
     d_c: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -70,27 +73,24 @@ def backward(
     offset = None if normalise.offset is None else type(one)(normalise.offset)
     given = (_array(state), _array(h), _array(write), _array(erase), offset, normalise.power)
     opening = (_array(compression), _array(norm_weight)) if opens else (None, None)
-    known = (_array(scale), _array(read), _array(inverse), _array(d_new), _array(d_c) if opens else None)
+    known = (_array(scale), _array(read), _array(inverse), _array(coefficient))
+    incoming = (_array(d_new), _array(d_c) if opens else None)
     filled = (_array(d_state), _array(d_h), _array(d_write), _array(d_erase))
 
     def share(index: int, first: int, last: int) -> None:
         own = [None if total is None else _array(total[index]) for total in sums]
-        cpu_kernel.backward(first, last, one, *given, *opening, *known, *filled, *own)
+        cpu_kernel.backward(first, last, one, *given, *opening, *known, *incoming, *filled, *own)
 
     _over_tokens(share, tokens)
     d_compression, d_weight = (None if total is None else total.sum(0) for total in sums)
     return d_state, d_h, d_write, d_erase, d_compression, d_weight
 
 
-def replay(
-    state: Tensor, h: Tensor, write: Tensor, erase: Tensor | None, normalise: Normalise, scale: Tensor, read: Tensor
-) -> Tensor:
-    """X' again, bit for bit, from X and what the forward pass stored."""
-    new, one = torch.empty_like(state), _one(state.dtype)
-    offset = None if normalise.offset is None else type(one)(normalise.offset)
-    given = (_array(state), _array(h), _array(write), _array(erase), offset, normalise.power)
-    known = (_array(read), _array(scale), _array(new))
-    _over_tokens(lambda index, first, last: cpu_kernel.replay(first, last, one, *given, *known), state.shape[0])
+def replay(state: Tensor, h: Tensor, coefficient: Tensor) -> Tensor:
+    """X + h a^T: X' again, bit for bit, from the a that the forward pass stored."""
+    new = torch.empty_like(state)
+    given = (_array(state), _array(h), _array(coefficient), _array(new))
+    _over_tokens(lambda index, first, last: cpu_kernel.replay(first, last, *given), state.shape[0])
     return new
 
 

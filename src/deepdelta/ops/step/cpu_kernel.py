@@ -57,7 +57,24 @@ def _compiled(function: Any) -> Any:
 
 @_compiled
 def forward(
-    first, last, one, state, h, write, erase, offset, power, compression, weight, eps, new, c, scale, read, inverse
+    first,
+    last,
+    one,
+    state,
+    h,
+    write,
+    erase,
+    offset,
+    power,
+    compression,
+    weight,
+    eps,
+    new,
+    c,
+    scale,
+    read,
+    inverse,
+    coefficient,
 ):
     """Tokens first .. last - 1: fill new (X'), scale and read; where c is given, c and inverse (1 / rms) too."""
     channels, width = state.shape[1:]
@@ -86,6 +103,7 @@ def forward(
                     along += load(state[n, j, d]) * load(h[n, d])
                 read[n, j] = along
                 a -= erase[n, j if erase.shape[1] > 1 else 0] * s * s * along
+            coefficient[n, j] = a
             for d in range(width):
                 stored = store(load(state[n, j, d]) + a * load(h[n, d]), new[n, j, d])
                 new[n, j, d] = stored
@@ -125,6 +143,7 @@ def backward(
     scale,
     read,
     inverse,
+    coefficient,
     d_new,
     d_c,
     d_state,
@@ -149,9 +168,7 @@ def backward(
             d_vector[d] = zero
         if d_c is not None:
             for j in range(channels):
-                a = write[n, j] * lift
-                if erase is not None:
-                    a -= erase[n, j if erase.shape[1] > 1 else 0] * s * s * read[n, j]
+                a = coefficient[n, j]
                 for d in range(width):
                     after[j, d] = load(store(load(state[n, j, d]) + a * load(h[n, d]), state[n, j, d]))
             if compression is None:
@@ -182,7 +199,7 @@ def backward(
             if erase is not None:
                 b = erase[n, j if erase.shape[1] > 1 else 0]
                 along = read[n, j]
-            a = write[n, j] * lift - b * s * s * along
+            a = coefficient[n, j]
             d_a = zero
             for d in range(width):
                 g = load(d_new[n, j, d])
@@ -219,18 +236,66 @@ def backward(
 
 
 @_compiled
-def replay(first, last, one, state, h, write, erase, offset, power, read, scale, new):
-    """X' again from X and what the forward stored, in the forward's own arithmetic."""
+def replay(first, last, state, h, coefficient, new):
+    """X' again from X and the a that the forward stored, by the forward's own multiplication and addition."""
     channels, width = state.shape[1:]
     for n in range(first, last):
-        s = scale[n]
         for j in range(channels):
-            a = write[n, j]
-            if power == 1:
-                a *= s
-            elif power == 2:
-                a *= s * s
-            if erase is not None:
-                a -= erase[n, j if erase.shape[1] > 1 else 0] * s * s * read[n, j]
+            a = coefficient[n, j]
             for d in range(width):
                 new[n, j, d] = store(load(state[n, j, d]) + a * load(h[n, d]), new[n, j, d])
+
+
+@_compiled
+def decode(
+    one,
+    state,
+    h,
+    c,
+    gate,
+    gate_bias,
+    target,
+    offset,
+    power,
+    compression,
+    weight,
+    eps,
+    write,
+    erase,
+    new,
+    c_new,
+    scale,
+    read,
+    inverse,
+    coefficient,
+):
+    """`forward` for every token of arrays of any leading axes, w and b computed here too: b = 2 sigmoid(gate c + bias)
+    and w = b (target c); without a target w is 0, without a gate 1 and b is not used. `erase` None leaves b out."""
+    tokens, channels = write.shape
+    width = c.shape[-1]
+    state_NVD, new_NVD = state.reshape((tokens, channels, width)), new.reshape((tokens, channels, width))
+    h_ND, c_ND = h.reshape((tokens, width)), c.reshape((tokens, width))
+    zero = one - one
+    for n in range(tokens):
+        if gate is None:
+            for j in range(channels):
+                write[n, j] = one
+        else:
+            for j in range(channels):
+                if j < gate.shape[0]:
+                    logit = gate_bias[j]
+                    for d in range(width):
+                        logit += gate[j, d] * c_ND[n, d]
+                    b = (one + one) / (one + np.exp(-logit))
+                    if erase is not None:
+                        erase[n, j] = b
+                w = zero
+                if target is not None:
+                    for d in range(width):
+                        w += target[j, d] * c_ND[n, d]
+                write[n, j] = b * w
+    c_new_ND = None if c_new is None else c_new.reshape((tokens, width))
+    forward(
+        0, tokens, one, state_NVD, h_ND, write, erase, offset, power, compression, weight, eps, new_NVD, c_new_ND,
+        scale, read, inverse, coefficient,
+    )  # fmt: skip

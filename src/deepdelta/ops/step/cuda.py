@@ -1,13 +1,13 @@
 """The fused step on CUDA: Triton's kernels over torch's memory, compiled once per width, V, dtype and setting.
 
 Bytes per token, with B per number of the state: forward reads X and h and writes X' and c', 2 (V + 1) D B; backward
-reads X, h and the two gradients and writes dX and dh, 3 (V + 1) D B. A token stays in registers from the first pass over
-it to the last while V and D, each rounded up to a power of two, multiply to at most WHOLE_FORWARD or WHOLE_BACKWARD. A
-larger one comes from memory once and from the cache for the later passes, which are then two or three.
+reads X, h and the two gradients and writes dX and dh, 3 (V + 1) D B. A token stays in registers from the first pass
+over it to the last while V and D, each rounded up to a power of two, multiply to at most WHOLE_FORWARD or
+WHOLE_BACKWARD; a larger one comes from memory for the first pass and from the cache for the one or two after it.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -56,18 +56,26 @@ def forward(
     norm_weight: Tensor | None,
     norm_eps: float,
     opens: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """X', c' (empty unless `opens`), and for the backward pass the scale, the raw read and 1 / rms of x_in'."""
-    tokens, channels, _ = state.shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """X', c' (empty unless `opens`), and for later the scale, the raw read, 1 / rms of x_in' and the a of X + h a^T."""
+    state, h, write, erase = _dense(state), _dense(h), _dense(write), _dense(erase)
+    tokens, channels, width = state.shape
     wide = accumulation_dtype(state.dtype)
     new = torch.empty_like(state)
     c = torch.empty_like(h) if opens else h.new_empty(0)
     scale, inverse = state.new_empty(tokens, dtype=wide), state.new_empty(tokens, dtype=wide)
     read = state.new_empty((tokens, channels) if erase is not None else (0, 0), dtype=wide)
+    coefficient = torch.empty_like(write)
     opening = (compression, norm_weight) if opens else (None, None)
-    filled = (new, c if opens else None, scale, read, inverse)
-    _forward(state, h, write, erase, opening, filled, normalise, norm_eps, replay=False)
-    return new, c, scale, read, inverse
+    tile = blocks(channels, width, state.dtype, WHOLE_FORWARD)
+    if tokens:
+        with torch.cuda.device(state.get_device()):
+            cuda_kernel.forward[tokens,](
+                state, h, write, erase, *opening, new, c if opens else None, scale, read, inverse, coefficient,
+                OFFSET=normalise.offset, POWER=normalise.power, EPS=norm_eps, V=channels, D=width,
+                GATES=0 if erase is None else erase.shape[1], **tile.settings(),
+            )  # fmt: skip
+    return new, c, scale, read, inverse, coefficient
 
 
 def backward(
@@ -82,10 +90,12 @@ def backward(
     scale: Tensor,
     read: Tensor,
     inverse: Tensor,
+    coefficient: Tensor,
     d_new: Tensor,
     d_c: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of state, h, write, erase, compression and norm weight (None where there is none)."""
+    state, h, write, erase = _dense(state), _dense(h), _dense(write), _dense(erase)
     tokens, channels, width = state.shape
     d_state, d_h, d_write = torch.empty_like(state), torch.empty_like(h), torch.empty_like(write)
     d_erase = None if erase is None else torch.empty_like(erase)
@@ -95,9 +105,9 @@ def backward(
     programs = min(tokens, _processors(state.device) * max(1, RESIDENT_WARPS // tile.warps))
     sums = [None if p is None else p.new_empty(programs, *p.shape) for p in opening]
     if tokens:
-        with torch.cuda.device(state.device):
+        with torch.cuda.device(state.get_device()):
             cuda_kernel.backward[programs,](
-                state, h, write, erase, *opening, scale, read, inverse, d_new, d_c if opens else None,
+                state, h, write, erase, *opening, scale, read, inverse, coefficient, d_new, d_c if opens else None,
                 d_state, d_h, d_write, d_erase, *sums, tokens,
                 OFFSET=normalise.offset, POWER=normalise.power, V=channels, D=width,
                 GATES=0 if erase is None else erase.shape[1], **tile.settings(),
@@ -106,35 +116,25 @@ def backward(
     return d_state, d_h, d_write, d_erase, d_compression, d_weight
 
 
-def replay(
-    state: Tensor, h: Tensor, write: Tensor, erase: Tensor | None, normalise: Normalise, scale: Tensor, read: Tensor
-) -> Tensor:
-    """X' again, bit for bit, from X and what the forward pass stored."""
+def replay(state: Tensor, h: Tensor, coefficient: Tensor) -> Tensor:
+    """X + h a^T: X' again, bit for bit, from the a that the forward pass stored."""
+    state, h, coefficient = _dense(state), _dense(h), _dense(coefficient)
+    tokens, channels, width = state.shape
     new = torch.empty_like(state)
-    _forward(state, h, write, erase, (None, None), (new, None, scale, read, None), normalise, 0.0, replay=True)
+    tile = blocks(channels, width, state.dtype, WHOLE_FORWARD)
+    if tokens:
+        with torch.cuda.device(state.get_device()):
+            cuda_kernel.replay[tokens,](state, h, coefficient, new, V=channels, D=width, **tile.settings())
     return new
 
 
-def _forward(
-    state: Tensor,
-    h: Tensor,
-    write: Tensor,
-    erase: Tensor | None,
-    opening: tuple[Tensor | None, Tensor | None],
-    filled: tuple[Tensor | None, ...],
-    normalise: Normalise,
-    norm_eps: float,
-    replay: bool,
-) -> None:
-    tokens, channels, width = state.shape
-    if tokens == 0:
-        return
-    with torch.cuda.device(state.device):
-        cuda_kernel.forward[tokens,](
-            state, h, write, erase, *opening, *filled,
-            OFFSET=normalise.offset, POWER=normalise.power, EPS=norm_eps, REPLAY=replay, V=channels, D=width,
-            GATES=0 if erase is None else erase.shape[1], **tile.settings(),
-        )  # fmt: skip
+@overload
+def _dense(tensor: Tensor) -> Tensor: ...
+@overload
+def _dense(tensor: Tensor | None) -> Tensor | None: ...
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    # A state may come as a view: expanded over its value channels, or transposed from the published layout.
+    return None if tensor is None else tensor.contiguous()
 
 
 def _power_of_two(number: int) -> int:

@@ -5,8 +5,8 @@ loops have one trip each, the compiler merges their loads, and X, h and the two 
 later passes find them in the cache. A token's loads stand before its stores, for a store between two equal loads would
 keep them from being merged.
 
-Sums run in the type of `write` (fp32, or fp64 for an fp64 state). Arguments that are None leave their part out. The
-operations that decide X' are fma, so that every kernel rounds them alike and X' comes back bit for bit.
+Sums run in the type of `write` (fp32, or fp64 for an fp64 state). Arguments that are None leave their part out. What
+decides X' = X + h a^T from a is one fma per number, so that every kernel rounds alike and X' comes back bit for bit.
 Shapes: N tokens, V value channels, D width, G gates (1, or V).
 """
 
@@ -27,23 +27,21 @@ def _compiled(function: Any) -> Any:
 
 
 @_compiled
-def _coefficient(
-    write, erase, n, s, along_V, POWER: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """a of X' = X + a h^T, s^power w - s^2 b (h^T X), for token n; with its parts w, s^power and b (0 where None)."""
+def _of_token(values, n, V: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Row n of (N, V), or of (N, 1) for all value channels alike."""
     v = tl.arange(0, BLOCK_V)
-    w_V = tl.load(write + n * V + v, mask=v < V, other=0)
-    lift = tl.full((), 1, w_V.dtype)
+    return tl.load(values + n * COLUMNS + (v if COLUMNS > 1 else v * 0), mask=v < V, other=0)
+
+
+@_compiled
+def _lift(s, POWER: tl.constexpr):
+    """s^power."""
+    lift = s * s
     if POWER == 1:
         lift = s
-    if POWER == 2:
-        lift = s * s
-    a_V = w_V * lift
-    b_V = tl.zeros_like(w_V)
-    if erase is not None:
-        b_V = tl.load(erase + n * GATES + (v if GATES > 1 else v * 0), mask=v < V, other=0)
-        a_V = tl.fma(-b_V * s * s, along_V, a_V)
-    return a_V, w_V, lift, b_V
+    if POWER == 0:
+        lift = tl.full((), 1, s.dtype)
+    return lift
 
 
 @_compiled
@@ -93,40 +91,34 @@ def forward(
     scale,
     read,
     inverse,
+    coefficient,
     OFFSET: tl.constexpr,
     POWER: tl.constexpr,
     EPS: tl.constexpr,
-    REPLAY: tl.constexpr,
     V: tl.constexpr,
     D: tl.constexpr,
     GATES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One token per program: fill new (X'), scale and read; where c is given, c and inverse (1 / rms) too.
-
-    In a REPLAY scale and read are known, and only new is filled.
-    """
+    """One token per program: fill new (X'), scale, read and coefficient (a); where c is given, c and inverse (1 / rms)."""
     n = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK_V)
     wide: tl.constexpr = write.dtype.element_ty
     stored: tl.constexpr = new.dtype.element_ty
-    s = tl.full((), 1, wide)
+    square = tl.full((), 0, wide)
     along_V = tl.zeros((BLOCK_V,), wide)
-    if REPLAY:
-        s = tl.load(scale + n)
-        if erase is not None:
-            along_V = tl.load(read + n * V + v, mask=v < V, other=0)
-    else:
-        square = tl.full((), 0, wide)
-        for start in range(0, D, BLOCK_D):
-            d, place_VD, real_VD = _tile(start, V, D, BLOCK_V, BLOCK_D)
-            x_VD, h_D = _token(state, h, n, d, place_VD, real_VD, wide, V, D)
-            square += tl.sum(h_D * h_D, 0)
-            along_V += tl.sum(x_VD * h_D[None, :], 1)
-        if OFFSET is not None:
-            s = 1 / tl.sqrt(square + OFFSET)
-    a_V, _, _, _ = _coefficient(write, erase, n, s, along_V, POWER, V, GATES, BLOCK_V)
+    for start in range(0, D, BLOCK_D):
+        d, place_VD, real_VD = _tile(start, V, D, BLOCK_V, BLOCK_D)
+        x_VD, h_D = _token(state, h, n, d, place_VD, real_VD, wide, V, D)
+        square += tl.sum(h_D * h_D, 0)
+        along_V += tl.sum(x_VD * h_D[None, :], 1)
+    s = tl.full((), 1, wide)
+    if OFFSET is not None:
+        s = 1 / tl.sqrt(square + OFFSET)
+    a_V = _of_token(write, n, V, V, BLOCK_V) * _lift(s, POWER)
+    if erase is not None:
+        a_V -= _of_token(erase, n, V, GATES, BLOCK_V) * s * s * along_V
 
     r = tl.full((), 1, wide)
     if weight is not None:
@@ -147,12 +139,23 @@ def forward(
             c_VD, weight_D = _opening(compression, weight, d, place_VD, real_VD, wide, D)
             tl.store(c + n * D + d, tl.sum(c_VD * new_VD.to(wide), 0) * r * weight_D, mask=d < D)
         tl.store(new + n * (V * D) + place_VD, new_VD, mask=real_VD)
-    if not REPLAY:
-        tl.store(scale + n, s)
-        if erase is not None:
-            tl.store(read + n * V + v, along_V, mask=v < V)
-        if weight is not None:
-            tl.store(inverse + n, r)
+    tl.store(scale + n, s)
+    tl.store(coefficient + n * V + v, a_V, mask=v < V)
+    if erase is not None:
+        tl.store(read + n * V + v, along_V, mask=v < V)
+    if weight is not None:
+        tl.store(inverse + n, r)
+
+
+@_compiled
+def replay(state, h, coefficient, new, V: tl.constexpr, D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+    """X' again from X and a; one token per program."""
+    n = tl.program_id(0).to(tl.int64)
+    a_V = _of_token(coefficient, n, V, V, BLOCK_V)
+    for start in range(0, D, BLOCK_D):
+        d, place_VD, real_VD = _tile(start, V, D, BLOCK_V, BLOCK_D)
+        x_VD, h_D = _token(state, h, n, d, place_VD, real_VD, coefficient.dtype.element_ty, V, D)
+        tl.store(new + n * (V * D) + place_VD, _rewritten(x_VD, h_D, a_V, new.dtype.element_ty), mask=real_VD)
 
 
 @_compiled
@@ -202,6 +205,7 @@ def backward(
     scale,
     read,
     inverse,
+    coefficient,
     d_new,
     d_c,
     d_state,
@@ -239,10 +243,12 @@ def backward(
     for n in tl.range(first, last, num_stages=2):
         s = tl.load(scale + n)
         r = tl.load(inverse + n) if weight is not None else tl.full((), 1, wide)
-        along_V = tl.zeros((BLOCK_V,), wide)
+        a_V = _of_token(coefficient, n, V, V, BLOCK_V)
+        b_V = tl.zeros_like(a_V)
+        along_V = tl.zeros_like(a_V)
         if erase is not None:
-            along_V = tl.load(read + n * V + v, mask=v < V, other=0)
-        a_V, w_V, lift, b_V = _coefficient(write, erase, n, s, along_V, POWER, V, GATES, BLOCK_V)
+            b_V = _of_token(erase, n, V, GATES, BLOCK_V)
+            along_V = _of_token(read, n, V, V, BLOCK_V)
 
         # The gradient of a is linear in that of x_in: both parts are summed before `back` is known, in one pass.
         back = tl.full((), 0, wide)
@@ -266,10 +272,8 @@ def backward(
         pull = tl.full((), 0, wide)
         if OFFSET is not None:
             d_s_V = -d_a_V * b_V * along_V * (s + s)
-            if POWER == 1:
-                d_s_V += d_a_V * w_V
-            if POWER == 2:
-                d_s_V += d_a_V * w_V * (s + s)
+            if POWER > 0:
+                d_s_V += d_a_V * _of_token(write, n, V, V, BLOCK_V) * (1 if POWER == 1 else s + s)
             # s = (|h|^2 + offset)^(-1/2), so ds/dh = -s^2 (s h); s^3 by itself could leave the range.
             pull = tl.sum(d_s_V, 0) * s * s
 
@@ -298,7 +302,7 @@ def backward(
                     tl.store(d_weight + sums_at + d, sum_D, mask=d < D)
             tl.store(d_state + n * (V * D) + place_VD, grad_VD + d_read_V[:, None] * h_D[None, :], mask=real_VD)
             tl.store(d_h + n * D + d, d_h_D, mask=d < D)
-        tl.store(d_write + n * V + v, d_a_V * lift, mask=v < V)
+        tl.store(d_write + n * V + v, d_a_V * _lift(s, POWER), mask=v < V)
         if erase is not None:
             d_b_V = -d_a_V * along_V * s * s
             if GATES > 1:

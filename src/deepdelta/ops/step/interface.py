@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,22 @@ def fused_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+class Done(NamedTuple):
+    """What a step needs to be done again: X' = X + h a^T, tokens as one axis."""
+
+    h: Tensor
+    coefficient: Tensor
+    """a, (N, V)."""
+
+
+class FusedStep(NamedTuple):
+    state: Tensor
+    """X', (..., V, D)."""
+    c: Tensor | None
+    """c', (..., D)."""
+    done: Done
+
+
 def fused_step(
     state: Tensor,
     h: Tensor,
@@ -38,8 +54,8 @@ def fused_step(
     norm_weight: Tensor | None = None,
     norm_eps: float = 0.0,
     opens: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """(X', c') as `reference.rewrite_step` gives them, in one pass over the state; c' is None unless `opens`.
+) -> FusedStep:
+    """X' and c' as `reference.rewrite_step` gives them, in one pass over the state; c' is None unless `opens`.
 
     Args:
         state: X (..., V, D); h (..., D), taken to the dtype of the state.
@@ -63,11 +79,13 @@ def fused_step(
         None if parameter is None or not opens else parameter.to(wide).contiguous()
         for parameter in (compression, norm_weight)
     )
-    new, c, *_ = step(
+    h_ND, write_NV = h.to(state.dtype).reshape(-1, width), write.to(wide).reshape(-1, channels)
+    erase_NG = None if erase is None else erase.to(wide).reshape(-1, erase.shape[-1])
+    new, c, _, _, _, coefficient = step(
         state.reshape(-1, channels, width),
-        h.to(state.dtype).reshape(-1, width),
-        write.to(wide).reshape(-1, channels),
-        None if erase is None else erase.to(wide).reshape(-1, erase.shape[-1]),
+        h_ND,
+        write_NV,
+        erase_NG,
         normalise.offset,
         normalise.power,
         compression,
@@ -75,7 +93,20 @@ def fused_step(
         norm_eps,
         opens,
     )
-    return new.view(state.shape), c.view(h.shape) if opens else None
+    done = Done(h_ND, coefficient)
+    return FusedStep(new.view(state.shape), c.view(h.shape) if opens else None, done)
+
+
+@torch.no_grad()
+def remake(done: Done, state: Tensor, *, backwards: bool = False) -> Tensor:
+    """X' from X without a second look at the gate: bit for bit as `fused_step` made it.
+
+    `backwards` goes from X' to X = X' - h a^T, which is exact but for rounding.
+    """
+    flat = state.reshape(-1, *state.shape[-2:])
+    coefficient = -done.coefficient if backwards else done.coefficient
+    new: Tensor = _implementation(state).replay(flat, done.h, coefficient)
+    return new.view(state.shape)
 
 
 def _implementation(state: Tensor) -> Any:
@@ -100,8 +131,8 @@ def step(
     norm_weight: Tensor | None,
     norm_eps: float,
     opens: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    filled: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _implementation(state).forward(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    filled: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _implementation(state).forward(
         state, h, write, erase, Normalise(offset, power), compression, norm_weight, norm_eps, opens
     )
     return filled
@@ -121,6 +152,7 @@ def step_backward(
     scale: Tensor,
     read: Tensor,
     inverse: Tensor,
+    coefficient: Tensor,
     d_new: Tensor,
     d_c: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -136,6 +168,7 @@ def step_backward(
         scale,
         read,
         inverse,
+        coefficient,
         d_new,
         d_c,
     )
@@ -151,28 +184,29 @@ def _(state, h, write, erase, offset, power, compression, norm_weight, norm_eps,
         write.new_empty(tokens),
         torch.empty_like(write) if erase is not None else write.new_empty((0, 0)),
         write.new_empty(tokens),
+        torch.empty_like(write),
     )
 
 
 @step_backward.register_fake
-def _(state, h, write, erase, offset, power, compression, norm_weight, opens, scale, read, inverse, d_new, d_c):  # type: ignore[no-untyped-def]
+def _(state, h, write, erase, offset, power, compression, norm_weight, opens, *known):  # type: ignore[no-untyped-def]
     given = (state, h, write, erase, compression if opens else None, norm_weight if opens else None)
     return tuple(write.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in given)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     state, h, write, erase, offset, power, compression, norm_weight, _, opens = inputs
-    _, _, scale, read, inverse = output
-    ctx.save_for_backward(state, h, write, erase, compression, norm_weight, scale, read, inverse)
+    _, _, scale, read, inverse, coefficient = output
+    ctx.save_for_backward(state, h, write, erase, compression, norm_weight, scale, read, inverse, coefficient)
     ctx.settings = (offset, power, opens)
-    ctx.mark_non_differentiable(scale, read, inverse)
+    ctx.mark_non_differentiable(scale, read, inverse, coefficient)
 
 
 def _gradients(ctx, d_new, d_c, *_):  # type: ignore[no-untyped-def]
-    state, h, write, erase, compression, norm_weight, scale, read, inverse = ctx.saved_tensors
+    state, h, write, erase, compression, norm_weight, scale, read, inverse, coefficient = ctx.saved_tensors
     offset, power, opens = ctx.settings
     d_state, d_h, d_write, d_erase, d_compression, d_weight = step_backward(
-        state, h, write, erase, offset, power, compression, norm_weight, opens, scale, read, inverse,
+        state, h, write, erase, offset, power, compression, norm_weight, opens, scale, read, inverse, coefficient,
         d_new.contiguous(), d_c.contiguous(),
     )  # fmt: skip
     return (

@@ -1,0 +1,147 @@
+"""What a benchmark measures, as frozen dataclasses: a suite of groups of cases.
+
+All cases of a group do the same work at the same sizes in the same rounds; ratios are taken within a group only.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from deepdelta.errors import UserError, nearest
+from deepdelta.nn import ResidualConfig
+
+Work = Literal["training", "memory", "prefill", "decoding", "operator"]
+Peer = Literal[
+    "hyper-connections",
+    "hyper-connections-mhc",
+    "x-transformers-hyper",
+    "x-transformers-gated-multi",
+    "x-transformers-gru",
+    "x-transformers-orthogonal",
+    "x-transformers-mv-split",
+    "x-transformers-attention",
+]
+MEASURES: dict[Work, tuple[str, ...]] = {
+    "training": ("forward_backward", "step"),
+    "memory": (),
+    "prefill": ("forward",),
+    "decoding": ("decoding",),
+    "operator": ("forward", "forward_backward"),
+}
+"""What is timed of each work; `step` is forward, backward, clipping and fused AdamW."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One way to do a group's work: a residual of this package with one of its backends, or a peer's residual."""
+
+    name: str
+    residual: ResidualConfig | None = None
+    backend: Literal["reference", "fused"] = "reference"
+    peer: Peer | None = None
+
+    def __post_init__(self) -> None:
+        if (self.residual is None) == (self.peer is None):
+            raise UserError(f"case {self.name}: give either residual or peer.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """What a case must reach: a ratio of throughputs (at_least) or of peak memory (at_most) to another case."""
+
+    case: str
+    against: str
+    measure: str = "forward_backward"
+    """What is compared: a measure of the group's work, or `peak`."""
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.at_least is None) == (self.at_most is None):
+            raise UserError(f"bar of {self.case}: give either at_least or at_most.")
+        if (self.measure == "peak") != (self.at_least is None):
+            raise UserError(f"bar of {self.case}: peak memory has at_most, speed has at_least.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Cases that do the same work at the same sizes, timed in the same interleaved rounds."""
+
+    name: str
+    work: Work
+    cases: tuple[Case, ...]
+    baseline: str
+    """The case that ratios refer to; the work `operator` adds a case of its own, `triad`: what the memory allows."""
+    dim: int
+    layers: int = 1
+    heads: int = 4
+    batch: int = 8
+    context: int = 256
+    """Tokens per sequence; decoding starts with none and adds them one at a time."""
+    vocab_size: int = 512
+    compiled: bool = False
+    """torch.compile with its default backend."""
+    bars: tuple[Bar, ...] = ()
+    axis: str | None = None
+    """The quantity that grows from group to group of a curve, and `value` where it stands in this one."""
+    value: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("dim", "layers", "heads", "batch", "context", "vocab_size"):
+            if getattr(self, field) < 1:
+                raise UserError(f"group {self.name}: {field} must be at least 1, got {getattr(self, field)}.")
+        names = [case.name for case in self.cases]
+        if not names or len(set(names)) != len(names):
+            raise UserError(f"group {self.name}: cases must have different names, at least one, got {names}.")
+        known = [*names, "triad"] if self.work == "operator" else names
+        measures = (*MEASURES[self.work], "peak") if self.work in ("training", "memory") else MEASURES[self.work]
+        for name in (self.baseline, *(n for bar in self.bars for n in (bar.case, bar.against))):
+            if name not in known:
+                raise UserError(f"group {self.name}: there is no case '{name}'; {nearest(name, known)}")
+        for bar in self.bars:
+            if bar.measure not in measures:
+                raise UserError(
+                    f"group {self.name}: nothing measures '{bar.measure}'; {nearest(bar.measure, measures)}"
+                )
+        if self.work in ("operator", "decoding") and any(case.peer is not None for case in self.cases):
+            raise UserError(f"group {self.name}: peers have no {self.work} to time; leave them out.")
+        if self.work in ("memory", "decoding", "operator") and self.compiled:
+            raise UserError(f"group {self.name}: {self.work} is measured uncompiled; set compiled=False.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Groups that answer one question."""
+
+    name: str
+    question: str
+    groups: tuple[Group, ...]
+    rounds: int = 30
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast in training and prefill, and the state's dtype in the operator."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise UserError(f"rounds must be at least 1, got {self.rounds}.")
+        names = [group.name for group in self.groups]
+        if not names or len(set(names)) != len(names):
+            raise UserError(f"suite {self.name}: groups must have different names, at least one, got {names}.")
+
+
+def quick(suite: Suite) -> Suite:
+    """The same suite in minutes, to see that all of it runs: small batches, two layers, five rounds, nothing compiled.
+    Its figures are no measurement of the bar."""
+    groups = tuple(
+        replace(
+            group,
+            batch=min(group.batch, 512 if group.work == "operator" else 2),
+            context=min(group.context, 64),
+            layers=min(group.layers, 2),
+            bars=(),
+        )
+        for group in suite.groups
+        if not group.compiled
+    )
+    if not groups:
+        raise UserError(f"suite {suite.name} has nothing but compiled groups, which --quick leaves out.")
+    return replace(suite, groups=groups, rounds=min(suite.rounds, 5))

@@ -1,0 +1,181 @@
+"""Cached decoding of a GPT: what later tokens need of earlier ones is kept, and nothing else.
+
+Shapes: B batch, T new tokens, V value channels, D model width, H heads, E width of a head, K taps.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepdelta.errors import UserError
+from deepdelta.models.attention import KeyValues, Slots
+from deepdelta.models.gpt import GPT
+from deepdelta.nn.compression import (
+    ChannelCompression,
+    ChannelConvolution,
+    FoldedChannels,
+    FoldedTokens,
+    Squeeze,
+    TokenConvolution,
+)
+from deepdelta.nn.decoding import decoding_step
+from deepdelta.nn.history import History
+from deepdelta.nn.reading import Opened, Reading
+
+
+class CacheMemory(NamedTuple):
+    """What a cache holds, in bytes."""
+
+    keys_values: int
+    """2 layers B H context E numbers, as in a model without value channels."""
+    histories: int
+    """B (K - 1) D numbers for an embedding convolution, B (K - 1) V D for each of 2 layers + 1 token compressions."""
+    folded_weights: int
+    """V D numbers per distinct compression along value channels, V D K per one over tokens."""
+
+
+class DecodingCache:
+    """A model with the memory of the tokens it was fed: `decode` continues where the last call ended.
+
+        cache = DecodingCache(model)
+        logits = cache.decode(prompt)[:, -1]  # the whole prompt at once, or in pieces
+        logits = cache.decode(next_token)[:, -1]  # one at a time, or several
+
+    Kept are the keys and values of every layer, preallocated for the model's context, and the last K - 1 inputs of
+    every convolution over tokens: the embeddings for an embedding convolution, and for token compression the states
+    before each of the 2 layers + 1 readings (also where two sublayers share one compression: their states differ).
+    Of the state X of an earlier token nothing else is kept.
+
+    The compressions' weights are folded when the cache is made: make a new cache after the model's weights, dtype or
+    device change.
+
+    Args:
+        model: used as it is. One token at a time is fastest with the backend 'fused', chosen before the cache is made.
+        batch: B, the rows that every call brings.
+        padding: how many ids at the start of each row are padding, for prompts of different lengths; they may be any
+            ids of the vocabulary. A row's tokens are seen as without padding: positions count from its first real
+            token, and neither attention nor a convolution sees its padding. Padding takes up context. The logits at
+            padding mean nothing.
+
+    Raises:
+        UserError: batch or padding out of range.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: GPT, batch: int = 1, padding: Sequence[int] | None = None) -> None:
+        self.model, self.batch, self.context = model, batch, model.config.context
+        if batch < 1:
+            raise UserError(f"batch must be at least 1, got {batch}.")
+        if padding is not None and (len(padding) != batch or not 0 <= min(padding) <= max(padding) < self.context):
+            raise UserError(
+                f"padding must be {batch} numbers, one per row, in [0, {self.context - 1}] (context {self.context}), "
+                f"got {list(padding)}."
+            )
+        self.length = 0
+        """Ids fed so far, padding included."""
+        weight, config = model.embedding.weight, model.config
+        self._padding_B = torch.tensor(padding, device=weight.device) if padding and any(padding) else None
+        memory = (batch, config.heads, self.context, config.head_width)
+        self.layers = [KeyValues(weight.new_zeros(memory), weight.new_zeros(memory)) for _ in model.layers]
+        self.expansion_history: History | None = None
+        """The last embeddings, (B, K - 1, D), for an embedding convolution."""
+        residual = config.residual
+        if residual.expansion == "embedding_conv":
+            self.expansion_history = self._history(residual.expansion_kernel, config.dim)
+        self.compression_histories: list[History] = []
+        """For token compression the last states before every sublayer and before the readout, (B, K - 1, V, D)."""
+        self._folded: dict[nn.Module, Tensor] = {}
+        self._residuals = model.residuals()
+        readings = [*(one.reading() for one in self._residuals), Reading(model.stream.readout, model.norm)]
+        self._readings = [reading._replace(compression=self._decoding(reading.compression)) for reading in readings]
+        self._steps = [
+            decoding_step(residual, following, batch, weight.device, weight.dtype)
+            for residual, following in zip(self._residuals, self._readings[1:], strict=True)
+        ]
+
+    @torch.no_grad()
+    def decode(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:
+        """The logits of new tokens, which the cache then holds; without gradients.
+
+        Raises:
+            UserError: another number of rows than the cache's, no ids, or more than the context still has room for.
+        """
+        batch, tokens = input_ids.shape
+        if batch != self.batch or tokens == 0:
+            raise UserError(
+                f"this cache decodes ids of shape ({self.batch}, T) with T at least 1, got {tuple(input_ids.shape)}."
+            )
+        if self.length + tokens > self.context:
+            raise UserError(
+                f"the model's context is {self.context} tokens, of which the cache holds {self.length}: {tokens} more "
+                "do not fit; call clear() and feed the last ones again."
+            )
+        slots = self._slots(tokens)
+        earlier = () if self.expansion_history is None else (self.expansion_history,)
+        state_VD = self.model.stream.expansion(self.model.embedding(input_ids), *earlier)
+        opened = self._readings[0].open(state_VD)
+        for i, (residual, step) in enumerate(zip(self._residuals, self._steps, strict=True)):
+            # Attention and MLP take turns; the MLP looks at one token alone.
+            memory = () if i % 2 else (self.layers[i // 2], slots)
+            following = self._readings[i + 1]
+            if step is None or tokens > 1 or residual.recorder is not None or not residual.fused:
+                opened = residual(opened, following, *memory)
+                continue
+            assert residual.branch is not None
+            state_VD, c_D = step(opened.state, residual.branch(opened.c, *memory), opened.c)
+            opened = following.open(state_VD) if c_D is None else Opened(state_VD, None, c_D)
+        self.length += tokens
+        return F.linear(opened.c, self.model.embedding.weight)
+
+    def clear(self) -> None:
+        """Forget every token; padding stands for the next ones."""
+        self.length = 0
+        for history in self._histories():
+            history.clear()
+
+    def memory(self) -> CacheMemory:
+        return CacheMemory(
+            sum(tensor.nbytes for layer in self.layers for tensor in layer),
+            sum(history.values.nbytes for history in self._histories()),
+            sum(weight.nbytes for weight in self._folded.values()),
+        )
+
+    def _slots(self, tokens: int) -> Slots:
+        first, last, rotary = self.length, self.length + tokens, self.model.rotary
+        if self._padding_B is None and (first == 0 or tokens == 1):
+            return Slots(first, last, rotary.at(slice(first, last)), None)
+        slots_L = torch.arange(last, device=rotary.cosine.device)
+        visible_TL = slots_L <= slots_L[first:, None]
+        if self._padding_B is None:
+            return Slots(first, last, rotary.at(slice(first, last)), visible_TL[None, None])
+        padding_B1 = self._padding_B[:, None]
+        own_TL = slots_L == slots_L[first:, None]
+        # Padding attends to itself, so that its numbers stay finite.
+        visible_BTL = visible_TL & (slots_L >= padding_B1)[:, None] | own_TL
+        positions_BT = (slots_L[first:] - padding_B1).clamp(min=0)
+        return Slots(first, last, rotary.at(positions_BT), visible_BTL[:, None])
+
+    def _history(self, taps: int, *shape: int) -> History:
+        return History(self.model.embedding.weight.new_zeros(self.batch, taps - 1, *shape), self._padding_B)
+
+    def _histories(self) -> list[History]:
+        first = [] if self.expansion_history is None else [self.expansion_history]
+        return first + self.compression_histories
+
+    def _decoding(self, compression: nn.Module) -> nn.Module:
+        """The compression with its weights folded, and with a history where it works over tokens."""
+        if isinstance(compression, Squeeze):
+            return compression
+        assert isinstance(compression, ChannelCompression | ChannelConvolution | TokenConvolution)
+        if compression not in self._folded:
+            self._folded[compression] = compression.folded().detach().clone()
+        weight = self._folded[compression]
+        if not isinstance(compression, TokenConvolution):
+            return FoldedChannels(weight)
+        channels, width, taps = weight.shape
+        self.compression_histories.append(self._history(taps, channels, width))
+        return FoldedTokens(weight, self.compression_histories[-1])

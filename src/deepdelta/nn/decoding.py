@@ -1,0 +1,49 @@
+"""Which residuals a fused step can do whole, gate and target included, when one token per row is decoded."""
+
+import torch
+
+from deepdelta.nn.direction import normalisation
+from deepdelta.nn.reading import Reading
+from deepdelta.nn.residual import DeltaResidual
+from deepdelta.ops.step.decoding import DTYPES, DecodingStep
+
+
+def decoding_step(
+    residual: DeltaResidual, following: Reading, rows: int, device: torch.device, dtype: torch.dtype
+) -> DecodingStep | None:
+    """The rewrite of `residual`, with the opening of `following` where a fused step can do it, for N rows of one token.
+
+    None where the residual does not have the backend 'fused', on another device or dtype than the CPU's fp32 and fp64,
+    and for settings other than: rank 1 with a linear gate and, where the rule has a target, a linear one; or the plain
+    residual x + h. Those go through the residual itself, whose parts any setting may change.
+    """
+    config = residual.config
+    plain = config.rule == "additive" and config.value_channels == 1
+    linear = (
+        not config.writes_branch
+        and (config.rank, config.direction, config.gate) == (1, "branch", "linear")
+        and (config.target == "linear" or not config.uses_target)
+        and config.direction_norm != "free"
+    )
+    if not residual.fused or not (plain or linear) or device.type != "cpu" or dtype not in DTYPES:
+        return None
+    folded = following.folded()
+    gate = None
+    if linear:
+        outer = residual.gate.outer
+        assert outer.bias is not None
+        gate = outer.weight, outer.bias
+    return DecodingStep(
+        rows,
+        config.value_channels,
+        residual.dim,
+        dtype,
+        gate=gate,
+        target=residual.target.map.weight if linear and config.uses_target else None,
+        erases=config.erases,
+        normalise=normalisation(config, residual.dim),
+        compression=None if folded is None else folded.compression,
+        norm_weight=None if folded is None else folded.weight,
+        norm_eps=0.0 if folded is None else folded.eps,
+        opens=folded is not None,
+    )

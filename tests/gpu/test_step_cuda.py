@@ -1,0 +1,155 @@
+"""The fused step on a real GPU: the interpreter's cases through the operator, large sizes, torch.compile, training.
+
+From the source tree: PYTHONPATH=src python -m pytest tests/gpu
+"""
+
+from collections.abc import Iterator, Mapping
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepdelta import GPT, PRESETS, GPTConfig, use_backend
+from deepdelta.ops.step import Normalise, fused_step
+from helpers import perturb
+from step_cases import CASES, EPS, SMALL_TILES, Case, compare, differentiated, in_dtype, inputs
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device; torch sees none", allow_module_level=True)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # torch's own, from inside torch.compile
+    pytest.mark.usefixtures("unchecked", "fresh_dynamo"),
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LARGE = [
+    Case(tokens=333, channels=channels, width=width, gates=gates)
+    for channels, width, gates in [
+        (1, 768, "one"),
+        (4, 768, "each"),
+        (8, 1000, "one"),
+        (16, 768, "one"),
+        (4, 5000, "one"),
+    ]
+]
+
+
+@pytest.fixture
+def unwritten_is_nan() -> Iterator[None]:
+    """What torch.empty makes is NaN until it is written."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def fused(case: Case, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    new, c, _ = fused_step(
+        *(given.get(name) for name in ("state", "h", "write", "erase")),
+        case.normalise,
+        given.get("compression"),
+        given.get("norm_weight"),
+        EPS,
+        case.opens,
+    )
+    return new, c
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+def test_values_and_all_gradients(case, dtype):
+    from deepdelta.ops.step import cuda
+
+    with patch.multiple(cuda, **(SMALL_TILES if case.tiled else {"TILE": cuda.TILE})):
+        found = differentiated(fused, case, in_dtype(inputs(case), dtype, "cuda"))
+    compare(case, found, dtype)
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_replay_is_bit_equal_and_results_repeat(case, dtype):
+    from deepdelta.ops.step import cuda
+
+    given = in_dtype(inputs(case), dtype, "cuda")
+    parts = (given["state"], given["h"], given["write"], given.get("erase"), case.normalise)
+    opening = (given["compression"], given["norm_weight"])
+    new, *_, coefficient = cuda.forward(*parts, *opening, EPS, True)
+    assert torch.equal(cuda.replay(given["state"], given["h"], coefficient), new)
+    first, second = (differentiated(fused, case, given) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_more_numbers_than_32_bits_count():
+    """The last tokens of a state of more than 2^31 numbers come out as they do by themselves, forward and backward."""
+    tokens, channels, width = 2**31 // (4 * 1024) + 64, 4, 1024
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    last = inputs(Case(tokens=64, channels=channels, width=width))
+    # Only the last tokens hold numbers: the sums over all tokens are theirs.
+    given = in_dtype(last, torch.bfloat16, "cuda")
+    for name in ("state", "h", "write", "erase"):
+        whole = given[name].new_zeros(tokens, *given[name].shape[1:])
+        whole[-64:] = given[name]
+        given[name] = whole
+    outputs = []
+    for part in (given, in_dtype(last, torch.bfloat16, "cuda")):
+        leaves = {name: tensor.requires_grad_() for name, tensor in part.items()}
+        new, c = fused(Case(), leaves)
+        (new[-64:].float().sum() + c[-64:].float().square().sum()).backward()
+        outputs.append([new[-64:].detach(), c[-64:].detach(), leaves["state"].grad[-64:], leaves["h"].grad[-64:]])
+        sums = [leaves["compression"].grad, leaves["norm_weight"].grad]
+        outputs[-1] += sums
+    for many, few in zip(*(o[:4] for o in outputs), strict=True):
+        assert torch.equal(many, few)
+    for many, few in zip(*(o[4:] for o in outputs), strict=True):
+        torch.testing.assert_close(many, few, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_without_breaks_and_without_recompiling_for_another_batch():
+    compiled = torch.compile(fused_step, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (7, 16, 33):
+            case = Case(tokens=tokens, channels=4, width=768)
+            given = in_dtype(inputs(case), torch.bfloat16, "cuda")
+
+            def run(case: Case, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+                order = [parts[name] for name in ("state", "h", "write", "erase")]
+                opening = (parts["compression"], parts["norm_weight"], EPS, True)
+                return compiled(*order, Normalise(case.offset, case.power), *opening)[:2]
+
+            found, eager = differentiated(run, case, given), differentiated(fused, case, given)
+            assert all(torch.equal(found[name], eager[name]) for name in eager)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("preset", ["ddl", "additive"])
+def test_training_steps_follow_the_reference(preset, compiled):
+    """Four optimiser steps of a small GPT: fused and plain PyTorch lose the same."""
+    losses = {}
+    ids = torch.randint(96, (4, 65), generator=torch.Generator().manual_seed(0)).cuda()
+    for backend in ("reference", "fused"):
+        model = GPT(GPTConfig(vocab_size=96, dim=96, heads=2, layers=3, context=64, residual=PRESETS[preset]))
+        perturb(model, size=0.02)
+        model = model.cuda()
+        use_backend(model, backend)
+        run = torch.compile(model, fullgraph=True) if compiled else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses[backend] = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = run(ids[:, :-1], ids[:, 1:]).loss
+            loss.backward()
+            optimizer.step()
+            losses[backend].append(loss.item())
+    assert losses["fused"] == pytest.approx(losses["reference"], rel=2e-4)
+    assert losses["fused"][-1] < losses["fused"][0]

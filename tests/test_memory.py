@@ -1,0 +1,118 @@
+"""What is saved of the state: gradients under each plan, and the memory that a step takes."""
+
+import pytest
+import torch
+from helpers import randn
+from torch import Tensor, nn
+
+from deepdelta import GPT, PRESETS, DeltaStream, GPTConfig, ResidualConfig, UserError, use_backend, use_memory
+from deepdelta.analysis import peak_bytes
+
+VARIANTS = {
+    **{name: PRESETS[name] for name in ("additive", "ddl", "ddl-scalar", "ddl-tc", "ddl-v1", "published-cc")},
+    "additive_erase": ResidualConfig(rule="additive_erase"),
+    "rank 3": ResidualConfig(rank=3),
+}
+
+
+def gradients(model: GPT, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = model(ids[:, :-1], ids[:, 1:]).loss
+    assert loss is not None
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_replay_is_bit_equal_and_recovery_close(name: str, backend: str, unchecked: None) -> None:
+    ids = torch.randint(97, (2, 13), generator=torch.Generator().manual_seed(0))
+    model = GPT(GPTConfig(vocab_size=97, dim=12, heads=2, layers=5, context=12, residual=VARIANTS[name]), seed=3)
+    use_backend(model, backend)
+    saved = gradients(model, ids)
+    for every in (1, 3, 100):
+        use_memory(model, "replay", every)
+        replayed = gradients(model, ids)
+        assert saved.keys() == replayed.keys()
+        for parameter, gradient in saved.items():
+            assert torch.equal(gradient, replayed[parameter]), parameter
+    use_memory(model, "recover")
+    for parameter, gradient in gradients(model, ids).items():
+        error = (gradient - saved[parameter]).abs().max() / saved[parameter].abs().max()
+        assert error < 2e-3, (parameter, error)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize("channel_first", [False, True])
+def test_around_any_branch(channel_first: bool, backend: str, unchecked: None) -> None:
+    """Branches, operations of the user's own between residuals, and a second backward pass over the same graph."""
+    stream = DeltaStream(6, 3, seed=1, channel_first=channel_first, norm="none")
+    branch = (lambda: nn.Conv1d(6, 6, 1)) if channel_first else (lambda: nn.Linear(6, 6))
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(stream.wrap(branch()) for _ in range(4))
+    use_backend(blocks, backend)
+    x = randn(2, 6, 5).float() if channel_first else randn(2, 5, 6).float()
+
+    def run() -> list[Tensor]:
+        blocks.zero_grad()
+        given = x.clone().requires_grad_()
+        state = stream.expand(given)
+        for index, block in enumerate(blocks):
+            state = block(state)
+            if index == 1:
+                state = torch.relu(state)
+        loss = stream.reduce(state).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        assert given.grad is not None
+        return [given.grad, *(p.grad for p in blocks.parameters() if p.grad is not None)]
+
+    saved = run()
+    for plan, tolerance in (("replay", 0.0), ("recover", 1e-4)):
+        use_memory(blocks, plan, every=2)
+        for one, other in zip(saved, run(), strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(one.abs().max()))
+
+
+def test_a_state_changed_in_place_is_never_used_as_it_was(unchecked: None) -> None:
+    stream = DeltaStream(6, 3, seed=1)
+    blocks = nn.ModuleList(stream.wrap(nn.Linear(6, 6)) for _ in range(3))
+    x = randn(4, 6).float()
+
+    def run(in_place: bool) -> list[Tensor]:
+        blocks.zero_grad()
+        state = blocks[0](stream.expand(x))
+        state = state.mul_(2.0) if in_place else state * 2.0
+        stream.reduce(blocks[2](blocks[1](state))).square().sum().backward()
+        return [p.grad.clone() for p in blocks.parameters() if p.grad is not None]
+
+    expected = run(False)
+    use_memory(blocks, "replay", every=100)
+    for one, other in zip(expected, run(True), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_memory_of_a_deep_model_grows_like_the_additive_one(unchecked: None) -> None:
+    ids = torch.randint(97, (2, 65), generator=torch.Generator().manual_seed(0))
+
+    def peak(preset: str, layers: int, plan: str) -> int:
+        sizes = {"vocab_size": 97, "dim": 64, "heads": 2, "context": 64}
+        model = GPT(GPTConfig(layers=layers, residual=PRESETS[preset], **sizes))
+        use_backend(model, "reference" if preset == "additive" else "fused")
+        use_memory(model, plan)
+        gradients(model, ids)
+        return peak_bytes(lambda: gradients(model, ids), list(model.parameters()))
+
+    def slope(preset: str, plan: str) -> int:
+        return peak(preset, 24, plan) - peak(preset, 8, plan)
+
+    assert slope("ddl", "replay") < 1.1 * slope("additive", "save")
+    assert slope("ddl", "save") > 1.15 * slope("additive", "save")
+
+
+def test_refusals(unchecked: None) -> None:
+    block = DeltaStream(4).wrap(nn.Linear(4, 4))
+    with pytest.raises(UserError, match="there is no memory plan 'replya'; did you mean 'replay'"):
+        use_memory(block, "replya")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="every must be at least 1, got 0"):
+        use_memory(block, "replay", 0)
