@@ -176,7 +176,7 @@ def test_bad_suites_are_named() -> None:
 def test_a_wrong_backend_is_refused_before_anything_is_timed(
     broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A backward pass whose gradient of h is a thousandth too large in the model, a millionth in fp64."""
+    """A backward pass whose gradient of h is a hundredth too large in the model, a millionth in fp64."""
     from deepdelta.ops.step import cpu
 
     plain, size = cpu.backward, 1e-2 if broken == "training" else 1e-6
@@ -217,7 +217,7 @@ def test_agreement_is_relative_and_never_hides_a_nan() -> None:
 
 @pytest.mark.parametrize("case", [suites.HYPER, suites.MHC, *suites.X_TRANSFORMERS], ids=lambda case: case.name)
 def test_peers_are_the_same_gpt(case: Case) -> None:
-    """Causal where the peer is, every parameter trained, and all but the residual as in our GPT: same names, same starting values."""
+    """Causal where the peer is, every parameter trained, and all but the residual as in our GPT."""
     group = replace(TRAINING, layers=2)
     model = subjects.build_model(group, case, torch.device("cpu"))
     ours = subjects.build_model(group, ADDITIVE, torch.device("cpu"))

@@ -87,7 +87,7 @@ def empty_triton_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_whole_token_is_loaded_once(kernel):
     """Compiled for Hopper at V = 4, D = 768, bf16: every input is loaded once, and only tokens are looped over."""
     code = compiled_for_gpu(kernel, Case(channels=4, width=768), torch.bfloat16).asm["ttir"]
-    assert code.count("tt.load ") == {"forward": 6, "backward": 11}[kernel]
+    assert code.count("tt.load ") == {"forward": 6, "backward": 12}[kernel]
     assert code.count("scf.for ") == {"forward": 0, "backward": 1}[kernel]
 
 

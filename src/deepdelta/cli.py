@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 from tyro.conf import Positional, arg, subcommand
 
+from deepdelta.analysis.selfcheck import self_check
 from deepdelta.config import from_plain, merged, to_plain
 from deepdelta.data import DataConfig, load_corpus
 from deepdelta.errors import UserError, nearest
@@ -21,7 +24,7 @@ from deepdelta.models import generate
 from deepdelta.nn.presets import PRESETS
 from deepdelta.studies.config import load_study, named_studies
 from deepdelta.training import RunDirectory, TrainConfig, evaluate, load, train
-from deepdelta.training.environment import choose_device
+from deepdelta.training.environment import choose_device, machine, versions
 from deepdelta.training.loop import corpus_facts
 from deepdelta.training.progress import reporting
 
@@ -207,12 +210,34 @@ class Bench:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """What this machine can run, and whether it computes values and gradients of the rewrite rightly."""
+
+    def __call__(self) -> None:
+        for name, value in (versions() | machine()).items():
+            print(f"{name:<10} {value}")
+        chosen = choose_device("auto", "auto")
+        print(f"device     {chosen.device} ({chosen.reason}), precision {chosen.precision}")
+        compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        print(f"compiler   {compiler or 'no C++ compiler, which torch.compile needs on the CPU'}")
+        table = Table("backend", "device", "dtype", "values", "gradients", "", title="errors against fp64")
+        checks = list(self_check())
+        for check in checks:
+            errors = ("-" if e is None else f"{e:.1e}" for e in (check.value_error, check.gradient_error))
+            table.add_row(check.backend, check.device, check.dtype, *errors, check.verdict)
+        Console().print(table)
+        if any(check.verdict == "WRONG" for check in checks):
+            raise UserError("a backend computes wrong numbers here: use the backend 'reference', and please report it.")
+
+
 COMMANDS = {
     "train": Train,
     "evaluate": Evaluate,
     "generate": Generate,
     "study": Study,
     "import": Import,
+    "doctor": Doctor,
     "bench": Bench,
 }
 

@@ -6,7 +6,7 @@ that are the state are replaced by an `Entry`, which knows how to make it again 
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -87,12 +87,12 @@ class Memory:
         """Compiled code decides by itself what to save."""
         return self.plan != "save" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
-    @contextmanager
-    def watching(self, state: Tensor) -> Iterator[None]:
+    def watching(self, state: Tensor) -> AbstractContextManager[None]:
         """Within, saving `state` for the backward pass saves its entry instead."""
-        if not self.on or not state.requires_grad:
-            yield
-            return
+        return self._watching(state) if self.on and state.requires_grad else nullcontext()
+
+    @contextmanager
+    def _watching(self, state: Tensor) -> Iterator[None]:
         entry = _entry(state)
         address, dtype = state.data_ptr(), state.dtype
 

@@ -67,7 +67,7 @@ def machine() -> dict[str, str]:
 
 def commit() -> str | None:
     """The commit of the source tree that this package runs from, '+changes' where it differs; None outside of one."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     try:
         head = _git(folder, "rev-parse", "HEAD")
         changed = _git(folder, "status", "--porcelain", "--", str(folder))

@@ -20,10 +20,7 @@ import triton.language as tl
 def _compiled(function: Any) -> Any:
     # The plain function, without the checks that the tests put around every function of the package. `tokens` is not
     # specialised: another batch or length compiles nothing.
-    plain = inspect.unwrap(function)
-    return triton.jit(
-        plain, do_not_specialize=[name for name in inspect.signature(plain).parameters if name == "tokens"]
-    )
+    return triton.jit(inspect.unwrap(function), do_not_specialize=["tokens"])
 
 
 @_compiled
@@ -101,7 +98,7 @@ def forward(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One token per program: fill new (X'), scale, read and coefficient (a); where c is given, c and inverse (1 / rms)."""
+    """One token per program: fill new (X'), scale, read and coefficient (a); c and inverse (1 / rms) where asked."""
     n = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK_V)
     wide: tl.constexpr = write.dtype.element_ty

@@ -79,10 +79,11 @@ def fused_step(
         None if parameter is None or not opens else parameter.to(wide).contiguous()
         for parameter in (compression, norm_weight)
     )
-    h_ND, write_NV = h.to(state.dtype).reshape(-1, width), write.to(wide).reshape(-1, channels)
-    erase_NG = None if erase is None else erase.to(wide).reshape(-1, erase.shape[-1])
+    h_ND = h.to(state.dtype).reshape(-1, width).contiguous()
+    write_NV = write.to(wide).reshape(-1, channels).contiguous()
+    erase_NG = None if erase is None else erase.to(wide).reshape(-1, erase.shape[-1]).contiguous()
     new, c, _, _, _, coefficient = step(
-        state.reshape(-1, channels, width),
+        state.reshape(-1, channels, width).contiguous(),
         h_ND,
         write_NV,
         erase_NG,
@@ -103,7 +104,7 @@ def remake(done: Done, state: Tensor, *, backwards: bool = False) -> Tensor:
 
     `backwards` goes from X' to X = X' - h a^T, which is exact but for rounding.
     """
-    flat = state.reshape(-1, *state.shape[-2:])
+    flat = state.reshape(-1, *state.shape[-2:]).contiguous()
     coefficient = -done.coefficient if backwards else done.coefficient
     new: Tensor = _implementation(state).replay(flat, done.h, coefficient)
     return new.view(state.shape)

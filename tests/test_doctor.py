@@ -1,0 +1,43 @@
+"""`deepdelta doctor`: the self-check passes here, and finds a backend that is wrong."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from deepdelta.analysis import selfcheck
+from deepdelta.analysis.selfcheck import self_check
+from deepdelta.cli import main
+
+
+def test_this_machine_is_well(capsys: pytest.CaptureFixture[str], unchecked: None) -> None:
+    main(["doctor"])
+    printed = capsys.readouterr().out
+    assert f"torch      {torch.__version__}" in printed
+    assert "fused" in printed and "ok" in printed and "WRONG" not in printed
+
+
+def test_half_precision_without_a_kernel_is_named() -> None:
+    found = {(check.backend, check.device, check.dtype): check for check in self_check()}
+    assert "not fp16" in found["fused", "cpu", "fp16"].verdict
+    fused = found["fused", "cpu", "fp32"]
+    assert fused.verdict == "ok" and fused.value_error is not None and 0 < fused.value_error < 1e-5
+
+
+@pytest.mark.parametrize("fault", ["value", "gradient"])
+def test_a_wrong_backend_is_found(
+    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unchecked: None
+) -> None:
+    def wrong(*given: Any) -> Any:
+        state, c = selfcheck._reference(*given)
+        if fault == "value":
+            return state + 0.01 * given[0].detach().abs().max(), c
+        # The same values, but half of the gradient of h is lost.
+        h = given[1]
+        return selfcheck._reference(given[0], (h + h.detach()) / 2, *given[2:])
+
+    monkeypatch.setattr(selfcheck, "_fused", wrong)
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor"])
+    assert stopped.value.code == 2
+    assert "computes wrong numbers here" in capsys.readouterr().err
