@@ -68,15 +68,15 @@ def test_bytes_and_bpe_hold_out_the_same_text(tmp_path: Path, load) -> None:  # 
 def test_text_read_in_small_chunks_is_the_same_text(
     tmp_path_factory: pytest.TempPathFactory, chunk: int, text: str
 ) -> None:
-    from deepdelta.data import files
+    from deepdelta.data import documents
 
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_bytes(text.encode())
     document = Document(name="a", group="a", path=path, start=0, stop=len(text.encode()), modified_ns=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "CHUNK", chunk)
-        pieces = list(files.texts(document))
-        digest = files.digest(document)
+        patch.setattr(documents, "CHUNK", chunk)
+        pieces = list(documents.texts(document))
+        digest = documents.digest(document)
     assert "".join(pieces) == text and all(pieces)
     assert digest == hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,6 +1,7 @@
 """A study from its file to the report, by the command: interrupted, extended, diverging, failing."""
 
 import json
+import re
 import math
 import shutil
 import signal
@@ -145,7 +146,7 @@ def test_report_and_words(finished: tuple[Path, str]) -> None:
     assert page.lstrip().lower().startswith("<!doctype html>") and "Does it run?" in page and "ddl-1.5" in page
     assert f"Results: {out / 'results.json'}" in printed and f"Report:  {out / 'report.html'}" in printed
     assert "No intervals" in printed and "Traceback" not in printed
-    assert "Study tiny 90/90" in printed and "Costs 2/2" in printed
+    assert re.search(r"Study tiny (\d+)/\1 ", printed) and "Costs 2/2" in printed
 
 
 def test_all_conditions_of_a_seed_see_the_same_data_in_the_same_order(finished: tuple[Path, str]) -> None:
