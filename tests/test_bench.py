@@ -128,7 +128,7 @@ def test_bars_from_known_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_named_suites_hold_what_the_bar_asks() -> None:
-    assert set(SUITES) == {"bar", "growth", "operator", "gpu"}
+    assert set(SUITES) == {"bar", "peers", "growth", "operator", "gpu"}
     bars = {(g.name, b.case, b.against, b.measure): b.at_least or b.at_most for g in suites.BAR.groups for b in g.bars}
     assert bars["training, d 256, compiled", "ddl-scalar, fused", "additive", "forward_backward"] == 0.98
     assert bars["training, d 256, compiled", "ddl, fused", "additive", "forward_backward"] == 0.92

@@ -330,3 +330,13 @@ def test_safetensors_are_preferred(tmp_path):
     folder = checkpoint(tmp_path / "cc")
     torch.save({"a": torch.zeros(2)}, folder / "pytorch_model.bin")
     assert "ln_f.weight" in read_published(folder)[1]
+
+
+def test_what_a_constant_target_leaves_unused_is_kept_in_the_run(tmp_path):
+    """The published `v_proj` of a constant target survives import, loading and export."""
+    import_published(checkpoint(tmp_path / "published", "aside-constant"), tmp_path / "run", None)
+    given = vector("aside-constant").parameters
+    exported = to_published(deepdelta.load(tmp_path / "run").model)
+    assert any("v_proj" in name for name in given)
+    assert exported.keys() == given.keys()
+    assert all(torch.equal(exported[name], given[name]) for name in given)

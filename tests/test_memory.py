@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import randn
 from torch import Tensor, nn
 
 from deepdelta import GPT, PRESETS, DeltaStream, GPTConfig, ResidualConfig, UserError, use_backend, use_memory
 from deepdelta.analysis import peak_bytes
+from helpers import randn
 
 VARIANTS = {
     **{name: PRESETS[name] for name in ("additive", "ddl", "ddl-scalar", "ddl-tc", "ddl-v1", "published-cc")},

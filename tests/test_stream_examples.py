@@ -349,3 +349,26 @@ def test_the_branch_is_made_of_the_block_s_own_modules():
     branch = resnet_branch(block)
     assert [type(part).__name__ for part in branch] == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["Conv2d", "BatchNorm2d"]
     assert {id(p) for p in branch.parameters()} == {id(p) for p in block.parameters()}
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(64, 2, batch_first=True), 1, enable_nested_tensor=False
+        ),
+        lambda: models.resnet18().layer1,
+    ],
+    ids=["encoder", "stage"],
+)
+def test_stacks_of_blocks_that_add_their_input_are_refused(branch):
+    with pytest.raises(UserError, match="adds its input itself"):
+        DeltaStream(64, channel_first=True).wrap(branch())
+
+
+def test_a_block_of_another_library_with_the_same_name_is_not_taken_apart():
+    class BasicBlock(nn.Module):
+        """Pre-activation: the same parts in another order."""
+
+    with pytest.raises(UserError, match="takes a torchvision BasicBlock or Bottleneck, got BasicBlock"):
+        resnet_branch(BasicBlock())

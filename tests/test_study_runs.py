@@ -1,8 +1,8 @@
 """A study from its file to the report, by the command: interrupted, extended, diverging, failing."""
 
 import json
-import re
 import math
+import re
 import shutil
 import signal
 import subprocess

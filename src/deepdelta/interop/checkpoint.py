@@ -73,6 +73,8 @@ def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
     with directory.locked():
         if corpus is not None and corpus.tokenizer is not None:
             corpus.tokenizer.save(run)
+        if model.unused_published:
+            directory.save_unused(model.unused_published)
         directory.save_checkpoint(model, build_optimizer(model, config), step=0, seconds=0.0)
         directory.write_environment(environment)
         directory.write_config(config)

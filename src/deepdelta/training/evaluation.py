@@ -58,6 +58,8 @@ def evaluate(
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     context = model.config.context
     split = corpus.validation if tokens is None else corpus.validation[: tokens + 1]
+    if len(split) < 2:
+        raise UserError(f"the validation split must hold at least 2 tokens to predict one, got {len(split)}.")
     total, count = 0.0, 0
     batches = -(-window_count(split, context=context) // batch_size)
     was_training = model.training

@@ -23,4 +23,5 @@ def load(run: str | Path) -> Loaded:
     directory = RunDirectory(Path(run))
     model = GPT(directory.config().model)
     directory.load_weights(model)
+    model.unused_published = directory.load_unused()
     return Loaded(model.eval(), load_tokenizer(directory.path))

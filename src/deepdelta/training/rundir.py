@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,7 +28,7 @@ from deepdelta.files import atomic_path, remove_temporaries, write_json, write_t
 from deepdelta.training.config import TrainConfig
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
-CHECKPOINT, LOCK = "checkpoint.safetensors", ".lock"
+CHECKPOINT, UNUSED, LOCK = "checkpoint.safetensors", "unused_published.safetensors", ".lock"
 
 CHANGEABLE = ("steps", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every")
 """What may differ when a run is continued: none of it touches the steps already made."""
@@ -79,7 +79,7 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Delete what a start that was cut short may have left, or a run whose config.json was deleted."""
-        for name in (CHECKPOINT, METRICS, FILE_NAME):
+        for name in (CHECKPOINT, METRICS, FILE_NAME, UNUSED):
             (self.path / name).unlink(missing_ok=True)
 
     @property
@@ -180,6 +180,14 @@ class RunDirectory:
     def step(self) -> int:
         """The step of the last checkpoint."""
         return int(self._load_tensors("nothing.")[1]["step"])
+
+    def save_unused(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what an imported model does not use, so that it can be exported whole."""
+        with atomic_path(self.path / UNUSED) as temporary:
+            save_file(dict(tensors), temporary)
+
+    def load_unused(self) -> dict[str, Tensor]:
+        return load_file(self.path / UNUSED) if (self.path / UNUSED).exists() else {}
 
     def load_weights(self, model: nn.Module) -> None:
         """Load the checkpoint's weights into `model`.
