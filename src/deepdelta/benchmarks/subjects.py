@@ -17,7 +17,7 @@ from deepdelta.benchmarks.agreement import agreement, loss_and_gradients
 from deepdelta.benchmarks.config import Case, Group, Suite
 from deepdelta.benchmarks.peers import PeerGPT, peer_problem
 from deepdelta.models import GPT, DecodingCache, GPTConfig
-from deepdelta.nn import ResidualConfig, use_backend
+from deepdelta.nn import ResidualConfig, use_backend, use_memory
 from deepdelta.nn.direction import normalisation
 from deepdelta.ops.step import NEEDS, fused_problem, fused_step, rewrite_step
 from deepdelta.training.config import TrainConfig
@@ -96,6 +96,8 @@ def build_model(group: Group, case: Case, device: torch.device) -> nn.Module:
         return PeerGPT(config, case.peer, SEED).to(device)
     model = GPT(config, SEED).to(device)
     use_backend(model, case.backend)
+    # The default of training; the reference saves what plain PyTorch saves.
+    use_memory(model, "replay" if case.backend == "fused" else "save")
     return model
 
 
