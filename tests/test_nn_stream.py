@@ -257,3 +257,23 @@ def test_every_part_keeps_the_state_in_fp32_under_autocast(expansion, compressio
         state = stream.expand(randn(2, 5, D).float())
         assert state.dtype == torch.float32
         assert stream.wrap(nn.Linear(D, D))(state).dtype == torch.float32
+
+
+def test_one_argument_makes_the_plain_residual():
+    stream = DeltaStream(6, rule="additive", norm="none")
+    branch = nn.Linear(6, 6)
+    x = torch.randn(3, 6)
+    assert stream.config.value_channels == 1
+    assert torch.equal(stream.reduce(stream.wrap(branch)(stream.expand(x))), x + branch(x))
+    assert DeltaStream(6).config.value_channels == 4
+    assert DeltaStream(6, 4, rule="additive").config.value_channels == 4
+
+
+def test_a_state_of_another_dtype_or_device_is_named():
+    block = DeltaStream(6).wrap(nn.Linear(6, 6))
+    with pytest.raises(UserError, match=r"the residual's dtype, torch\.float32, got torch\.float64; convert"):
+        block.open(torch.zeros(3, 4, 6, dtype=torch.float64))
+    with pytest.raises(UserError, match=r"the residual's device, cpu, got meta; move"):
+        block.open(torch.zeros(3, 4, 6, device="meta"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert block(torch.zeros(3, 4, 6)).dtype == torch.float32

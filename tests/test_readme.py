@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from deepdelta.report import markdown_table
+from deepdelta.studies.results import load_results
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -41,3 +44,8 @@ def test_make_targets_named_in_the_readme_exist() -> None:
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^    make (\S+)$", README.read_text(encoding="utf-8"), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_table_is_that_of_the_committed_results() -> None:
+    results = load_results(README.parent / "results" / "quick" / "results.json")
+    assert markdown_table(results).strip() in README.read_text(encoding="utf-8")

@@ -46,7 +46,7 @@ def run_suite(
 
     Raises:
         UserError: rounds or threads below 1, the suite's device is absent, nothing in a group can run, or a check
-            failed, in which case nothing is timed or written.
+            failed, in which case nothing more is timed or written.
     """
     for name, value in (("rounds", rounds), ("threads", threads)):
         if value is not None and value < 1:
@@ -59,10 +59,29 @@ def run_suite(
     torch.set_num_threads(threads)
     # All models of a kind share one forward function, and torch counts compilations by function.
     limit = max(len(group.cases) for group in suite.groups) * COMPILATIONS
+    groups: list[GroupResult] = []
+
+    def so_far() -> BenchResults:
+        return BenchResults(
+            suite=suite.name,
+            question=suite.question,
+            quick=quick,
+            command=command,
+            date=began.isoformat(timespec="seconds"),
+            commit=commit(),
+            versions=versions() | _versions(),
+            machine=machine(),
+            device=suite.device,
+            precision=suite.precision,
+            threads=threads,
+            rounds=rounds,
+            checks=tuple(checks),
+            groups=tuple(groups),
+        )
+
     try:
         with torch._dynamo.config.patch(recompile_limit=limit):
             checks = _check(suite, skipped, chosen)
-            groups = []
             total = sum(_units(group, rounds) for group in suite.groups)
             with reporting(f"Bench {suite.name}", total) as reporter:
                 done = 0
@@ -71,33 +90,23 @@ def run_suite(
                     groups.append(result)
                     checks += found
                     done += _units(group, rounds)
+                    # After every group: what a long benchmark has measured is not lost when it is interrupted.
+                    _write(so_far(), out)
                     gc.collect()
     finally:
         torch.set_num_threads(threads_before)
-    results = BenchResults(
-        suite=suite.name,
-        question=suite.question,
-        quick=quick,
-        command=command,
-        date=began.isoformat(timespec="seconds"),
-        commit=commit(),
-        versions=versions() | _versions(),
-        machine=machine(),
-        device=suite.device,
-        precision=suite.precision,
-        threads=threads,
-        rounds=rounds,
-        checks=tuple(checks),
-        groups=tuple(groups),
-    )
-    save_results(results, out / "results.json")
-    write_text(out / "table.md", tables.markdown(results))
-    write_text(out / "plot.svg", figures.svg(results))
-    write_text(out / "plot.html", figures.page(results))
+    results = so_far()
     for table in tables.render(results):
         console.print(table)
     console.print(f"Results, table and plot: {out}", highlight=False, soft_wrap=True)
     return results
+
+
+def _write(results: BenchResults, out: Path) -> None:
+    save_results(results, out / "results.json")
+    write_text(out / "table.md", tables.markdown(results))
+    write_text(out / "plot.svg", figures.svg(results))
+    write_text(out / "plot.html", figures.page(results))
 
 
 def usable_cores() -> int:

@@ -92,8 +92,8 @@ class DeltaResidual(nn.Module):
         output, then `state = rewrite(branch_output)`.
 
         Raises:
-            UserError: the state is not (..., V, D) (or (N, V, C, H, W) on a channel-first stream), or the output has
-                another shape than the branch's input.
+            UserError: the state is not (..., V, D) (or (N, V, C, H, W) on a channel-first stream), lies on another
+                device or has another dtype than the parameters, or the output has another shape than the input.
         """
         self.layout.check_state(state, self.config.value_channels, self.dim)
         if self.config.needs_tokens and state.ndim < 3:
@@ -101,6 +101,7 @@ class DeltaResidual(nn.Module):
                 f"compression='{self.config.compression}' with expansion='{self.config.expansion}' works over a token "
                 f"axis: a state (..., token, value channels, width) is needed, got shape {tuple(state.shape)}."
             )
+        self._check_kind(state)
         state_VD = hand_on(state, self.layout.state_inward(state))
         with self.memory.watching(state_VD):
             opened = self.reading().open(state_VD)
@@ -122,6 +123,22 @@ class DeltaResidual(nn.Module):
         if isinstance(output, tuple):
             return (close(output[0]), *output[1:])
         return close(output)
+
+    def _check_kind(self, state: Tensor) -> None:
+        """The state must lie where the parameters do, and have their dtype unless autocast converts."""
+        parameter = self.norm.weight if isinstance(self.norm, RMSNorm) else next(self.parameters(), None)
+        if parameter is None:
+            return
+        if state.device != parameter.device:
+            raise UserError(
+                f"the state must be on the residual's device, {parameter.device}, got {state.device}; move one of them "
+                "with .to(device)."
+            )
+        if state.dtype != parameter.dtype and not torch.is_autocast_enabled(state.device.type):
+            raise UserError(
+                f"the state must have the residual's dtype, {parameter.dtype}, got {state.dtype}; convert one of them "
+                "with .to(dtype), or use torch.autocast."
+            )
 
     def reading(self) -> Reading:
         """How this residual reads the state for its branch."""

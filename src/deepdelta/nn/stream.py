@@ -30,7 +30,8 @@ class DeltaStream(nn.Module):
 
     Args:
         dim: D, the width of the vectors that the branches see.
-        value_channels: V, how many such vectors the state holds; 1 keeps the network's state as it is.
+        value_channels: V, how many such vectors the state holds; 1 keeps the network's state as it is. None stands for
+            4, and for 1 with rule 'additive', which then is the plain residual x + branch(norm(x)).
         channel_first: vectors are (N, C, *space) and states (N, V, C, *space), as convolutional networks have them,
             instead of (..., D) and (..., V, D).
         seed: what the parameters are drawn from, together with their names; None takes it from torch's generator.
@@ -44,7 +45,7 @@ class DeltaStream(nn.Module):
     def __init__(
         self,
         dim: int,
-        value_channels: int = 4,
+        value_channels: int | None = None,
         *,
         channel_first: bool = False,
         seed: int | None = None,
@@ -54,6 +55,8 @@ class DeltaStream(nn.Module):
         super().__init__()
         if dim < 1:
             raise UserError(f"dim must be at least 1, got {dim}.")
+        if value_channels is None:
+            value_channels = 1 if options.get("rule") == "additive" else 4
         self.config = from_plain(ResidualConfig, {"value_channels": value_channels, **options}, where="DeltaStream")
         if channel_first and self.config.needs_tokens:
             raise UserError(
