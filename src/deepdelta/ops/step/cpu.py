@@ -107,7 +107,13 @@ def _array(tensor: Tensor | None) -> Any:
 
 
 def _shares(tokens: int) -> int:
-    return max(1, min(torch.get_num_threads(), tokens))
+    """How many threads share the tokens.
+
+    After each of its own operations, torch's other threads spin for a while on their cores. Of two cores that leaves
+    one, and a second thread of ours would wait for the other longer than its half of the work takes (measured at two).
+    """
+    threads = torch.get_num_threads()
+    return max(1, min(threads, tokens)) if threads >= 4 else 1
 
 
 def _over_tokens(share: Callable[[int, int, int], None], tokens: int) -> None:
