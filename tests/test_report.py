@@ -6,12 +6,9 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
-import plotly.graph_objects as go
 import pytest
 from rich.console import Console
 
@@ -22,175 +19,13 @@ from deepdelta.report import markdown_table, render_table, summarise, write_repo
 from deepdelta.report.page import render_page
 from deepdelta.report.table import si, table_cells
 from deepdelta.studies.results import (
-    GATE_BINS,
-    Budget,
-    ConditionResult,
-    Corpus,
-    CostResult,
-    CurvePoint,
     RewriteSummary,
-    RunResult,
     StudyResults,
-    Validation,
     load_results,
     save_results,
 )
 from deepdelta.studies.statistics import compare, paired
-
-HOSTILE = "delta </script><script>alert(1)</script> | [x](y) `V=4` & *co*"
-# Losses of three seeds, from the first measurements: their differences overlap zero.
-LOSSES = {"additive": [1.714, 1.658, 1.70], HOSTILE: [1.717, 1.652, 1.69], "write only": [1.664, 1.716, 1.71]}
-
-
-def run(seed: int, loss: float | None, late: float = 0.0) -> RunResult:
-    end = 1.7 if loss is None else loss
-    curve = tuple(
-        CurvePoint(
-            step=step, seconds=0.1 * step + late, train_loss=end + 0.2, validation_loss=end + 50 / (step + 10) - 0.5
-        )
-        for step in (0, 10, 20, 30, 40)
-    )
-    return RunResult(seed=seed, validation_loss=loss, seconds=4.0, curve=curve)
-
-
-def rewrite(layer: int, sublayer: str) -> RewriteSummary:
-    return RewriteSummary(
-        layer=layer,
-        sublayer=sublayer,
-        gate_histogram=tuple(range(GATE_BINS)),
-        gate_mean=1.25,
-        discrepancy_before=0.75,
-        discrepancy_after=0.125,
-        direction_norm=1.0,
-        cosine=0.0625,
-    )
-
-
-def condition(name: str, losses: list[float], number: int) -> ConditionResult:
-    return ConditionResult(
-        name=name,
-        summary=f"What <b>{number}</b> is.",
-        rule="additive" if number == 0 else "delta" if number == 1 else "write_only",
-        value_channels=4 if number else 1,
-        parameters=805_000 + number,
-        flops_per_token=4.9e6 * (1 + number / 10),
-        cost=CostResult(
-            tokens_per_second=24_000.0,
-            speed_ratio=1 - number / 7,
-            speed_ratio_low=0.97 - number / 7,
-            speed_ratio_high=1.02 - number / 7,
-            rounds=7,
-            peak_bytes=200_000_000,
-            peak_ratio=1 + number / 9,
-        ),
-        runs=tuple(run(seed, loss) for seed, loss in enumerate(losses)),
-        rewrites=tuple(rewrite(layer, sublayer) for layer in (0, 1) for sublayer in ("attention", "mlp") if number),
-    )
-
-
-def study(losses: dict[str, list[float]] = LOSSES) -> StudyResults:
-    return StudyResults(
-        name="quick",
-        description="Does a delta rewrite <help>?",
-        baseline="additive",
-        command="deepdelta study quick",
-        commit="3f2c9c1e",
-        versions={"deepdelta": "0.1.0", "torch": "2.13.0", "numpy": "2.3.1", "python": "3.11.9"},
-        machine={"processor": "a CPU & more", "cores": "2"},
-        started="2026-07-30T10:00:12+00:00",
-        finished="2026-07-30T10:08:41+00:00",
-        corpus=Corpus(description="the standard library", sha256="9c5e1f0a" * 8),
-        validation=Validation(tokens=131_072, contexts="Contexts of 256 tokens do not overlap."),
-        budget=Budget(steps=40, tokens_per_step=2048, threads_per_run=1),
-        seeds=tuple(range(max(map(len, losses.values())))),
-        conditions=tuple(condition(name, values, number) for number, (name, values) in enumerate(losses.items())),
-    )
-
-
-def many_seeds(shift: float = -0.05) -> StudyResults:
-    base = [1.70, 1.66, 1.71, 1.68, 1.72, 1.69]
-    jitter = [0.004, -0.006, 0.001, 0.003, -0.002, 0.005]
-    better = [loss + shift + noise for loss, noise in zip(base, jitter, strict=True)]
-    same = [loss + noise for loss, noise in zip(base, jitter[::-1], strict=True)]
-    return study({"additive": base, HOSTILE: better, "write only": same})
-
-
-def bare() -> StudyResults:
-    """Nothing but the plan: no finished run, no costs, no rewrites."""
-    results = study()
-    empty = [dataclasses.replace(c, cost=None, runs=(), rewrites=()) for c in results.conditions]
-    return dataclasses.replace(results, conditions=tuple(empty), commit=None, finished=None)
-
-
-class Page(HTMLParser):
-    """The page as a browser's parser sees it: text, tables, data, and whatever an element would load."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text: list[str] = []
-        self.rows: dict[str, list[list[str]]] = {}
-        self.data: dict[str, Any] = {}
-        self.loads: list[str] = []
-        self.ids: list[str] = []
-        self.policy = ""
-        self._table = self._cell = self._script = ""
-        self._plot: str | None = None
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        self.loads += [
-            f"{tag} {key}={values[key]}" for key in ("src", "href", "srcset", "data", "action") if key in values
-        ]
-        self.ids += [values["id"] or ""] if "id" in values else []
-        if values.get("http-equiv") == "Content-Security-Policy":
-            self.policy = values["content"] or ""
-        if tag == "table":
-            self._table = values["id"] or ""
-            self.rows[self._table] = []
-        elif tag == "tr":
-            self.rows[self._table].append([])
-        elif tag in ("td", "th"):
-            self.rows[self._table][-1].append("")
-            self._cell = tag
-        elif tag in ("script", "style"):
-            self._script = tag
-            self._plot = values.get("data-plot")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == self._cell:
-            self._cell = ""
-        if tag == self._script:
-            self._script = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._script:
-            if self._plot is not None:
-                self.data[self._plot] = json.loads(data)
-            return
-        self.text.append(data)
-        if self._cell:
-            self.rows[self._table][-1][-1] += data
-
-    @property
-    def visible(self) -> str:
-        return " ".join(" ".join(self.text).split())
-
-
-def flat(rows: tuple[tuple[str, ...], ...]) -> list[list[str]]:
-    return [[" ".join(cell.split()) for cell in row] for row in rows]
-
-
-def markdown_rows(text: str) -> list[list[str]]:
-    """Cells of a Markdown table, its escapes undone."""
-    rows = []
-    for line in text.splitlines():
-        if line.startswith("|") and "---" not in line:
-            cells = re.split(r"(?<!\\)\|", line)[1:-1]
-            plain = (re.sub(r"\\([\\|*_`\[\]])", r"\1", cell.strip()) for cell in cells)
-            rows.append([cell.replace("&lt;", "<").replace("&amp;", "&") for cell in plain])
-    return rows
+from report_samples import HOSTILE, Page, bare, flat, many_seeds, markdown_rows, run, study
 
 
 @pytest.mark.parametrize("results", [study(), many_seeds(), bare()], ids=["three seeds", "six seeds", "bare"])
@@ -332,114 +167,6 @@ def test_page_holds_the_numbers_to_reproduce_it() -> None:
     rewrites = Page(render_page(results)).rows["rewrites"]
     assert rewrites[1] == [HOSTILE, "0", "attention", "1.25", "0.75", "0.125", "1", "0.0625"]
     assert len(rewrites) == 1 + 2 * 4
-
-
-def test_pictures_are_valid_and_each_has_its_place() -> None:
-    page = Page(render_page(many_seeds()))
-    assert set(page.data) <= set(page.ids) and len(set(page.ids)) == len(page.ids)
-    assert {"difference", "steps", "flops", "seconds", "gates-1", "gates-2", "discrepancy-1"} <= set(page.data)
-    for figure in page.data.values():
-        go.Figure(figure)  # raises on any property that plotly.js does not know
-
-
-def test_differences_show_every_seed_the_mean_and_the_interval() -> None:
-    results = many_seeds()
-    comparison = compare(results)[HOSTILE]
-    figure = pictures.differences(results)
-    assert figure is not None and comparison.t_interval is not None
-    dots, mean = figure["data"][:2]
-    base, better = results.conditions[0].losses(), results.conditions[1].losses()
-    assert dots["x"] == [better[seed] - base[seed] for seed in results.seeds]
-    assert mean["x"] == [comparison.mean]
-    spans = {(shape["x0"], shape["x1"]) for shape in figure["layout"]["shapes"]}
-    assert (comparison.t_interval.low, comparison.t_interval.high) in spans
-    assert comparison.smallest_resolvable is not None
-    assert (-comparison.smallest_resolvable, comparison.smallest_resolvable) in spans
-
-
-def test_loss_curves_lie_on_steps_flops_and_seconds() -> None:
-    results = study()
-    slow = dataclasses.replace(results.conditions[1], runs=tuple(run(seed, 1.7, late=float(seed)) for seed in range(3)))
-    results = dataclasses.replace(results, conditions=(results.conditions[0], slow))
-    expected = {
-        "steps": [0, 10, 20, 30, 40],
-        "flops": [step * 2048 * 4.9e6 * 1.1 for step in (0, 10, 20, 30, 40)],
-        "seconds": [1.0, 2.0, 3.0, 4.0, 5.0],  # seeds start 0, 1 and 2 seconds late: 1 on average
-    }
-    for axis in pictures.axes(results):
-        figure = pictures.loss_curves(results, axis)
-        assert figure is not None
-        mean = figure["data"][-1]
-        assert mean["x"] == pytest.approx(expected[axis.key])
-        assert mean["y"] == pytest.approx([1.7 + 50 / (step + 10) - 0.5 for step in (0, 10, 20, 30, 40)])
-        # The start, five times as high, does not set the range.
-        assert figure["layout"]["yaxis"]["range"][1] < 3.5
-
-
-def test_curves_fall_back_to_training_loss_and_say_so() -> None:
-    results = study()
-    conditions = [
-        dataclasses.replace(
-            c,
-            runs=tuple(
-                dataclasses.replace(r, curve=tuple(dataclasses.replace(p, validation_loss=None) for p in r.curve))
-                for r in c.runs
-            ),
-        )
-        for c in results.conditions
-    ]
-    results = dataclasses.replace(results, conditions=tuple(conditions))
-    assert pictures.measured_loss(results) == "train"
-    page = Page(render_page(results))
-    assert page.data["steps"]["layout"]["yaxis"]["title"]["text"] == "training loss (nats)"
-    assert "Training loss falls" in page.visible
-
-
-def test_gate_heatmap_holds_shares_over_zero_to_two() -> None:
-    results = study()
-    figure = pictures.gate_heatmap(results, results.conditions[1])
-    assert figure is not None
-    heat, means = figure["data"]
-    assert heat["z"][0] == pytest.approx([count / 190 for count in range(20)])
-    assert heat["x0"] - heat["dx"] / 2 == 0 and heat["x0"] + heat["dx"] * (GATE_BINS - 0.5) == pytest.approx(2)
-    assert heat["zmax"] == pytest.approx(19 / 190)
-    assert means["x"] == [1.25] * 4
-    assert [shape["x0"] for shape in figure["layout"]["shapes"]] == [0, 1, 2]
-    assert pictures.gate_heatmap(results, results.conditions[0]) is None
-    empty = dataclasses.replace(
-        results.conditions[1],
-        rewrites=(RewriteSummary(layer=0, sublayer="mlp", gate_histogram=(0,) * GATE_BINS, gate_mean=None),),
-    )
-    assert pictures.gate_heatmap(results, empty)["data"][0]["z"] == [[0.0] * GATE_BINS]  # type: ignore[index]
-
-
-def test_discrepancies_join_before_and_after() -> None:
-    results = study()
-    figure = pictures.discrepancies(results, results.conditions[1])
-    assert figure is not None
-    line, before, after = figure["data"]
-    assert line["x"][:3] == [0.75, 0.125, None]
-    assert (before["x"], after["x"]) == ([0.75] * 4, [0.125] * 4)
-    assert before["y"] == ["0 attention", "0 mlp", "1 attention", "1 mlp"]
-    assert pictures.discrepancies(results, results.conditions[0]) is None
-
-
-def luminance(colour: str) -> float:
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def test_colours_can_be_seen_on_light_and_dark_and_looks_do_not_repeat() -> None:
-    style = (Path(pictures.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
-    cards = re.findall(r"--card: (#[0-9a-f]{6})", style)
-    assert len(cards) == 2
-    for colour in (pictures.BASELINE_COLOUR, *pictures.COLOURS):
-        for card in cards:
-            dark, light = sorted((luminance(colour), luminance(card)))
-            assert (light + 0.05) / (dark + 0.05) >= 3, (colour, card)
-    results = study({"additive": [1.7], **{f"c{number}": [1.7] for number in range(40)}})
-    assert len({(look.colour, look.dash) for look in pictures.looks(results).values()}) == 41
 
 
 def test_results_survive_the_file(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""The pictures of a report: what they draw is what the results hold."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+
+from deepdelta.report import figures as pictures
+from deepdelta.report.page import render_page
+from deepdelta.studies.results import (
+    GATE_BINS,
+    RewriteSummary,
+)
+from deepdelta.studies.statistics import compare
+from report_samples import HOSTILE, Page, many_seeds, run, study
+
+
+def test_pictures_are_valid_and_each_has_its_place() -> None:
+    page = Page(render_page(many_seeds()))
+    assert set(page.data) <= set(page.ids) and len(set(page.ids)) == len(page.ids)
+    assert {"difference", "steps", "flops", "seconds", "gates-1", "gates-2", "discrepancy-1"} <= set(page.data)
+    for figure in page.data.values():
+        go.Figure(figure)  # raises on any property that plotly.js does not know
+
+
+def test_differences_show_every_seed_the_mean_and_the_interval() -> None:
+    results = many_seeds()
+    comparison = compare(results)[HOSTILE]
+    figure = pictures.differences(results)
+    assert figure is not None and comparison.t_interval is not None
+    dots, mean = figure["data"][:2]
+    base, better = results.conditions[0].losses(), results.conditions[1].losses()
+    assert dots["x"] == [better[seed] - base[seed] for seed in results.seeds]
+    assert mean["x"] == [comparison.mean]
+    spans = {(shape["x0"], shape["x1"]) for shape in figure["layout"]["shapes"]}
+    assert (comparison.t_interval.low, comparison.t_interval.high) in spans
+    assert comparison.smallest_resolvable is not None
+    assert (-comparison.smallest_resolvable, comparison.smallest_resolvable) in spans
+
+
+def test_loss_curves_lie_on_steps_flops_and_seconds() -> None:
+    results = study()
+    slow = dataclasses.replace(results.conditions[1], runs=tuple(run(seed, 1.7, late=float(seed)) for seed in range(3)))
+    results = dataclasses.replace(results, conditions=(results.conditions[0], slow))
+    expected = {
+        "steps": [0, 10, 20, 30, 40],
+        "flops": [step * 2048 * 4.9e6 * 1.1 for step in (0, 10, 20, 30, 40)],
+        "seconds": [1.0, 2.0, 3.0, 4.0, 5.0],  # seeds start 0, 1 and 2 seconds late: 1 on average
+    }
+    for axis in pictures.axes(results):
+        figure = pictures.loss_curves(results, axis)
+        assert figure is not None
+        mean = figure["data"][-1]
+        assert mean["x"] == pytest.approx(expected[axis.key])
+        assert mean["y"] == pytest.approx([1.7 + 50 / (step + 10) - 0.5 for step in (0, 10, 20, 30, 40)])
+        # The start, five times as high, does not set the range.
+        assert figure["layout"]["yaxis"]["range"][1] < 3.5
+
+
+def test_curves_fall_back_to_training_loss_and_say_so() -> None:
+    results = study()
+    conditions = [
+        dataclasses.replace(
+            c,
+            runs=tuple(
+                dataclasses.replace(r, curve=tuple(dataclasses.replace(p, validation_loss=None) for p in r.curve))
+                for r in c.runs
+            ),
+        )
+        for c in results.conditions
+    ]
+    results = dataclasses.replace(results, conditions=tuple(conditions))
+    assert pictures.measured_loss(results) == "train"
+    page = Page(render_page(results))
+    assert page.data["steps"]["layout"]["yaxis"]["title"]["text"] == "training loss (nats)"
+    assert "Training loss falls" in page.visible
+
+
+def test_gate_heatmap_holds_shares_over_zero_to_two() -> None:
+    results = study()
+    figure = pictures.gate_heatmap(results, results.conditions[1])
+    assert figure is not None
+    heat, means = figure["data"]
+    assert heat["z"][0] == pytest.approx([count / 190 for count in range(20)])
+    assert heat["x0"] - heat["dx"] / 2 == 0 and heat["x0"] + heat["dx"] * (GATE_BINS - 0.5) == pytest.approx(2)
+    assert heat["zmax"] == pytest.approx(19 / 190)
+    assert means["x"] == [1.25] * 4
+    assert [shape["x0"] for shape in figure["layout"]["shapes"]] == [0, 1, 2]
+    assert pictures.gate_heatmap(results, results.conditions[0]) is None
+    empty = dataclasses.replace(
+        results.conditions[1],
+        rewrites=(RewriteSummary(layer=0, sublayer="mlp", gate_histogram=(0,) * GATE_BINS, gate_mean=None),),
+    )
+    assert pictures.gate_heatmap(results, empty)["data"][0]["z"] == [[0.0] * GATE_BINS]  # type: ignore[index]
+
+
+def test_discrepancies_join_before_and_after() -> None:
+    results = study()
+    figure = pictures.discrepancies(results, results.conditions[1])
+    assert figure is not None
+    line, before, after = figure["data"]
+    assert line["x"][:3] == [0.75, 0.125, None]
+    assert (before["x"], after["x"]) == ([0.75] * 4, [0.125] * 4)
+    assert before["y"] == ["0 attention", "0 mlp", "1 attention", "1 mlp"]
+    assert pictures.discrepancies(results, results.conditions[0]) is None
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_colours_can_be_seen_on_light_and_dark_and_looks_do_not_repeat() -> None:
+    style = (Path(pictures.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
+    cards = re.findall(r"--card: (#[0-9a-f]{6})", style)
+    assert len(cards) == 2
+    for colour in (pictures.BASELINE_COLOUR, *pictures.COLOURS):
+        for card in cards:
+            dark, light = sorted((luminance(colour), luminance(card)))
+            assert (light + 0.05) / (dark + 0.05) >= 3, (colour, card)
+    results = study({"additive": [1.7], **{f"c{number}": [1.7] for number in range(40)}})
+    assert len({(look.colour, look.dash) for look in pictures.looks(results).values()}) == 41
