@@ -1,6 +1,7 @@
 """The rewrite against dense formulas: values, all gradients, second derivatives, every form of write and erase."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_per_channel_gates_against_the_dense_formula(batch, channels, width, see
     def dense(state: Tensor, direction: Tensor, target: Tensor, gate: Tensor) -> Tensor:
         return dense_rewrite(state, direction, gate * target, gate)
 
-    same_values_and_gradients(delta_rewrite, dense, inputs)
+    same_values_and_gradients(partial(delta_rewrite, unbounded=True), dense, inputs)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.7, 1.0, 2.0])
@@ -86,8 +87,9 @@ def test_per_channel_gates_against_the_dense_formula(batch, channels, width, see
 def test_first_and_second_derivatives(shape, beta):
     batch, channels, width = shape
     inputs = [tensor.requires_grad_() for tensor in delta_inputs(batch, channels, width, 5, beta).values()]
-    assert gradcheck(delta_rewrite, inputs)
-    assert gradgradcheck(delta_rewrite, inputs)
+    function = partial(delta_rewrite, unbounded=True)  # the finite differences step over the ends
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
 
 
 @given(BATCHES, CHANNELS, WIDTHS, SEEDS)
@@ -169,7 +171,11 @@ def test_inputs_are_left_as_they_were():
 def test_strided_and_empty_inputs():
     """Views (a repeated state, transposed batch axes) and a batch of none."""
     repeated = randn(2, 3, 1, 5).expand(2, 3, 4, 5)
-    k, v, gate = unit(3, 2, 5, seed=1).transpose(0, 1), randn(4, 2, 3, seed=2).permute(1, 2, 0), randn(3, 2, seed=3).T
+    k, v, gate = (
+        unit(3, 2, 5, seed=1).transpose(0, 1),
+        randn(4, 2, 3, seed=2).permute(1, 2, 0),
+        randn(3, 2, seed=3).sigmoid().T,
+    )
     near(delta_rewrite(repeated, k, v, gate), dense_delta(repeated, k, v, gate))
     empty = delta_rewrite(torch.empty(0, 4, 5), torch.empty(0, 5), torch.empty(0, 4), torch.empty(0))
     assert empty.shape == (0, 4, 5)
@@ -216,6 +222,16 @@ ERRORS = [
         "gate must have the state's dtype and device (torch.float64, cpu), got torch.float64, meta; "
         "convert it with gate.to(state).",
     ),
+    (
+        changed(gate=torch.tensor([[1.0, 2.5, 0.0], [1.0, 1.0, -0.1]], dtype=F64)),
+        "gate must lie in [0, 2], got 2.5 at batch entries (0, 1), (1, 2): clamp it, or pass unbounded=True to study "
+        "other gates.",
+    ),
+    (
+        changed(gate=torch.full((2, 3), float("nan"), dtype=F64)),
+        "gate must lie in [0, 2], got nan at batch entries (0, 0), (0, 1), (0, 2), (1, 0), (1, 1) and 1 more: clamp "
+        "it, or pass unbounded=True to study other gates.",
+    ),
 ]
 
 
@@ -224,3 +240,11 @@ def test_messages(unchecked, call, message):
     with pytest.raises(UserError) as caught:
         call()
     assert str(caught.value) == message
+
+
+def test_any_gate_where_it_is_asked_for_and_in_compiled_code(unchecked):
+    inputs = delta_inputs((2, 3), 4, 5, 0, 2.5)
+    expected = dense_delta(**inputs)
+    near(delta_rewrite(**inputs, unbounded=True), expected)
+    near(torch.compile(delta_rewrite, fullgraph=True, backend="eager")(**inputs), expected)
+    near(torch.vmap(partial(delta_rewrite, unbounded=True))(*inputs.values()), expected)

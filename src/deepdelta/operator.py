@@ -15,6 +15,7 @@ from jaxtyping import Float, Inexact, Int, Shaped
 from torch import Tensor
 
 from deepdelta.errors import UserError
+from deepdelta.ops.gates import check_gate, where
 
 ROUNDING_STEPS = 8  # numbers closer than this many machine epsilons of the dtype count as equal
 
@@ -57,11 +58,8 @@ class DeltaOperator:
                 f"shape {tuple(direction.shape)}, got {tuple(gate.shape)}: reshape or expand the gate."
             )
         _require_same_kind("gate", gate, "the direction", direction)
-        if not unbounded and (outside := ~((gate >= 0) & (gate <= 2))).any():
-            raise UserError(
-                f"gate must lie in [0, 2], got {gate[outside][0].item():g} {_where(outside)}: "
-                "clamp it, or pass unbounded=True to study other gates."
-            )
+        if not unbounded:
+            check_gate(gate)
         self.K = direction[..., None]
         self.T = gate[..., None, None]
 
@@ -160,7 +158,7 @@ class DeltaOperator:
         if (singular := sigma_BD[..., -1] <= limit_B).any():
             raise UserError(
                 "an inverse needs every singular value above rounding, so beta ||k||^2 != 1 in every factor, "
-                f"got {sigma_BD[..., -1][singular][0].item():.1e} {_where(singular)}: "
+                f"got {sigma_BD[..., -1][singular][0].item():.1e} {where(singular)}: "
                 "change these gates, or compose fewer factors."
             )
         return self._from_factors(self.K, -torch.linalg.solve(_eye_like(self.T) - self._TG(), self.T))
@@ -269,12 +267,3 @@ def _require_same_kind(name: str, x: Tensor, other_name: str, other: Tensor) -> 
             f"{name} must have the dtype and device of {other_name}, {other.dtype} on {other.device}, "
             f"got {x.dtype} on {x.device}: convert it with .to()."
         )
-
-
-def _where(mask: Tensor) -> str:
-    """The batch entries at which `mask` holds, the first five by name."""
-    if mask.ndim == 0:
-        return "(no batch axes)"
-    entries = [tuple(entry) for entry in mask.nonzero().tolist()]
-    more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
-    return f"at batch {'entry' if len(entries) == 1 else 'entries'} {', '.join(map(str, entries[:5]))}{more}"

@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deepdelta.errors import UserError
+from deepdelta.ops.gates import check_gate
 from deepdelta.ops.rewrite import reference
 
 
@@ -34,6 +35,8 @@ def delta_rewrite(
     direction: Float[Tensor, "*batch D"],
     target: Float[Tensor, "*batch V"],
     gate: Float[Tensor, "..."],
+    *,
+    unbounded: bool = False,
 ) -> Float[Tensor, "*batch V D"]:
     """The delta rule X' = X + beta k (v^T - k^T X) = (I - beta k k^T) X + beta k v^T (section 1).
 
@@ -41,12 +44,17 @@ def delta_rewrite(
         state: X (..., V, D).
         direction: k (..., D), of unit norm; it is used as it comes, never normalised here.
         target: v (..., V).
-        gate: beta (...), usually in [0, 2]; with a last axis of length V, one gate per value channel.
+        gate: beta (...), in [0, 2]; with a last axis of length V, one gate per value channel.
+        unbounded: take any gate, for the inverse of a rewrite and for study: outside [0, 2] the shortcut I - beta k k^T
+            lengthens what lies along k. The values are not looked at then, which on a GPU saves a synchronisation and
+            under torch.vmap is the only way. Compiled code never looks.
 
     Raises:
-        UserError: shapes, dtypes or devices that do not belong together.
+        UserError: shapes, dtypes or devices that do not belong together, or a gate outside [0, 2] (or NaN).
     """
     _check(state, direction, target, gate)
+    if not unbounded:
+        check_gate(gate)
     gate_V = gate.unsqueeze(-1) if gate.ndim == state.ndim - 2 else gate
     return rewrite(state, direction, gate_V * target, gate_V)[0]
 
