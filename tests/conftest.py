@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -37,6 +38,22 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def gate_dtypes(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
+    """The dtypes of the numbers that linear gates and targets were made of in the test so far."""
+    from deepdelta.nn import residual  # not above: the type checks are put in place when it is first imported
+
+    made, seen = residual.precise_linear, set()
+
+    def numbers(*args: Any) -> torch.Tensor:
+        result = made(*args)
+        seen.add(result.dtype)
+        return result
+
+    monkeypatch.setattr(residual, "precise_linear", numbers)
+    return seen
 
 
 def _is_class_of_the_package(value: object) -> bool:

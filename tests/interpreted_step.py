@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from step_cases import EPS, SMALL_TILES, Case, compare, cotangents, in_dtype, inputs
+from step_cases import SMALL_TILES, Case, compare, differentiated, fused_and_replayed, in_dtype, inputs
 
 
 def start() -> None:
@@ -35,19 +35,12 @@ def start() -> None:
 
 def results(case: Case, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """X', c' and all gradients from the kernels; X' is replayed on the way and must be the same to the bit."""
-    from deepdelta.ops.step import cuda
+    from deepdelta.ops.step import cuda, interface
 
-    parts = (given["state"], given["h"], given["write"], given.get("erase"), case.normalise)
-    opening = (given.get("compression"), given.get("norm_weight"))
     # Two programs, one after another, so that each has a run of several tokens.
-    with patch.multiple(cuda, RESIDENT_WARPS=2, **(SMALL_TILES if case.tiled else {})):
-        new, c, *known = cuda.forward(*parts, *opening, EPS, case.opens)
-        assert torch.equal(cuda.replay(given["state"], given["h"], known[-1]), new)
-        along = [cotangent.to(new) for cotangent in cotangents(case)]
-        gradients = cuda.backward(*parts, *opening, case.opens, *known, *along)
-    names = ("state", "h", "write", "erase", "compression", "norm_weight")
-    found = {f"gradient of {name}": g for name, g in zip(names, gradients, strict=True) if g is not None}
-    return {"new": new, **({"c": c} if case.opens else {}), **found}
+    tiles = patch.multiple(cuda, RESIDENT_WARPS=2, **(SMALL_TILES if case.tiled else {}))
+    with tiles, patch.object(interface, "_implementation", lambda state: cuda):
+        return differentiated(fused_and_replayed, case, given)
 
 
 def check(case: Case, dtype: torch.dtype) -> None:

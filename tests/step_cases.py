@@ -12,6 +12,7 @@ from allpairspy import AllPairs
 from torch import Tensor
 
 from deepdelta.ops.precision import accumulation_dtype
+from deepdelta.ops.step import fused_step, remake
 from deepdelta.ops.step.reference import Normalise, rewrite_along, rewrite_step
 from helpers import randn
 
@@ -118,6 +119,20 @@ def reference(case: Case, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor |
         parameters = (given.get("compression"), given.get("norm_weight"))
         return rewrite_step(state, h, write, erase, case.normalise, *parameters, EPS)
     return rewrite_along(state, h, write, erase, case.normalise).state, None
+
+
+def fused_and_replayed(case: Case, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """X' and c' of the fused step, whose X' made again must be the same to the bit."""
+    new, c, done = fused_step(
+        *(given.get(name) for name in ("state", "h", "write", "erase")),  # type: ignore[arg-type]
+        case.normalise,
+        given.get("compression"),
+        given.get("norm_weight"),
+        EPS,
+        case.opens,
+    )
+    assert torch.equal(remake(done, given["state"]), new)
+    return new, c
 
 
 def differentiated(

@@ -1,17 +1,16 @@
 """The fused step on the CPU, through its operator: values, all gradients, threads, compile, refusals."""
 
 import importlib.util
-from collections.abc import Mapping
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from deepdelta import GPT, PRESETS, GPTConfig, UserError, use_backend
-from deepdelta.ops.step import Normalise, cpu, fused_problem, fused_step, remake
-from helpers import randn
-from step_cases import CASES, EPS, Case, compare, differentiated, in_dtype, inputs
+from deepdelta.ops.convolution import expand_tokens
+from deepdelta.ops.step import Gating, Normalise, fused_problem, fused_step, rewrite_step
+from helpers import perturb, randn
+from step_cases import CASES, EPS, Case, compare, differentiated, fused_and_replayed, in_dtype, inputs
 
 # Every option in fp64; numba compiles each set of options and dtype anew, so the others take fewer.
 TRIED = [
@@ -21,20 +20,12 @@ TRIED = [
 ]
 
 
-def fused(case: Case, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    parts = (given["state"], given["h"], given["write"], given.get("erase"), case.normalise)
-    opening = (given.get("compression"), given.get("norm_weight"), EPS)
-    result = fused_step(*parts, *opening, opens=case.opens)
-    assert torch.equal(remake(result.done, given["state"]), result.state), "a replay is the forward's own bits"
-    return result.state, result.c
-
-
 @pytest.mark.parametrize(("case", "dtype"), TRIED, ids=str)
 def test_values_and_gradients(case: Case, dtype: torch.dtype) -> None:
     """What a kernel leaves unwritten is NaN."""
     torch.use_deterministic_algorithms(True)  # fills what torch.empty makes with NaN
     try:
-        compare(case, differentiated(fused, case, in_dtype(inputs(case), dtype)), dtype)
+        compare(case, differentiated(fused_and_replayed, case, in_dtype(inputs(case), dtype)), dtype)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -42,15 +33,20 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype) -> None:
 def test_replay_at_a_width_of_many_vector_registers() -> None:
     for channels in (1, 4):
         case = Case(tokens=50, channels=channels, width=768)
-        fused(case, in_dtype(inputs(case), torch.float32))
+        fused_and_replayed(case, in_dtype(inputs(case), torch.float32))
 
 
 def test_shares_of_the_tokens_change_nothing_but_the_order_of_sums() -> None:
     case = Case(tokens=11)
     given = in_dtype(inputs(case), torch.float32)
-    alone = differentiated(fused, case, given)
-    with patch.object(cpu, "_shares", lambda tokens: 3):
-        shared = differentiated(fused, case, given)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(differentiated(fused_and_replayed, case, given))
+    finally:
+        torch.set_num_threads(before)
+    alone, shared = results
     for name, tensor in alone.items():
         if name in ("gradient of compression", "gradient of norm_weight"):
             torch.testing.assert_close(shared[name], tensor, rtol=1e-5, atol=1e-5)
@@ -58,11 +54,70 @@ def test_shares_of_the_tokens_change_nothing_but_the_order_of_sums() -> None:
             assert torch.equal(shared[name], tensor), name
 
 
+GATINGS = [(1, True, True), (1, True, False), (1, False, True), (3, True, True), (3, True, False), (3, False, True)]
+
+
+@pytest.mark.parametrize(("gates", "targets", "erases"), GATINGS, ids=str)
+def test_coefficients_made_of_a_gating(gates: int, targets: bool, erases: bool) -> None:
+    """In the kernel's own pass, against the same in plain PyTorch: values, and gradients of everything."""
+    given = inputs(Case(tokens=11))
+    numbers = 2 * randn(11, gates + 3 * targets, seed=5)
+    names = ("state", "h", "compression", "norm_weight")
+    results = []
+    for kernel in (True, False):
+        leaves = {name: given[name].clone().requires_grad_() for name in names} | {"numbers": numbers.clone()}
+        state, h, compression, norm_weight, leaf = leaves.values()
+        gating = Gating(leaf.requires_grad_(), gates, erases)
+        opening = (compression, norm_weight, EPS)
+        if kernel:
+            new, c, _ = fused_step(state, h, 0.0, None, Normalise(1e-6, 1), *opening, opens=True, gating=gating)
+            assert c is not None
+        else:
+            write, erase = gating.coefficients()
+            write = torch.zeros(11, 3, dtype=h.dtype) if isinstance(write, float) else write
+            new, c = rewrite_step(state, h, write, erase, Normalise(1e-6, 1), *opening)
+        loss = (new * randn(*new.shape, seed=6)).sum() + (c * randn(*c.shape, seed=7)).sum()
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        results.append([new.detach(), c.detach(), *gradients])
+    for name, one, other in zip(("state", "c", *names, "numbers"), *results, strict=True):
+        if one is None or other is None:
+            # Nothing but the write needs the gate then, and there is none.
+            assert not targets and not erases and (one is None or not one.any())
+            continue
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12, msg=name)
+
+
 def test_the_operator_is_registered_rightly() -> None:
-    given = inputs(Case())
-    arguments = (given["state"], given["h"], given["write"], given["erase"], 1e-6, 1, given["compression"])
-    leaves = [a.requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
-    torch.library.opcheck(torch.ops.deepdelta.step.default, (*leaves, given["norm_weight"].requires_grad_(), EPS, True))
+    given = {name: tensor.requires_grad_() for name, tensor in inputs(Case()).items()}
+    state, h, compression, weight = (given[name] for name in ("state", "h", "compression", "norm_weight"))
+    numbers = randn(7, 1 + 3).requires_grad_()
+    for how in ((None, 0, False, given["write"], given["erase"]), (numbers, 1, True, None, None)):
+        arguments = (state, h, *how, 1e-6, 1, compression, weight, EPS, True)
+        torch.library.opcheck(torch.ops.deepdelta.step.default, arguments)
+    x, taps = randn(2, 5, 7).requires_grad_(), randn(3, 4, 7).requires_grad_()
+    torch.library.opcheck(torch.ops.deepdelta.expand_tokens.default, (x, taps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 5, 3, 33, 4), (1, 1, 2, 5, 3), (2, 3, 2, 1, 6), (2, 9, 5, 100, 1)], ids=str)
+def test_the_embedding_convolution(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Against torch's convolution in fp64: values and gradients; texts shorter than the taps too."""
+    batch, tokens, channels, width, taps = shape
+    x, weight = randn(batch, tokens, width).to(dtype), randn(channels, width, taps, seed=1)
+    cotangent = randn(batch, tokens, channels, width, seed=2).to(dtype)
+    a, w = x.double().clone().requires_grad_(), weight.clone().requires_grad_()
+    padded = torch.nn.functional.pad(a.transpose(1, 2), (taps - 1, 0))
+    kernels = w.transpose(0, 1).reshape(width * channels, 1, taps)
+    expected = torch.conv1d(padded, kernels, groups=width).unflatten(1, (width, channels)).permute(0, 3, 2, 1)
+    expected.backward(cotangent.double())
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    ours, ours_weight = x.clone().requires_grad_(), weight.to(wide).requires_grad_()
+    y = expand_tokens(ours, ours_weight)
+    y.backward(cotangent)
+    assert a.grad is not None and w.grad is not None and ours.grad is not None and ours_weight.grad is not None
+    tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    for one, other in ((y, expected), (ours.grad, a.grad), (ours_weight.grad, w.grad)):
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * 10)
 
 
 def test_compiled_models_keep_their_graph_over_batches_and_lengths(unchecked: None) -> None:
@@ -111,3 +166,21 @@ def test_what_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         use_backend(model, "fused")
     chosen = use_backend(model, "auto")
     assert chosen.backend == "reference" and "numba" in chosen.reason
+
+
+def test_the_same_bits_wherever_memory_lies():
+    """Gradients do not depend on the addresses of tensors and scratch, which the blocks in between move about."""
+    torch.manual_seed(0)
+    ids = torch.randint(50, (3, 17))
+    model = GPT(GPTConfig(vocab_size=50, dim=16, heads=2, layers=2, context=16, residual=PRESETS["ddl"]))
+    perturb(model, size=0.02)
+    use_backend(model, "fused")
+    first: list[torch.Tensor] = []
+    for _ in range(300):
+        blocks = [torch.empty(size) for size in torch.randint(1, 5000, (20,)).tolist()]
+        model.zero_grad()
+        model(ids[:, :-1], ids[:, 1:]).loss.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        first = first or gradients
+        assert all(map(torch.equal, gradients, first))
+        del blocks

@@ -13,7 +13,7 @@ from torch import Tensor
 from deepdelta import GPT, PRESETS, GPTConfig, use_backend
 from deepdelta.ops.step import Normalise, fused_step
 from helpers import perturb
-from step_cases import CASES, EPS, SMALL_TILES, Case, compare, differentiated, in_dtype, inputs
+from step_cases import CASES, EPS, SMALL_TILES, Case, compare, differentiated, fused_and_replayed, in_dtype, inputs
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device; torch sees none", allow_module_level=True)
@@ -51,18 +51,6 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def fused(case: Case, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    new, c, _ = fused_step(
-        *(given.get(name) for name in ("state", "h", "write", "erase")),
-        case.normalise,
-        given.get("compression"),
-        given.get("norm_weight"),
-        EPS,
-        case.opens,
-    )
-    return new, c
-
-
 @pytest.mark.usefixtures("unwritten_is_nan")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
@@ -70,22 +58,16 @@ def test_values_and_all_gradients(case, dtype):
     from deepdelta.ops.step import cuda
 
     with patch.multiple(cuda, **(SMALL_TILES if case.tiled else {"TILE": cuda.TILE})):
-        found = differentiated(fused, case, in_dtype(inputs(case), dtype, "cuda"))
+        found = differentiated(fused_and_replayed, case, in_dtype(inputs(case), dtype, "cuda"))
     compare(case, found, dtype)
 
 
 @pytest.mark.usefixtures("unwritten_is_nan")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_replay_is_bit_equal_and_results_repeat(case, dtype):
-    from deepdelta.ops.step import cuda
-
+def test_results_repeat(case, dtype):
     given = in_dtype(inputs(case), dtype, "cuda")
-    parts = (given["state"], given["h"], given["write"], given.get("erase"), case.normalise)
-    opening = (given["compression"], given["norm_weight"])
-    new, *_, coefficient = cuda.forward(*parts, *opening, EPS, True)
-    assert torch.equal(cuda.replay(given["state"], given["h"], coefficient), new)
-    first, second = (differentiated(fused, case, given) for _ in range(2))
+    first, second = (differentiated(fused_and_replayed, case, given) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -104,7 +86,7 @@ def test_more_numbers_than_32_bits_count():
     outputs = []
     for part in (given, in_dtype(last, torch.bfloat16, "cuda")):
         leaves = {name: tensor.requires_grad_() for name, tensor in part.items()}
-        new, c = fused(Case(), leaves)
+        new, c = fused_and_replayed(Case(), leaves)
         (new[-64:].float().sum() + c[-64:].float().square().sum()).backward()
         outputs.append([new[-64:].detach(), c[-64:].detach(), leaves["state"].grad[-64:], leaves["h"].grad[-64:]])
         sums = [leaves["compression"].grad, leaves["norm_weight"].grad]
@@ -127,7 +109,7 @@ def test_compiled_without_breaks_and_without_recompiling_for_another_batch():
                 opening = (parts["compression"], parts["norm_weight"], EPS, True)
                 return compiled(*order, Normalise(case.offset, case.power), *opening)[:2]
 
-            found, eager = differentiated(run, case, given), differentiated(fused, case, given)
+            found, eager = differentiated(run, case, given), differentiated(fused_and_replayed, case, given)
             assert all(torch.equal(found[name], eager[name]) for name in eager)
 
 

@@ -16,7 +16,7 @@ from deepdelta.errors import UserError, nearest
 from deepdelta.models import GPT
 from deepdelta.nn import use_backend, use_memory
 from deepdelta.training.config import TrainConfig
-from deepdelta.training.environment import Device, choose_device
+from deepdelta.training.environment import Device, choose_device, keep_freed_memory
 from deepdelta.training.optimizer import build_optimizer
 from deepdelta.training.step import micro_losses
 
@@ -78,6 +78,7 @@ def measure_costs(
     chosen = choose_device(first.device, first.precision)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(first.threads or threads_before)
+    keep_freed_memory()
     try:
         trials = {name: _Trial(config, vocab_size, chosen) for name, config in configs.items()}
         for trial in trials.values():

@@ -17,7 +17,7 @@ from deepdelta.benchmarks.results import BenchResults, GroupResult, Row, bars_of
 from deepdelta.benchmarks.subjects import Subject, build, code_of, problem, triad
 from deepdelta.errors import UserError
 from deepdelta.files import write_text
-from deepdelta.training.environment import Device, choose_device, commit, machine, versions
+from deepdelta.training.environment import Device, choose_device, commit, keep_freed_memory, machine, versions
 from deepdelta.training.progress import Reporter, reporting
 
 COMPILATIONS = 4
@@ -57,6 +57,7 @@ def run_suite(
     skipped = {group.name: _skipped(group, suite) for group in suite.groups}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    keep_freed_memory()
     # All models of a kind share one forward function, and torch counts compilations by function.
     limit = max(len(group.cases) for group in suite.groups) * COMPILATIONS
     groups: list[GroupResult] = []

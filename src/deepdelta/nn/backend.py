@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from deepdelta.errors import UserError, nearest
+from deepdelta.nn.expansion import EmbeddingConvolution
 from deepdelta.nn.residual import DeltaResidual
 from deepdelta.ops.step import NEEDS, fused_problem
 
@@ -43,8 +44,9 @@ def use_backend(module: nn.Module, backend: Backend = "auto") -> Chosen:
     if backend == "fused" and problem is not None:
         raise UserError(f"{problem}; use the backend 'reference'.")
     chosen = "fused" if backend != "reference" and problem is None else "reference"
-    for residual in residuals:
-        residual.fused = chosen == "fused"
+    for part in module.modules():
+        if isinstance(part, DeltaResidual | EmbeddingConvolution):
+            part.fused = chosen == "fused"
     if backend != "auto":
         return Chosen(chosen, "asked for")
     return Chosen(chosen, problem or f"{NEEDS[parameter.device.type]} is installed")

@@ -19,27 +19,17 @@ def decoding_step(
     """
     config = residual.config
     plain = config.rule == "additive" and config.value_channels == 1
-    linear = (
-        not config.writes_branch
-        and (config.rank, config.direction, config.gate) == (1, "branch", "linear")
-        and (config.target == "linear" or not config.uses_target)
-        and config.direction_norm != "free"
-    )
-    if not residual.fused or not (plain or linear) or device.type != "cpu" or dtype not in DTYPES:
+    maps = residual.linear_maps()
+    if not residual.fused or not (plain or maps) or device.type != "cpu" or dtype not in DTYPES:
         return None
     folded = following.folded()
-    gate = None
-    if linear:
-        outer = residual.gate.outer
-        assert outer.bias is not None
-        gate = outer.weight, outer.bias
     return DecodingStep(
         rows,
         config.value_channels,
         residual.dim,
         dtype,
-        gate=gate,
-        target=residual.target.map.weight if linear and config.uses_target else None,
+        maps=maps,
+        gates=0 if maps is None else residual.gate.outputs,
         erases=config.erases,
         normalise=normalisation(config, residual.dim),
         compression=None if folded is None else folded.compression,

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.history import History
 from deepdelta.nn.linear import Initialised
+from deepdelta.ops.convolution import expand_tokens
 
 
 class Repeat(nn.Module):
@@ -33,6 +34,8 @@ class EmbeddingConvolution(Initialised):
     def __init__(self, config: ResidualConfig, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.value_channels, dim, config.expansion_kernel))
+        self.fused = False
+        """Whether `ops.convolution` does it, on the CPU; see `use_backend`."""
 
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
         parameter.zero_()
@@ -42,6 +45,8 @@ class EmbeddingConvolution(Initialised):
         """The tokens' states; what came before them is in `history`, or nothing did."""
         channels, width, taps = self.weight.shape
         batch, tokens = x_BTD.shape[:-2], x_BTD.shape[-2]
+        if self.fused and history is None and x_BTD.device.type == "cpu":
+            return expand_tokens(x_BTD.reshape(-1, tokens, width), self.weight).view(*batch, tokens, channels, width)
         if history is None:
             x_NDT = F.pad(x_BTD.reshape(-1, tokens, width).transpose(-1, -2), (taps - 1, 0))
         else:

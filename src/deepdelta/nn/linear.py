@@ -62,16 +62,18 @@ class Linear(Initialised):
             parameter.fill_(self.bias_start)
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
-        if not self.precise:
-            return F.linear(x, self.weight, self.bias)
-        wide = accumulation_dtype(self.weight.dtype)
-        bias = None if self.bias is None else self.bias.to(wide)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(wide), self.weight.to(wide), bias)
+        return (precise_linear if self.precise else F.linear)(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         outputs, inputs = self.weight.shape
         return f"{inputs} -> {outputs}, bias={self.bias is not None}, std={self.std:.4g}"
+
+
+def precise_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b in fp32 (fp64 for fp64 weights) whatever autocast says."""
+    wide = accumulation_dtype(weight.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
 
 class RMSNorm(Initialised):

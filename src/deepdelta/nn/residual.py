@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deepdelta.errors import UserError
 from deepdelta.nn.compression import build_compression
@@ -18,12 +19,12 @@ from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.direction import build_direction, normalisation
 from deepdelta.nn.gate import Gate
 from deepdelta.nn.layout import Layout
-from deepdelta.nn.linear import RMSNorm
+from deepdelta.nn.linear import RMSNorm, precise_linear
 from deepdelta.nn.reading import Folded, Opened, Reading
 from deepdelta.nn.replay import Memory, hand_on
 from deepdelta.nn.target import BranchWrite, Target
 from deepdelta.ops import read_along, rewrite
-from deepdelta.ops.step import FusedStep, Normalise, Rewritten, fused_step, remake, rewrite_along, scale_of
+from deepdelta.ops.step import FusedStep, Gating, Normalise, Rewritten, fused_step, remake, rewrite_along, scale_of
 
 
 class RewriteRecord(NamedTuple):
@@ -165,7 +166,14 @@ class DeltaResidual(nn.Module):
         opening = (None, None, 0.0) if folded is None else folded
         with self.memory.watching(state_VD):
             result = fused_step(
-                state_VD, step.h, step.write, step.erase, step.normalise, *opening, opens=folded is not None
+                state_VD,
+                step.h,
+                step.write,
+                step.erase,
+                step.normalise,
+                *opening,
+                opens=folded is not None,
+                gating=step.gating,
             )
         self.memory.follow(
             state_VD, result.state, partial(remake, result.done), partial(remake, result.done, backwards=True)
@@ -203,6 +211,11 @@ class DeltaResidual(nn.Module):
     def _steps(self, opened: Opened, h_D: Tensor) -> list["Step"]:
         """The rewrites of this residual in the order of application, w and b as the rule says (section 1)."""
         rule, along_h, c_D = self.config.rule, Normalise(self.config.direction_eps**2, 0), opened.c
+        if (maps := self.linear_maps()) is not None:
+            gating = Gating(precise_linear(c_D, *maps), self.gate.outputs, self.config.erases)
+            if not self._runs_fused():
+                return [self._target_step(h_D, gating.beta(), gating.target())]
+            return [Step(h_D, 0.0, None, normalisation(self.config, self.dim), None, None, gating)]
         if self.config.writes_branch:
             write: Tensor | float = self.write(c_D) if hasattr(self, "write") else 1.0
             if rule == "additive":
@@ -217,6 +230,25 @@ class DeltaResidual(nn.Module):
         if self.config.uses_target:
             targets = list(self.target(opened.x_in, c_D, h_D, vectors))
         return [self._target_step(*parts) for parts in zip(vectors, gates, targets, strict=True)]
+
+    def linear_maps(self) -> tuple[Tensor, Tensor] | None:
+        """Weights (G + V, D) and biases (G + V) of the gate's and the target's numbers as one linear map of c.
+
+        Without a target (G, D) and (G). None where gate or target are more than that.
+        """
+        config = self.config
+        if (
+            config.writes_branch
+            or (config.rank, config.direction, config.gate) != (1, "branch", "linear")
+            or (config.uses_target and config.target != "linear")
+            or config.direction_norm == "free"
+        ):
+            return None
+        weight, bias = self.gate.outer.weight, self.gate.outer.bias
+        assert bias is not None
+        if not config.uses_target:
+            return weight, bias
+        return torch.cat((weight, self.target.map.weight)), F.pad(bias, (0, config.value_channels))
 
     def _target_step(self, h_D: Tensor, beta: Tensor, target: Tensor | None) -> "Step":
         """delta, write_only, erase_only: w = beta v or nothing, b = beta or nothing, along k = s h."""
@@ -234,6 +266,8 @@ class Step(NamedTuple):
     normalise: Normalise
     beta: Tensor | None
     target: Tensor | None
+    gating: Gating | None = None
+    """What a fused step is to make write and erase of."""
 
 
 @torch.no_grad()

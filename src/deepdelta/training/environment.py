@@ -1,5 +1,6 @@
 """What a number depends on besides its configuration: versions, machine, commit, device."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -43,6 +44,20 @@ def choose_device(name: str, precision: str) -> Device:
     elif precision == "bf16" and not has_bf16:
         raise UserError(f"device '{name}' has no bf16 autocast here; use precision fp32.")
     return Device(torch.device(name), precision, reason)
+
+
+def keep_freed_memory() -> bool:
+    """Have the process keep the memory of freed tensors for the next ones; whether this C library can (glibc can).
+
+    By default glibc asks the system for every block over 32 MiB anew and gives it back at once, and a training step
+    spends more time on the system's zeroing of pages than on such a tensor itself. The cost is that the process holds
+    the largest amount that it ever needed.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all(mallopt(*option) for option in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)))
 
 
 def versions() -> dict[str, str]:

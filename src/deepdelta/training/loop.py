@@ -22,7 +22,7 @@ from deepdelta.errors import UserError
 from deepdelta.models import GPT
 from deepdelta.nn import use_backend, use_memory
 from deepdelta.training.config import TrainConfig
-from deepdelta.training.environment import Device, choose_device, commit, machine, versions
+from deepdelta.training.environment import Device, choose_device, commit, keep_freed_memory, machine, versions
 from deepdelta.training.evaluation import evaluate
 from deepdelta.training.optimizer import build_optimizer, learning_rate
 from deepdelta.training.progress import Reporter, duration, reporting
@@ -69,6 +69,7 @@ def train(
         torch.set_num_threads(config.threads)
     chosen = choose_device(config.device, config.precision)
     threads = torch.get_num_threads()
+    keep_freed_memory()
     say(f"Device {chosen.device} ({chosen.reason}), precision {chosen.precision}, CPU threads: {threads}.")
     corpus = load_corpus(config.data, progress=say)
     check_context(corpus, config.model.context)

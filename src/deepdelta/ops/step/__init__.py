@@ -1,12 +1,13 @@
 """One sublayer's rewrite, with the opening of the next: the readable version and the fused ones."""
 
 from deepdelta.ops.step.interface import NEEDS, Done, FusedStep, fused_problem, fused_step, remake
-from deepdelta.ops.step.reference import Normalise, Rewritten, rewrite_along, rewrite_step, scale_of
+from deepdelta.ops.step.reference import Gating, Normalise, Rewritten, rewrite_along, rewrite_step, scale_of
 
 __all__ = [
     "NEEDS",
     "Done",
     "FusedStep",
+    "Gating",
     "Normalise",
     "Rewritten",
     "fused_problem",

@@ -1,133 +1,187 @@
-"""The fused step on the CPU: numba's loops over torch's memory, the tokens shared out among torch's threads."""
+"""The fused step on the CPU: numba's loops over torch's memory, the tokens shared out among torch's own threads.
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+N tokens, V value channels, D width, G gates, R numbers of a gating. The table of a loop: N, V, D, G, R, the bits of
+offset and eps, the power, and then the addresses of tensors in the order in which the loop takes them.
+"""
+
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from deepdelta.ops.precision import accumulation_dtype
 from deepdelta.ops.step import cpu_kernel
-from deepdelta.ops.step.reference import Normalise
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+from deepdelta.ops.step.reference import Gating, Normalise
+from deepdelta.ops.team import Loop, address, array_at, compiled, kinds, loop, run, threads
 
 
 def forward(
     state: Tensor,
     h: Tensor,
+    gating: Gating | None,
     write: Tensor,
     erase: Tensor | None,
     normalise: Normalise,
-    compression: Tensor | None,
-    norm_weight: Tensor | None,
+    opening: Sequence[Tensor | None],
     norm_eps: float,
-    opens: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """X', c' (empty unless `opens`), and for later the scale, the raw read, 1 / rms of x_in' and the a of X + h a^T."""
-    tokens, channels, _ = state.shape
-    one, wide = _one(state.dtype), accumulation_dtype(state.dtype)
-    new = torch.empty_like(state)
-    c = torch.empty_like(h) if opens else h.new_empty(0)
-    scale, inverse = state.new_empty(tokens, dtype=wide), state.new_empty(tokens, dtype=wide)
-    read = state.new_empty((tokens, channels) if erase is not None else (0, 0), dtype=wide)
-    coefficient = torch.empty_like(write)
-    offset = None if normalise.offset is None else type(one)(normalise.offset)
-    given = (_array(state), _array(h), _array(write), _array(erase), offset, normalise.power)
-    opening = (_array(compression), _array(norm_weight)) if opens else (None, None)
-    later = (_array(scale), _array(read), _array(inverse), _array(coefficient))
-    filled = (_array(new), _array(c) if opens else None, *later)
+    filled: Sequence[Tensor | None],
+) -> None:
+    """Fill new, c, scale, read, inverse, coefficient and, with gating, beta and write.
 
-    def share(index: int, first: int, last: int) -> None:
-        cpu_kernel.forward(first, last, one, *given, *opening, type(one)(norm_eps), *filled)
-
-    _over_tokens(share, tokens)
-    return new, c, scale, read, inverse, coefficient
+    Args:
+        opening: the compression and the weight of the norm.
+    """
+    *filled, beta = filled
+    numbers = None if gating is None else gating.numbers
+    tensors = (state, h, numbers, beta, write, erase, *opening, *filled)
+    share = _forward(_Parts.of(state, gating, erase, normalise, opening, filled[1]))
+    run(share, _table(state, gating, erase, normalise, norm_eps, tensors), _team(state))
 
 
 def backward(
     state: Tensor,
     h: Tensor,
+    gating: Gating | None,
     write: Tensor,
     erase: Tensor | None,
     normalise: Normalise,
-    compression: Tensor | None,
-    norm_weight: Tensor | None,
-    opens: bool,
-    scale: Tensor,
-    read: Tensor,
-    inverse: Tensor,
-    coefficient: Tensor,
-    d_new: Tensor,
-    d_c: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of state, h, write, erase, compression and norm weight (None where there is none)."""
-    tokens, one = state.shape[0], _one(state.dtype)
-    d_state, d_h, d_write = torch.empty_like(state), torch.empty_like(h), torch.empty_like(write)
-    d_erase = None if erase is None else torch.empty_like(erase)
-    shares = _shares(tokens)
-    sums = [None if not opens or p is None else p.new_zeros(shares, *p.shape) for p in (compression, norm_weight)]
-    offset = None if normalise.offset is None else type(one)(normalise.offset)
-    given = (_array(state), _array(h), _array(write), _array(erase), offset, normalise.power)
-    opening = (_array(compression), _array(norm_weight)) if opens else (None, None)
-    known = (_array(scale), _array(read), _array(inverse), _array(coefficient))
-    incoming = (_array(d_new), _array(d_c) if opens else None)
-    filled = (_array(d_state), _array(d_h), _array(d_write), _array(d_erase))
+    opening: Sequence[Tensor | None],
+    known: Sequence[Tensor | None],
+    incoming: Sequence[Tensor | None],
+    filled: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Fill the gradients of state, h, the numbers of the gating, write and erase.
 
-    def share(index: int, first: int, last: int) -> None:
-        own = [None if total is None else _array(total[index]) for total in sums]
-        cpu_kernel.backward(first, last, one, *given, *opening, *known, *incoming, *filled, *own)
+    Args:
+        opening: the compression and the weight of the norm, where the step opened.
+        known: scale, read, inverse, coefficient and beta of the forward pass.
+        incoming: the gradients of new and c.
 
-    _over_tokens(share, tokens)
-    d_compression, d_weight = (None if total is None else total.sum(0) for total in sums)
-    return d_state, d_h, d_write, d_erase, d_compression, d_weight
-
-
-def replay(state: Tensor, h: Tensor, coefficient: Tensor) -> Tensor:
-    """X + h a^T: X' again, bit for bit, from the a that the forward pass stored."""
-    new = torch.empty_like(state)
-    given = (_array(state), _array(h), _array(coefficient), _array(new))
-    _over_tokens(lambda index, first, last: cpu_kernel.replay(first, last, *given), state.shape[0])
-    return new
-
-
-def _one(dtype: torch.dtype) -> Any:
-    return np.float64(1) if dtype == torch.float64 else np.float32(1)
-
-
-def _array(tensor: Tensor | None) -> Any:
-    """The tensor's own memory; bf16, which numpy lacks, as its 16 bits."""
-    if tensor is None:
-        return None
-    plain = tensor.detach()
-    return plain.view(torch.uint16).numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
-
-
-def _shares(tokens: int) -> int:
-    """How many threads share the tokens.
-
-    After each of its own operations, torch's other threads spin for a while on their cores. Of two cores that leaves
-    one, and a second thread of ours would wait for the other longer than its half of the work takes (measured at two).
+    Returns:
+        The gradients of compression and norm weight; None where there is none.
     """
-    threads = torch.get_num_threads()
-    return max(1, min(threads, tokens)) if threads >= 4 else 1
+    team = _team(state)
+    # Every thread sums up its own share.
+    sums = [None if p is None else p.new_zeros(team, *p.shape) for p in opening]
+    *known, beta = known
+    numbers = None if gating is None else gating.numbers
+    tensors = (state, h, numbers, beta, write, erase, *opening, *known, *incoming, *filled, *sums)
+    share = _backward(_Parts.of(state, gating, erase, normalise, opening, incoming[1]))
+    run(share, _table(state, gating, erase, normalise, 0.0, tensors), team)
+    return [None if total is None else total.sum(0) for total in sums]
 
 
-def _over_tokens(share: Callable[[int, int, int], None], tokens: int) -> None:
-    """share(index, first, last) for equal shares of the tokens, one per thread of torch."""
-    shares = _shares(tokens)
-    bounds = [tokens * index // shares for index in range(shares + 1)]
-    others = (
-        [_pool(shares - 1).submit(share, i, bounds[i], bounds[i + 1]) for i in range(1, shares)] if shares > 1 else []
-    )
-    share(0, bounds[0], bounds[1])
-    for other in others:
-        other.result()
+def replay(state: Tensor, h: Tensor, coefficient: Tensor, new: Tensor) -> None:
+    """Fill X + h a^T: X' again, bit for bit, from the a that the forward pass stored."""
+    table = _table(state, None, None, Normalise(None, 0), 0.0, (state, h, coefficient, new))
+    run(_replay(*kinds(state.dtype)), table, _team(state))
+
+
+def _team(state: Tensor) -> int:
+    return max(1, min(threads(), state.shape[0]))
+
+
+def _table(
+    state: Tensor,
+    gating: Gating | None,
+    erase: Tensor | None,
+    normalise: Normalise,
+    norm_eps: float,
+    tensors: Sequence[Tensor | None],
+) -> list[int]:
+    gates = gating.gates if gating is not None else 0 if erase is None else erase.shape[1]
+    numbers = 0 if gating is None else gating.numbers.shape[1]
+    bits = np.array([normalise.offset or 0.0, norm_eps]).view(np.int64)
+    return [*state.shape, gates, numbers, *bits.tolist(), normalise.power, *map(address, tensors)]
+
+
+class _Parts(NamedTuple):
+    """What a loop is compiled for: the kinds of numbers, None for those of parts that are absent."""
+
+    stored: Any
+    wide: Any
+    gating: Any
+    erase: Any
+    offset: Any
+    compression: Any
+    weight: Any
+    opened: Any
+
+    @classmethod
+    def of(
+        cls,
+        state: Tensor,
+        gating: Gating | None,
+        erase: Tensor | None,
+        normalise: Normalise,
+        opening: Sequence[Tensor | None],
+        opened: Tensor | None,
+    ) -> "_Parts":
+        stored, wide = kinds(state.dtype)
+        parts = (gating, erase, normalise.offset, *opening)
+        return cls._make(
+            (stored, wide, *(p if p is None else wide for p in parts), opened if opened is None else stored)
+        )
+
+
+@compiled
+def _number(bits, wide):
+    return None if wide is None else wide(np.int64(bits).view(np.float64))
 
 
 @cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="deepdelta-step")
+def _forward(parts: _Parts) -> Loop:
+    stored, wide, gating, erase, offset, compression, weight, opened = parts
+    fill = cpu_kernel.forward
+
+    def share(at, index, count):
+        N, V, D, G, R = at[0], at[1], at[2], at[3], at[4]
+        fill(
+            N * index // count, N * (index + 1) // count, wide(1),
+            array_at(at[8], (N, V, D), stored), array_at(at[9], (N, D), stored), array_at(at[10], (N, R), gating),
+            array_at(at[11], (N, G), gating), array_at(at[12], (N, V), wide), array_at(at[13], (N, G), erase),
+            _number(at[5], offset), at[7], array_at(at[14], (V, D), compression), array_at(at[15], (D,), weight),
+            _number(at[6], wide), array_at(at[16], (N, V, D), stored), array_at(at[17], (N, D), opened),
+            array_at(at[18], (N,), wide), array_at(at[19], (N, V), erase), array_at(at[20], (N,), wide),
+            array_at(at[21], (N, V), wide),
+        )  # fmt: skip
+
+    return loop(compiled(share))
+
+
+@cache
+def _backward(parts: _Parts) -> Loop:
+    stored, wide, gating, erase, offset, compression, weight, opened = parts
+    fill, size = cpu_kernel.backward, np.dtype(wide).itemsize
+
+    def share(at, index, count):
+        N, V, D, G, R = at[0], at[1], at[2], at[3], at[4]
+        mine = index * D * size
+        fill(
+            N * index // count, N * (index + 1) // count, wide(1),
+            array_at(at[8], (N, V, D), stored), array_at(at[9], (N, D), stored), array_at(at[10], (N, R), gating),
+            array_at(at[11], (N, G), gating), array_at(at[12], (N, V), wide), array_at(at[13], (N, G), erase),
+            _number(at[5], offset), at[7], array_at(at[14], (V, D), compression), array_at(at[15], (D,), weight),
+            array_at(at[16], (N,), wide), array_at(at[17], (N, V), erase), array_at(at[18], (N,), wide),
+            array_at(at[19], (N, V), wide), array_at(at[20], (N, V, D), stored), array_at(at[21], (N, D), opened),
+            array_at(at[22], (N, V, D), stored), array_at(at[23], (N, D), stored), array_at(at[24], (N, R), gating),
+            array_at(at[25], (N, V), wide), array_at(at[26], (N, G), erase),
+            array_at(at[27] + mine * V, (V, D), compression), array_at(at[28] + mine, (D,), weight),
+        )  # fmt: skip
+
+    return loop(compiled(share))
+
+
+@cache
+def _replay(stored: Any, wide: Any) -> Loop:
+    fill = cpu_kernel.replay
+
+    def share(at, index, count):
+        N, V, D = at[0], at[1], at[2]
+        fill(
+            N * index // count, N * (index + 1) // count, array_at(at[8], (N, V, D), stored),
+            array_at(at[9], (N, D), stored), array_at(at[10], (N, V), wide), array_at(at[11], (N, V, D), stored),
+        )  # fmt: skip
+
+    return loop(compiled(share))

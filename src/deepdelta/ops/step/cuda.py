@@ -6,15 +6,15 @@ over it to the last while V and D, each rounded up to a power of two, multiply t
 WHOLE_BACKWARD; a larger one comes from memory for the first pass and from the cache for the one or two after it.
 """
 
+from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepdelta.ops.precision import accumulation_dtype
 from deepdelta.ops.step import cuda_kernel
-from deepdelta.ops.step.reference import Normalise
+from deepdelta.ops.step.reference import Gating, Normalise
 
 WHOLE_FORWARD = 16384
 WHOLE_BACKWARD = 8192
@@ -49,57 +49,51 @@ def blocks(channels: int, width: int, dtype: torch.dtype, whole: int) -> Blocks:
 def forward(
     state: Tensor,
     h: Tensor,
+    gating: Gating | None,
     write: Tensor,
     erase: Tensor | None,
     normalise: Normalise,
-    compression: Tensor | None,
-    norm_weight: Tensor | None,
+    opening: Sequence[Tensor | None],
     norm_eps: float,
-    opens: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """X', c' (empty unless `opens`), and for later the scale, the raw read, 1 / rms of x_in' and the a of X + h a^T."""
-    state, h, write, erase = _dense(state), _dense(h), _dense(write), _dense(erase)
+    filled: Sequence[Tensor | None],
+) -> None:
+    """Fill new, c, scale, read, inverse and coefficient; `opening` is the compression and the weight of the norm."""
+    assert gating is None, "on this device PyTorch makes the coefficients"
     tokens, channels, width = state.shape
-    wide = accumulation_dtype(state.dtype)
-    new = torch.empty_like(state)
-    c = torch.empty_like(h) if opens else h.new_empty(0)
-    scale, inverse = state.new_empty(tokens, dtype=wide), state.new_empty(tokens, dtype=wide)
-    read = state.new_empty((tokens, channels) if erase is not None else (0, 0), dtype=wide)
-    coefficient = torch.empty_like(write)
-    opening = (compression, norm_weight) if opens else (None, None)
     tile = blocks(channels, width, state.dtype, WHOLE_FORWARD)
     if tokens:
         with torch.cuda.device(state.get_device()):
             cuda_kernel.forward[tokens,](
-                state, h, write, erase, *opening, new, c if opens else None, scale, read, inverse, coefficient,
+                state, h, write, erase, *opening, *filled[:6],
                 OFFSET=normalise.offset, POWER=normalise.power, EPS=norm_eps, V=channels, D=width,
                 GATES=0 if erase is None else erase.shape[1], **tile.settings(),
             )  # fmt: skip
-    return new, c, scale, read, inverse, coefficient
 
 
 def backward(
     state: Tensor,
     h: Tensor,
+    gating: Gating | None,
     write: Tensor,
     erase: Tensor | None,
     normalise: Normalise,
-    compression: Tensor | None,
-    norm_weight: Tensor | None,
-    opens: bool,
-    scale: Tensor,
-    read: Tensor,
-    inverse: Tensor,
-    coefficient: Tensor,
-    d_new: Tensor,
-    d_c: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of state, h, write, erase, compression and norm weight (None where there is none)."""
-    state, h, write, erase = _dense(state), _dense(h), _dense(write), _dense(erase)
+    opening: Sequence[Tensor | None],
+    known: Sequence[Tensor | None],
+    incoming: Sequence[Tensor | None],
+    filled: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Fill the gradients of state, h, write and erase.
+
+    Args:
+        known: scale, read, inverse and coefficient of the forward pass.
+        incoming: the gradients of new and c.
+
+    Returns:
+        The gradients of compression and norm weight; None where there is none.
+    """
+    assert gating is None, "on this device PyTorch makes the coefficients"
     tokens, channels, width = state.shape
-    d_state, d_h, d_write = torch.empty_like(state), torch.empty_like(h), torch.empty_like(write)
-    d_erase = None if erase is None else torch.empty_like(erase)
-    opening = (compression, norm_weight) if opens else (None, None)
+    d_state, d_h, _, d_write, d_erase = filled
     tile = blocks(channels, width, state.dtype, WHOLE_BACKWARD)
     # Enough programs to fill the device once; each takes a run of tokens and sums its gradients of the parameters.
     programs = min(tokens, _processors(state.device) * max(1, RESIDENT_WARPS // tile.warps))
@@ -107,34 +101,20 @@ def backward(
     if tokens:
         with torch.cuda.device(state.get_device()):
             cuda_kernel.backward[programs,](
-                state, h, write, erase, *opening, scale, read, inverse, coefficient, d_new, d_c if opens else None,
-                d_state, d_h, d_write, d_erase, *sums, tokens,
+                state, h, write, erase, *opening, *known[:4], *incoming, d_state, d_h, d_write, d_erase, *sums, tokens,
                 OFFSET=normalise.offset, POWER=normalise.power, V=channels, D=width,
                 GATES=0 if erase is None else erase.shape[1], **tile.settings(),
             )  # fmt: skip
-    d_compression, d_weight = (None if total is None else total.sum(0) for total in sums)
-    return d_state, d_h, d_write, d_erase, d_compression, d_weight
+    return [None if total is None else total.sum(0) for total in sums]
 
 
-def replay(state: Tensor, h: Tensor, coefficient: Tensor) -> Tensor:
-    """X + h a^T: X' again, bit for bit, from the a that the forward pass stored."""
-    state, h, coefficient = _dense(state), _dense(h), _dense(coefficient)
+def replay(state: Tensor, h: Tensor, coefficient: Tensor, new: Tensor) -> None:
+    """Fill X + h a^T: X' again, bit for bit, from the a that the forward pass stored."""
     tokens, channels, width = state.shape
-    new = torch.empty_like(state)
     tile = blocks(channels, width, state.dtype, WHOLE_FORWARD)
     if tokens:
         with torch.cuda.device(state.get_device()):
             cuda_kernel.replay[tokens,](state, h, coefficient, new, V=channels, D=width, **tile.settings())
-    return new
-
-
-@overload
-def _dense(tensor: Tensor) -> Tensor: ...
-@overload
-def _dense(tensor: Tensor | None) -> Tensor | None: ...
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    # A state may come as a view: expanded over its value channels, or transposed from the published layout.
-    return None if tensor is None else tensor.contiguous()
 
 
 def _power_of_two(number: int) -> int:

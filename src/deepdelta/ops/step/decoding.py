@@ -16,14 +16,14 @@ DTYPES = (torch.float32, torch.float64)
 
 
 class DecodingStep:
-    """(X', c') of one token per row from X, h and c: `rewrite_step` with b = 2 sigmoid(G c + g), w = b (W c).
+    """(X', c') of one token per row from X, h and c: `rewrite_step` with w and b of the gating M c + m.
 
     Args:
         rows, channels, width: N, V and D.
         dtype: of every tensor, fp32 or fp64.
-        gate: G (1 or V, D) and g (1 or V); None: w = 1 along h as it is, and no erase.
-        target: W (V, D); None with a gate: w = 0.
-        erases: whether b is used for the erase; else it only scales w.
+        maps: M (G, D) or (G + V, D) and m (G) or (G + V); None: w = 1 along h as it is, and no erase.
+        gates: G.
+        erases: whether beta is b; else it only scales w.
         compression, norm_weight, norm_eps, opens: as for `fused_step`.
 
     No derivatives. The weights are used where they lie.
@@ -36,8 +36,8 @@ class DecodingStep:
         width: int,
         dtype: torch.dtype,
         *,
-        gate: tuple[Tensor, Tensor] | None,
-        target: Tensor | None,
+        maps: tuple[Tensor, Tensor] | None,
+        gates: int,
         erases: bool,
         normalise: Normalise,
         compression: Tensor | None,
@@ -45,31 +45,40 @@ class DecodingStep:
         norm_eps: float,
         opens: bool,
     ) -> None:
-        assert dtype in DTYPES and (gate is not None or not erases) and (normalise.offset is not None or gate is None)
+        assert dtype in DTYPES and (maps is None or normalise.offset is not None)
         # Imported here: numba is an extra.
         from deepdelta.ops.step import cpu_kernel
 
         one = np.float64(1) if dtype == torch.float64 else np.float32(1)
-        number = type(one)
-        weight, bias = gate or (None, None)
         self.dtype, self.opens, self._kernel, self._one = dtype, opens, cpu_kernel.decode, one
-        offset = None if gate is None or normalise.offset is None else number(normalise.offset)
+        self._state_shape, self._vector_shape = (rows, channels, width), (rows, width)
+
+        def empty(*shape: int) -> Any:
+            return np.empty(shape, one.dtype)
+
+        beta = None if maps is None else empty(rows, gates)
+        weights, bias = (None, None) if maps is None else map(_array, maps)
         self._parameters = (
-            *(_array(tensor) for tensor in (weight, bias, target)),
-            offset,
-            0 if gate is None else normalise.power,
+            weights,
+            bias,
+            None if weights is None else empty(rows, len(weights)),
+            beta,
+            np.ones((rows, channels), one.dtype),
+            beta if maps is not None and erases else None,
+            None if maps is None else type(one)(normalise.offset),
+            0 if maps is None else normalise.power,
             *(_array(tensor) if opens else None for tensor in (compression, norm_weight)),
-            number(norm_eps),
-            np.empty((rows, channels), one.dtype),
-            np.empty((rows, 1 if weight is None else weight.shape[0]), one.dtype) if erases else None,
+            type(one)(norm_eps),
         )
-        self._scratch = [np.empty(shape, one.dtype) for shape in ((rows,), (rows, channels), (rows,), (rows, channels))]
+        self._scratch = (empty(rows), empty(rows, channels), empty(rows), empty(rows, channels))
 
     def __call__(self, state: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
         state, h, c = (tensor.to(self.dtype).contiguous() for tensor in (state, h, c))
         new, c_new = torch.empty_like(state), torch.empty_like(c) if self.opens else None
-        filled = new.numpy(), None if c_new is None else c_new.numpy()
-        self._kernel(self._one, state.numpy(), h.numpy(), c.numpy(), *self._parameters, *filled, *self._scratch)
+        states = (tensor.numpy().reshape(self._state_shape) for tensor in (state, new))
+        vectors = (None if tensor is None else tensor.numpy().reshape(self._vector_shape) for tensor in (h, c, c_new))
+        (state_, new_), (h_, c_, c_new_) = states, vectors
+        self._kernel(self._one, state_, h_, c_, *self._parameters, new_, c_new_, *self._scratch)
         return new, c_new
 
 

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from deepdelta.errors import UserError
 from deepdelta.ops.precision import accumulation_dtype
-from deepdelta.ops.step.reference import Normalise
+from deepdelta.ops.step.reference import Gating, Normalise
 
 NEEDS = {"cpu": "numba", "cuda": "triton"}
 """The package whose compiler the fused step needs, by device."""
+
+MAKE_COEFFICIENTS = ("cpu",)
+"""Devices whose kernels make write and erase of a gating; elsewhere PyTorch does, before the kernel."""
 
 
 def fused_problem(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -54,6 +57,7 @@ def fused_step(
     norm_weight: Tensor | None = None,
     norm_eps: float = 0.0,
     opens: bool = False,
+    gating: Gating | None = None,
 ) -> FusedStep:
     """X' and c' as `reference.rewrite_step` gives them, in one pass over the state; c' is None unless `opens`.
 
@@ -62,16 +66,20 @@ def fused_step(
         write, erase: w (..., V) and b (..., 1) or (..., V), taken to the precision of sums (fp32, or fp64 for an fp64
             state). A number as `write` goes along h as it is, as in `rewrite_along`.
         compression, norm_weight: C (V, D) and the weight (D) of the following norm, same precision.
+        gating: the numbers that write and erase come from, instead of these; some kernels make them in their pass.
 
     Raises:
         UserError: the device or dtype has no fused step, with the reason; raised when the operator runs.
     """
     *batch, channels, width = state.shape
     wide = accumulation_dtype(state.dtype)
-    if isinstance(write, float):
+    if gating is not None and state.device.type not in MAKE_COEFFICIENTS:
+        (write, erase), gating = gating.coefficients(), None
+    if gating is None and isinstance(write, float):
         write = torch.full((*batch, channels), write, dtype=wide, device=state.device)
         normalise = normalise._replace(power=0)
     if normalise.offset is None:
+        assert gating is None and isinstance(write, Tensor), "a constant scale goes into the coefficients"
         write = write * normalise.constant**normalise.power
         erase = None if erase is None else erase * normalise.constant**2
         normalise = Normalise(None, 0)
@@ -80,11 +88,16 @@ def fused_step(
         for parameter in (compression, norm_weight)
     )
     h_ND = h.to(state.dtype).reshape(-1, width).contiguous()
-    write_NV = write.to(wide).reshape(-1, channels).contiguous()
-    erase_NG = None if erase is None else erase.to(wide).reshape(-1, erase.shape[-1]).contiguous()
-    new, c, _, _, _, coefficient = step(
+    numbers, write_NV, erase_NG = (
+        tensor.to(wide).reshape(-1, tensor.shape[-1]).contiguous() if isinstance(tensor, Tensor) else None
+        for tensor in ((None, write, erase) if gating is None else (gating.numbers, None, None))
+    )
+    new, c, *_, coefficient = step(
         state.reshape(-1, channels, width).contiguous(),
         h_ND,
+        numbers,
+        0 if gating is None else gating.gates,
+        gating is not None and gating.erases,
         write_NV,
         erase_NG,
         normalise.offset,
@@ -94,8 +107,7 @@ def fused_step(
         norm_eps,
         opens,
     )
-    done = Done(h_ND, coefficient)
-    return FusedStep(new.view(state.shape), c.view(h.shape) if opens else None, done)
+    return FusedStep(new.view(state.shape), c.view(h.shape) if opens else None, Done(h_ND, coefficient))
 
 
 @torch.no_grad()
@@ -106,7 +118,8 @@ def remake(done: Done, state: Tensor, *, backwards: bool = False) -> Tensor:
     """
     flat = state.reshape(-1, *state.shape[-2:]).contiguous()
     coefficient = -done.coefficient if backwards else done.coefficient
-    new: Tensor = _implementation(state).replay(flat, done.h, coefficient)
+    new = torch.empty_like(flat)
+    _implementation(state).replay(flat, done.h, coefficient, new)
     return new.view(state.shape)
 
 
@@ -120,11 +133,33 @@ def _implementation(state: Tensor) -> Any:
 _known_problem = cache(fused_problem)
 
 
+def _made(
+    state: Tensor, h: Tensor, gating: Tensor | None, gates: int, erases: bool, erase: Tensor | None, opens: bool
+) -> tuple[Tensor, ...]:
+    """What a step returns, not filled: new, c, scale, read, inverse, beta, write, coefficient; empty where there is
+    none. Beta and write are those made of a gating."""
+    tokens, channels, _ = state.shape
+    wide = accumulation_dtype(state.dtype)
+    return (
+        torch.empty_like(state),
+        torch.empty_like(h) if opens else h.new_empty(0),
+        state.new_empty(tokens, dtype=wide),
+        state.new_empty((tokens, 0 if erase is None and not erases else channels), dtype=wide),
+        state.new_empty(tokens, dtype=wide),
+        state.new_empty((tokens, gates), dtype=wide),
+        state.new_empty((tokens, 0 if gating is None else channels), dtype=wide),
+        state.new_empty((tokens, channels), dtype=wide),
+    )
+
+
 @torch.library.custom_op("deepdelta::step", mutates_args=())
 def step(
     state: Tensor,
     h: Tensor,
-    write: Tensor,
+    gating: Tensor | None,
+    gates: int,
+    erases: bool,
+    write: Tensor | None,
     erase: Tensor | None,
     offset: float | None,
     power: int,
@@ -132,17 +167,37 @@ def step(
     norm_weight: Tensor | None,
     norm_eps: float,
     opens: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    filled: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _implementation(state).forward(
-        state, h, write, erase, Normalise(offset, power), compression, norm_weight, norm_eps, opens
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    made = _made(state, h, gating, gates, erases, erase, opens)
+    new, c, scale, read, inverse, beta, made_write, coefficient = made
+    if gating is not None:
+        write, erase = made_write, beta if erases else None
+    _implementation(state).forward(
+        state,
+        h,
+        None if gating is None else Gating(gating, gates, erases),
+        write,
+        erase,
+        Normalise(offset, power),
+        (compression, norm_weight) if opens else (None, None),
+        norm_eps,
+        (new, c if opens else None, scale, read, inverse, coefficient, beta),
     )
-    return filled
+    return made  # type: ignore[return-value]
+
+
+def _gradients_made(*given: Tensor | None) -> list[Tensor | None]:
+    """The gradients of these, not filled."""
+    return [None if tensor is None else torch.empty_like(tensor) for tensor in given]
 
 
 @torch.library.custom_op("deepdelta::step_backward", mutates_args=())
 def step_backward(
     state: Tensor,
     h: Tensor,
+    gating: Tensor | None,
+    gates: int,
+    erases: bool,
     write: Tensor,
     erase: Tensor | None,
     offset: float | None,
@@ -153,75 +208,63 @@ def step_backward(
     scale: Tensor,
     read: Tensor,
     inverse: Tensor,
+    beta: Tensor,
     coefficient: Tensor,
     d_new: Tensor,
     d_c: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = _implementation(state).backward(
+) -> list[Tensor]:
+    made = _gradients_made(state, h, gating, write, erase)
+    of_parameters = _implementation(state).backward(
         state,
         h,
+        None if gating is None else Gating(gating, gates, erases),
         write,
         erase,
         Normalise(offset, power),
-        compression,
-        norm_weight,
-        opens,
-        scale,
-        read,
-        inverse,
-        coefficient,
-        d_new,
-        d_c,
+        (compression, norm_weight) if opens else (None, None),
+        (scale, read, inverse, coefficient, beta),
+        (d_new, d_c if opens else None),
+        made,
     )
-    return tuple(write.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+    return [write.new_empty(0) if gradient is None else gradient for gradient in (*made, *of_parameters)]
 
 
 @step.register_fake
-def _(state, h, write, erase, offset, power, compression, norm_weight, norm_eps, opens):  # type: ignore[no-untyped-def]
-    tokens = state.shape[0]
-    return (
-        torch.empty_like(state),
-        torch.empty_like(h) if opens else h.new_empty(0),
-        write.new_empty(tokens),
-        torch.empty_like(write) if erase is not None else write.new_empty((0, 0)),
-        write.new_empty(tokens),
-        torch.empty_like(write),
-    )
+def _(state, h, gating, gates, erases, write, erase, offset, power, compression, norm_weight, norm_eps, opens):  # type: ignore[no-untyped-def]
+    return _made(state, h, gating, gates, erases, erase, opens)
 
 
 @step_backward.register_fake
-def _(state, h, write, erase, offset, power, compression, norm_weight, opens, *known):  # type: ignore[no-untyped-def]
-    given = (state, h, write, erase, compression if opens else None, norm_weight if opens else None)
-    return tuple(write.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in given)
+def _(state, h, gating, gates, erases, write, erase, offset, power, compression, norm_weight, opens, *_):  # type: ignore[no-untyped-def]
+    opening = (compression, norm_weight) if opens else (None, None)
+    made = _gradients_made(state, h, gating, write, erase, *opening)
+    return [write.new_empty(0) if tensor is None else tensor for tensor in made]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    state, h, write, erase, offset, power, compression, norm_weight, _, opens = inputs
-    _, _, scale, read, inverse, coefficient = output
-    ctx.save_for_backward(state, h, write, erase, compression, norm_weight, scale, read, inverse, coefficient)
-    ctx.settings = (offset, power, opens)
-    ctx.mark_non_differentiable(scale, read, inverse, coefficient)
+    state, h, gating, gates, erases, write, erase, offset, power, compression, norm_weight, _, opens = inputs
+    _, _, scale, read, inverse, beta, made_write, coefficient = output
+    if gating is not None:
+        write, erase = made_write, beta if erases else None
+    ctx.save_for_backward(
+        state, h, gating, write, erase, compression, norm_weight, scale, read, inverse, beta, coefficient
+    )
+    ctx.settings = (gates, erases, offset, power, opens)
+    ctx.mark_non_differentiable(*output[2:])
 
 
 def _gradients(ctx, d_new, d_c, *_):  # type: ignore[no-untyped-def]
-    state, h, write, erase, compression, norm_weight, scale, read, inverse, coefficient = ctx.saved_tensors
-    offset, power, opens = ctx.settings
-    d_state, d_h, d_write, d_erase, d_compression, d_weight = step_backward(
-        state, h, write, erase, offset, power, compression, norm_weight, opens, scale, read, inverse, coefficient,
-        d_new.contiguous(), d_c.contiguous(),
+    state, h, gating, write, erase, compression, norm_weight, *known = ctx.saved_tensors
+    gates, erases, offset, power, opens = ctx.settings
+    d_state, d_h, d_gating, d_write, d_erase, d_compression, d_weight = step_backward(
+        state, h, gating, gates, erases, write, erase, offset, power, compression, norm_weight, opens,
+        *known, d_new.contiguous(), d_c.contiguous(),
     )  # fmt: skip
-    return (
-        d_state,
-        d_h,
-        d_write,
-        None if erase is None else d_erase,
-        None,
-        None,
-        None if compression is None else d_compression,
-        None if norm_weight is None else d_weight,
-        None,
-        None,
-    )
+    gradients = (
+        d_state, d_h, d_gating, None, None, d_write, d_erase, None, None, d_compression, d_weight, None, None
+    )  # fmt: skip
+    # What was not given (with a gating, write and erase) has none.
+    return tuple(one if needed else None for one, needed in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
 step.register_autograd(_gradients, setup_context=_save)

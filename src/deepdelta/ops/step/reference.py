@@ -5,6 +5,7 @@ Shapes: V value channels, D compute width, G gates (1, or V); `...` any leading 
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from deepdelta.ops.precision import accumulation_dtype
@@ -22,6 +23,30 @@ class Normalise(NamedTuple):
     offset: float | None
     power: int
     constant: float = 1.0
+
+
+class Gating(NamedTuple):
+    """Numbers that the coefficients come from: beta = 2 sigmoid(the first G), w = beta v for v the V after them."""
+
+    numbers: Tensor
+    """(..., G) or (..., G + V), in the precision of sums; without v nothing is written."""
+    gates: int
+    """G, 1 or V."""
+    erases: bool
+    """Whether beta is b; else it only scales w."""
+
+    def beta(self) -> Tensor:
+        """(..., G)."""
+        return 2 * torch.sigmoid(self.numbers[..., : self.gates])
+
+    def target(self) -> Tensor | None:
+        """v, (..., V); None without one."""
+        return self.numbers[..., self.gates :] if self.numbers.shape[-1] > self.gates else None
+
+    def coefficients(self) -> tuple[Tensor | float, Tensor | None]:
+        """w (..., V), or 0.0 without v, and b (..., G), or None."""
+        beta, v = self.beta(), self.target()
+        return 0.0 if v is None else beta * v, beta if self.erases else None
 
 
 class Rewritten(NamedTuple):

@@ -1,0 +1,98 @@
+"""The loops of the embedding convolution, compiled by numba: a token's inputs and gradients are read from the cache.
+
+Shapes: B batch, T tokens, V value channels, D width, K taps. Table: B, T, V, D, K, then addresses.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from deepdelta.ops.team import Loop, address, array_at, compiled, kinds, load, loop, run, store, threads
+
+
+def forward(x: Tensor, weight: Tensor, y: Tensor) -> None:
+    """Fill y (B, T, V, D) from x (B, T, D) and weight (V, K, D)."""
+    run(_forward(*kinds(x.dtype)), _table(x, weight, x, weight, y), _team(x))
+
+
+def backward(x: Tensor, weight: Tensor, d_y: Tensor, d_x: Tensor) -> Tensor:
+    """Fill d_x; the gradient of the weight is returned."""
+    team = _team(x)
+    sums = weight.new_zeros(team, *weight.shape)
+    run(_backward(*kinds(x.dtype)), _table(x, weight, x, weight, d_y, d_x, sums), team)
+    return sums.sum(0)
+
+
+def _team(x: Tensor) -> int:
+    return max(1, min(threads(), x.shape[0] * x.shape[1]))
+
+
+def _table(x: Tensor, weight: Tensor, *tensors: Tensor) -> list[int]:
+    (batch, tokens, width), (channels, taps, _) = x.shape, weight.shape
+    return [batch, tokens, channels, width, taps, *map(address, tensors)]
+
+
+@compiled
+def _expand(first, last, one, x, weight, y):
+    tokens, width = x.shape[1:]
+    channels, taps = weight.shape[:2]
+    total = np.empty(width, weight.dtype)
+    for n in range(first, last):
+        b, t = n // tokens, n % tokens
+        for j in range(channels):
+            for d in range(width):
+                total[d] = one - one
+            for k in range(max(0, taps - 1 - t), taps):
+                for d in range(width):
+                    total[d] += weight[j, k, d] * load(x[b, t - taps + 1 + k, d])
+            for d in range(width):
+                y[b, t, j, d] = store(total[d], y[b, t, j, d])
+
+
+@compiled
+def _pull(first, last, one, x, weight, d_y, d_x, d_weight):
+    """Token t was read, through tap k, by token t + K - 1 - k of the same text."""
+    tokens, width = x.shape[1:]
+    channels, taps = weight.shape[:2]
+    total = np.empty(width, weight.dtype)
+    for n in range(first, last):
+        b, t = n // tokens, n % tokens
+        for d in range(width):
+            total[d] = one - one
+        for j in range(channels):
+            for k in range(max(0, taps + t - tokens), taps):
+                for d in range(width):
+                    g = load(d_y[b, t + taps - 1 - k, j, d])
+                    total[d] += weight[j, k, d] * g
+                    d_weight[j, k, d] += g * load(x[b, t, d])
+        for d in range(width):
+            d_x[b, t, d] = store(total[d], d_x[b, t, d])
+
+
+@cache
+def _forward(stored: Any, wide: Any) -> Loop:
+    def share(at, index, count):
+        B, T, V, D, K = at[0], at[1], at[2], at[3], at[4]
+        _expand(
+            B * T * index // count, B * T * (index + 1) // count, wide(1), array_at(at[5], (B, T, D), stored),
+            array_at(at[6], (V, K, D), wide), array_at(at[7], (B, T, V, D), stored),
+        )  # fmt: skip
+
+    return loop(compiled(share))
+
+
+@cache
+def _backward(stored: Any, wide: Any) -> Loop:
+    size = np.dtype(wide).itemsize
+
+    def share(at, index, count):
+        B, T, V, D, K = at[0], at[1], at[2], at[3], at[4]
+        _pull(
+            B * T * index // count, B * T * (index + 1) // count, wide(1), array_at(at[5], (B, T, D), stored),
+            array_at(at[6], (V, K, D), wide), array_at(at[7], (B, T, V, D), stored), array_at(at[8], (B, T, D), stored),
+            array_at(at[9] + index * V * K * D * size, (V, K, D), wide),
+        )  # fmt: skip
+
+    return loop(compiled(share))
