@@ -168,20 +168,20 @@ def backward(
                 along = read[n, j]
             a = coefficient[n, j]
             d_a = zero
-            for d in range(width):
-                g = load(d_new[n, j, d])
-                if d_c is not None:
-                    if compression is None:
-                        g += d_in[d]
-                    else:
-                        g += compression[j, d] * d_in[d]
-                grad[d] = g
-            for d in range(width):
-                d_a += grad[d] * load(h[n, d])
-            if d_c is not None and compression is not None:
+            if d_c is None:
+                for d in range(width):
+                    grad[d] = load(d_new[n, j, d])
+            elif compression is None:
+                for d in range(width):
+                    grad[d] = load(d_new[n, j, d]) + d_in[d]
+            else:
+                for d in range(width):
+                    grad[d] = load(d_new[n, j, d]) + compression[j, d] * d_in[d]
                 for d in range(width):
                     after = load(store(load(state[n, j, d]) + a * load(h[n, d]), state[n, j, d]))
                     d_compression[j, d] += d_in[d] * after
+            for d in range(width):
+                d_a += grad[d] * load(h[n, d])
             d_write[n, j] = d_a * lift
             d_read = zero
             if erase is not None:
@@ -199,6 +199,7 @@ def backward(
                 d_scale += d_a * write[n, j] * (s + s)
             for d in range(width):
                 d_vector[d] += a * grad[d] + d_read * load(state[n, j, d])
+            for d in range(width):
                 d_state[n, j, d] = store(grad[d] + d_read * load(h[n, d]), d_state[n, j, d])
         # s = (|h|^2 + offset)^(-1/2), so ds/dh = -s^3 h.
         pull = zero if offset is None else d_scale * s * s * s
