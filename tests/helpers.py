@@ -123,14 +123,15 @@ def normed(config: object, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
 def gate_values(config: object, p: Mapping[str, Tensor], c: Tensor, name: str, start: float) -> list[Tensor]:
     """beta (..., V) per rank."""
     channels, per_rank = config.value_channels, config.value_channels if config.gate_per_channel else 1
+    opening = p.get(f"{name}.opening", 1.0)
     if config.gate == "constant":
-        return [torch.full((*c.shape[:-1], channels), start, dtype=c.dtype)] * config.rank
+        return [opening * torch.full((*c.shape[:-1], channels), start, dtype=c.dtype)] * config.rank
     hidden = c
     if config.gate == "two_layer":
         hidden = c @ p[f"{name}.inner.weight"].T
         hidden = (hidden + p[f"{name}.inner.bias"] if config.gate_hidden_bias else hidden).tanh()
     logits = hidden @ p[f"{name}.outer.weight"].T + p[f"{name}.outer.bias"]
-    beta = 2 / (1 + (-logits).exp())
+    beta = opening * 2 / (1 + (-logits).exp())
     return [beta[..., i * per_rank : (i + 1) * per_rank].expand(*c.shape[:-1], channels) for i in range(config.rank)]
 
 

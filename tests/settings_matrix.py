@@ -36,6 +36,7 @@ EXTENSIONS: dict[str, tuple[Any, ...]] = {
 STARTS: dict[str, tuple[Any, ...]] = {
     "compression_init": get_args(settings.CompressionInit),
     "gate_hidden_bias": (False, True),
+    "plain_start": (False, True),
 }
 """What changes where a part starts or one vector of it: in pairs only."""
 

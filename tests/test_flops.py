@@ -41,6 +41,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "gate_per_channel": (False, True),
     "gate_hidden_bias": (False, True),
     "compression_causal": (False, True),
+    "plain_start": (False, True),
 }
 
 

@@ -180,7 +180,7 @@ def test_refused_by_the_table_alone():
 
 @pytest.mark.matrix
 def test_refused_by_the_table_alone_whole():
-    met = check_refusals(AXES | DECIDING | {"compression_init": STARTS["compression_init"]})
+    met = check_refusals(AXES | DECIDING | {name: STARTS[name] for name in ("compression_init", "plain_start")})
     assert met == {entry.settings for entry in ILLEGAL} - {
         # No kernel here is longer than the value channels, but where there is one channel, which comes first.
         "compression='channel_conv' with compression_kernel > value_channels"

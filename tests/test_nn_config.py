@@ -42,6 +42,9 @@ TRIGGERS: dict[str, list[dict[str, Any]]] = {
         for rule in ("additive", "additive_erase", "two_gate")
     ],
     "gate_per_channel=True with rule='additive'": [{"gate_per_channel": True, "rule": "additive"}],
+    "plain_start=True with a rule other than 'additive_erase'": [
+        {"plain_start": True, "rule": rule} for rule in ("delta", "write_only", "erase_only", "additive", "two_gate")
+    ],
     "gate_per_channel=True with gate='constant'": [{"gate_per_channel": True, "gate": "constant"}],
 }
 

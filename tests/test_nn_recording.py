@@ -53,6 +53,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"direction_norm": "operator", "rule": "write_only", "direction_eps": 0.5},
     {"gate_per_channel": True, "rule": "two_gate"},
     {"gate_per_channel": True, "rank": 2},
+    {"rule": "additive_erase", "plain_start": True},
     {"gate": "constant", "gate_init": 1.3},
     {"direction": "pooled", "target": "branch", "direction_pool": "attention"},
     {"direction_eps": 0.5},

@@ -148,12 +148,14 @@ class Import:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Run a comparison: conditions x seeds, statistics, table and report. Interrupted, the same command continues."""
+    """Run a comparison: rates tuned, conditions x seeds at matched budgets, statistics, tables and report; or a search,
+    or fits over sizes, as its file says. Interrupted, the same command continues."""
 
     study: Positional[Annotated[str, arg(metavar="NAME|FILE.toml")]]
     """A named study, or a TOML file of your own."""
     out: Path | None = None
-    """Where runs, results.json and report.html go; runs/study-NAME by default."""
+    """Where runs, cells, results.json and report.html go; runs/study-NAME by default. A run whose cell is there is not
+    made again."""
     seeds: tuple[int, ...] | None = None
     """Other seeds than the study's."""
     steps: int | None = None
@@ -165,7 +167,7 @@ class Study:
 
     def __call__(self) -> None:
         # Here, since it needs the packages of the extra `study`, which the other commands do without.
-        from deepdelta.studies.runner import run_study
+        from deepdelta.studies.runner import run
 
         overrides: dict[str, Any] = {}
         if self.seeds is not None:
@@ -176,7 +178,7 @@ class Study:
             overrides = merged(overrides, {"train": {"data": {"source": self.source}}})
         config = load_study(self.study, overrides)
         command = shlex.join(["deepdelta", *sys.argv[1:]])
-        run_study(config, self.out or Path("runs") / f"study-{config.name}", workers=self.workers, command=command)
+        run(config, self.out or Path("runs") / f"study-{config.name}", workers=self.workers, command=command)
 
 
 @dataclass(frozen=True, kw_only=True)

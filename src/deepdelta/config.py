@@ -6,7 +6,8 @@ Reading is strict: an unknown key is refused with the nearest valid one, a wrong
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -16,10 +17,13 @@ from deepdelta.errors import UserError, nearest
 Plain = dict[str, Any]
 T = TypeVar("T")
 
+# One per class: making it takes longer than all that it is used for.
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+
 
 def to_plain(config: Any) -> Plain:
     """The configuration as data that JSON can hold."""
-    return json.loads(TypeAdapter(type(config)).dump_json(config))  # type: ignore[no-any-return]
+    return json.loads(_adapter(type(config)).dump_json(config))  # type: ignore[no-any-return]
 
 
 def from_plain(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
@@ -36,7 +40,7 @@ def from_plain(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
     _refuse_unknown(cls, data, where)
     try:
         # `default`: a date in a TOML file becomes text, which is then refused with the path of its field.
-        return TypeAdapter(cls).validate_json(json.dumps(data, default=str), strict=True)
+        return _adapter(cls).validate_json(json.dumps(data, default=str), strict=True)  # type: ignore[no-any-return]
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])

@@ -193,15 +193,18 @@ def target(config: ResidualConfig, width: int) -> Work:
 
 
 def gates(config: ResidualConfig, width: int) -> Work:
-    """2 sigmoid(g(c)) for r gates (twice for two_gate), g linear or two layers with tanh."""
-    if config.rule == "additive" or config.gate == "constant":
+    """2 sigmoid(g(c)) for r gates (twice for two_gate), g linear or two layers with tanh; times what opens it."""
+    if config.rule == "additive":
         return Work()
+    opening = Work(elementwise=gate_outputs(config)) if config.plain_start else Work()
+    if config.gate == "constant":
+        return opening
     outputs, hidden = config.rank * gate_outputs(config), config.gate_hidden
     if config.gate == "linear":
         logits = linear(width, outputs)
     else:
         logits = linear(width, hidden) + Work(elementwise=hidden) + linear(hidden, outputs)
-    return (logits + Work(elementwise=2 * outputs)) * (2 if config.rule == "two_gate" else 1)
+    return (logits + Work(elementwise=2 * outputs)) * (2 if config.rule == "two_gate" else 1) + opening
 
 
 def gate_outputs(config: ResidualConfig) -> int:

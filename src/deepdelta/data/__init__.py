@@ -3,7 +3,7 @@
 from deepdelta.data.batches import IGNORED, batch, window_count, windows
 from deepdelta.data.cache import default_cache
 from deepdelta.data.config import DataConfig
-from deepdelta.data.corpus import Corpus, check_context, load_corpus
+from deepdelta.data.corpus import Corpus, check_context, load_corpus, train_tail
 from deepdelta.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "default_cache",
     "load_corpus",
     "load_tokenizer",
+    "train_tail",
     "window_count",
     "windows",
 ]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Literal
 
 from deepdelta.errors import UserError
 
@@ -23,6 +24,8 @@ class DataConfig:
         bin_vocab_size: the number of ids of a `.bin` source without tokenizer; the default is GPT-2's 50,257, padded.
         validation_fraction: the share of the bytes (of the ids in a `.bin` file) held out for validation. Without
             effect on a folder that holds train.bin and val.bin.
+        held_out: "validation", the validation part; or "train_tail", the last tenth of the training part, which is then
+            not trained on, for choices that the validation part must not know of.
     """
 
     source: str = "stdlib"
@@ -31,6 +34,7 @@ class DataConfig:
     bpe_vocab_size: int = 4096
     bin_vocab_size: int = 50304
     validation_fraction: float = 0.1
+    held_out: Literal["validation", "train_tail"] = "validation"
 
     def __post_init__(self) -> None:
         for name in ("source", "pattern", "tokenizer"):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +93,7 @@ def load_corpus(config: DataConfig, *, cache: Path | None = None, progress: Prog
         vocab_size = tokenizer.vocab_size
         maps = (_map_cached(folder, "train"), _map_cached(folder, "validation"))
     sizes = [sum(document.size for document in split) for split in (train, validation)]
-    return Corpus(
+    corpus = Corpus(
         train=maps[0],
         validation=maps[1],
         tokenizer=tokenizer,
@@ -102,6 +102,26 @@ def load_corpus(config: DataConfig, *, cache: Path | None = None, progress: Prog
         train_bytes=None if listing.ids else sizes[0],
         validation_bytes=None if listing.ids else sizes[1],
         description=_describe(listing, len(train) + len(validation), sizes, maps, vocab_size),
+    )
+    return corpus if config.held_out == "validation" else train_tail(corpus)
+
+
+def train_tail(corpus: Corpus) -> Corpus:
+    """The corpus without its validation part: the last tenth of the training ids, rounded up, is held out instead.
+
+    The cut is one by position, so it may fall inside a document. Its `sha256` is the corpus's own, marked: losses on
+    the tail compare with no loss on the validation part.
+    """
+    cut = len(corpus.train) * 9 // 10
+    return replace(
+        corpus,
+        train=corpus.train[:cut],
+        validation=corpus.train[cut:],
+        sha256=hashlib.sha256(f"{corpus.sha256} train_tail".encode()).hexdigest(),
+        train_bytes=None,
+        validation_bytes=None,
+        description=f"{corpus.description}; held out: the last {len(corpus.train) - cut:,} training tokens, "
+        "the validation tokens unused",
     )
 
 

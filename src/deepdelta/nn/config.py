@@ -63,6 +63,9 @@ class ResidualConfig:
     """One gate per value channel instead of one for all (an extension)."""
     erase_init: float = 0.1
     """The erase gate at the start, for rules whose erase has a gate of its own (additive_erase, two_gate)."""
+    plain_start: bool = False
+    """additive_erase starts as the plain residual X + h, exactly: its erase gate is multiplied by a learned number that
+    starts at 0, and W of w_h = 1 + W c starts at 0."""
     expansion: Expansion = "repeat"
     """repeat: every value channel is the embedding; embedding_conv: causal depthwise convolution over tokens."""
     expansion_kernel: int = 4
@@ -201,6 +204,11 @@ ILLEGAL: tuple[Illegal, ...] = (
         "gate_per_channel=True with gate='constant'",
         "a constant is the same for every value channel; leave it False.",
         lambda c: c.gate_per_channel and c.gate == "constant",
+    ),
+    Illegal(
+        "plain_start=True with a rule other than 'additive_erase'",
+        "no other rule has parts that can start closed and leave X + h; use rule='additive_erase'.",
+        lambda c: c.plain_start and c.rule != "additive_erase",
     ),
     Illegal(
         "gate_per_channel=True with rule='additive'",

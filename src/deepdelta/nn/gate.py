@@ -6,10 +6,10 @@ Shapes: V value channels, r rank; c the normed input of the branch.
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.linear import Linear
+from deepdelta.nn.linear import Initialised, Linear
 from deepdelta.ops import accumulation_dtype
 
 
@@ -19,8 +19,11 @@ def gate_logit(beta: float) -> float:
     return math.log(share) - math.log1p(-share)
 
 
-class Gate(nn.Module):
-    """beta = 2 sigmoid(g(c)): g linear, or two layers with tanh between; or a constant. Logits in fp32 or wider."""
+class Gate(Initialised):
+    """beta = 2 sigmoid(g(c)): g linear, or two layers with tanh between; or a constant. Logits in fp32 or wider.
+
+    With `plain_start` a 2 sigmoid(g(c)), the learned number a starting at 0.
+    """
 
     weight_decay_exempt = True
 
@@ -36,11 +39,19 @@ class Gate(nn.Module):
         elif config.gate == "linear":
             self.outer = Linear(dim, self.outputs, std=std, bias=bias, precise=True)
         self.kind = config.gate
+        self.opening = nn.Parameter(torch.empty(1)) if config.plain_start else None
+
+    def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
+        parameter.zero_()
 
     def forward(self, c_D: Tensor) -> list[Tensor]:
         """One beta per rank: (..., 1), or (..., V) per value channel."""
         if self.kind == "constant":
             wide = accumulation_dtype(c_D.dtype)
-            return [torch.full((*c_D.shape[:-1], 1), self.beta_start, dtype=wide, device=c_D.device)] * self.rank
-        logits = self.outer(torch.tanh(self.inner(c_D)) if self.kind == "two_layer" else c_D)
-        return list((2 * torch.sigmoid(logits)).chunk(self.rank, dim=-1))
+            beta = torch.full((*c_D.shape[:-1], self.rank), self.beta_start, dtype=wide, device=c_D.device)
+        else:
+            logits = self.outer(torch.tanh(self.inner(c_D)) if self.kind == "two_layer" else c_D)
+            beta = 2 * torch.sigmoid(logits)
+        if self.opening is not None:
+            beta = self.opening.to(beta.dtype) * beta
+        return list(beta.chunk(self.rank, dim=-1))

@@ -26,6 +26,7 @@ PRESETS: Mapping[str, ResidualConfig] = MappingProxyType(
         "ddl-tc-repeat": ResidualConfig(compression="token"),
         "ddl-cc-repeat": ResidualConfig(),
         "ddl-v1": ResidualConfig(direction="pooled", target="branch"),
+        "retrofit": ResidualConfig(rule="additive_erase", plain_start=True, erase_init=1.0, gate_per_channel=True),
         "published-cc": _PUBLISHED,
         "published-cc-repeat": replace(_PUBLISHED, expansion="repeat"),
         "published-tc": _PUBLISHED_TC,
@@ -33,4 +34,4 @@ PRESETS: Mapping[str, ResidualConfig] = MappingProxyType(
         "published-scalar": ResidualConfig(value_channels=1, target="scaled_sigmoid", gate_hidden_bias=False),
     }
 )
-"""`ddl` is the paper's DDL-CC with the library's defaults; `published-*` carry the authors' code's choices."""
+"""`ddl` is the paper's DDL-CC with the library's defaults; `retrofit` starts as the plain residual; `published-*` carry the authors' code's choices."""

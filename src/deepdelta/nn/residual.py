@@ -85,12 +85,13 @@ class DeltaResidual(nn.Module):
         return self._shared_compression[0] if self._shared_compression else self.compression
 
     def open(
-        self, state: Float[Tensor, "..."]
+        self, state: Float[Tensor, "..."], norm: nn.Module | None = None
     ) -> tuple[Float[Tensor, "..."], Callable[[Float[Tensor, "..."]], Float[Tensor, "..."]]]:
         """The branch's input c, and the function that takes the branch's output h to the rewritten state.
 
         The manual form of this module: `branch_input, rewrite = residual.open(state)`, any computation of the
-        output, then `state = rewrite(branch_output)`.
+        output, then `state = rewrite(branch_output)`. With norm='none' a `norm` that the network has already can be
+        given: branch and gate see what it makes of the compressed state.
 
         Raises:
             UserError: the state is not (..., V, D) (or (N, V, C, H, W) on a channel-first stream), lies on another
@@ -106,6 +107,8 @@ class DeltaResidual(nn.Module):
         state_VD = hand_on(state, self.layout.state_inward(state))
         with self.memory.watching(state_VD):
             opened = self.reading().open(state_VD)
+            if norm is not None:
+                opened = opened._replace(c=norm(opened.c))
         return self.layout.outward(opened.c), partial(self._close, opened)
 
     def forward(self, state: Float[Tensor, "..."] | Opened, *args: Any, **kwargs: Any) -> Any:

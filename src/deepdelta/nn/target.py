@@ -47,11 +47,11 @@ def size(vector_D: Tensor, eps: float) -> Tensor:
 
 
 class BranchWrite(nn.Module):
-    """w_h, (..., V): 1 + W c per token, for rules that write h w_h^T (section 1)."""
+    """w_h, (..., V): 1 + W c per token, for rules that write h w_h^T (section 1); W = 0 with `plain_start`."""
 
     def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
         super().__init__()
-        self.map = Linear(dim, config.value_channels, std=std)
+        self.map = Linear(dim, config.value_channels, std=0.0 if config.plain_start else std)
 
     def forward(self, c_D: Tensor) -> Tensor:
         return 1 + self.map(c_D)  # type: ignore[no-any-return]

@@ -1,7 +1,19 @@
-"""The results of a study as a terminal table, as Markdown, and as one self-contained page."""
+"""The results of a study as terminal tables, as Markdown, and as one self-contained page."""
 
+from deepdelta.report.details import detail_tables, scaling_table, search_table
 from deepdelta.report.page import write_report
 from deepdelta.report.summary import Summary, summarise
-from deepdelta.report.table import markdown_table, render_table
+from deepdelta.report.table import markdown_cells, markdown_table, render_cells, render_table
 
-__all__ = ["Summary", "markdown_table", "render_table", "summarise", "write_report"]
+__all__ = [
+    "Summary",
+    "detail_tables",
+    "markdown_cells",
+    "markdown_table",
+    "render_cells",
+    "render_table",
+    "scaling_table",
+    "search_table",
+    "summarise",
+    "write_report",
+]

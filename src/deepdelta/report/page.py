@@ -7,6 +7,7 @@ from pathlib import Path
 from deepdelta.errors import UserError
 from deepdelta.files import write_text
 from deepdelta.report import figures
+from deepdelta.report.details import detail_tables
 from deepdelta.report.summary import summarise
 from deepdelta.report.table import si, table_cells
 from deepdelta.studies.results import ConditionResult, StudyResults
@@ -55,6 +56,7 @@ def render_page(results: StudyResults) -> str:
         results=results,
         summary=summarise(results),
         cells=table_cells(results),
+        details=detail_tables(results),
         looks=figures.looks(results),
         difference=_chart("difference", "Differences to the baseline", figures.differences(results)),
         curves=[

@@ -1,13 +1,14 @@
 """The one table of a study: its cells are made here once, then shown in the terminal, in Markdown and in the page."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from deepdelta.studies.results import ConditionResult, StudyResults
-from deepdelta.studies.statistics import MINIMUM_SEEDS, Comparison, Interval, compare
+from deepdelta.studies.statistics import MINIMUM_SEEDS, Comparison, Interval, compare, seeds_needed
 
 ABSENT = "-"
 
@@ -20,7 +21,7 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """Column titles with what they mean, one row of text per condition in the study's order, and remarks.
+    """A table: column titles with what they mean, rows of text, and remarks. The main one has a row per condition.
 
     A line break within a title or a cell is where a narrow terminal breaks it; the other forms show a space there.
     """
@@ -28,6 +29,7 @@ class Cells:
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    title: str = ""
 
 
 def table_cells(results: StudyResults) -> Cells:
@@ -53,6 +55,8 @@ def table_cells(results: StudyResults) -> Cells:
             Column(title="p\n(Holm)", help="Two-sided paired t-test, corrected for the number of comparisons."),
             Column(title="effect", help="The change in units of its spread over seeds, Hedges-corrected."),
         ]
+    if any(condition.tuned for condition in results.conditions):
+        columns.append(Column(title="lr", help="The learning rate, tuned per condition; 'edge': of the grid."))
     columns += [
         Column(title="params", help="Trained parameters."),
         Column(title="FLOPs", help="Per token of training, forward and backward; and relative to the baseline."),
@@ -70,10 +74,15 @@ def table_cells(results: StudyResults) -> Cells:
 
 
 def render_table(results: StudyResults) -> Table:
-    """The table for a terminal."""
-    cells = table_cells(results)
+    """The main table for a terminal."""
+    bold = [number for number, condition in enumerate(results.conditions) if condition.name == results.baseline]
+    return render_cells(replace(table_cells(results), title=results.name), bold)
+
+
+def render_cells(cells: Cells, bold: Sequence[int] = ()) -> Table:
+    """Any table for a terminal, some rows in bold type."""
     table = Table(
-        title=Text(results.name),
+        title=Text(cells.title),
         caption=Text(" ".join(cells.notes)),
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -83,17 +92,21 @@ def render_table(results: StudyResults) -> Table:
     )
     for number, column in enumerate(cells.columns):
         # Folded, not cut, where the terminal is too narrow: no digit may be lost.
-        # Folded, not cut, where the terminal is too narrow: no digit may be lost.
         table.add_column(Text(column.title), justify="right" if number else "left", overflow="fold")
-    for condition, row in zip(results.conditions, cells.rows, strict=True):
-        table.add_row(*map(Text, row), style="bold" if condition.name == results.baseline else None)
+    for number, row in enumerate(cells.rows):
+        table.add_row(*map(Text, row), style="bold" if number in bold else None)
     return table
 
 
 def markdown_table(results: StudyResults) -> str:
-    """The table as GitHub-flavoured Markdown, with its notes below."""
-    cells = table_cells(results)
+    """The main table as GitHub-flavoured Markdown, with its notes below."""
+    return markdown_cells(table_cells(results))
+
+
+def markdown_cells(cells: Cells) -> str:
+    """Any table as GitHub-flavoured Markdown, under its title where it has one."""
     lines = [
+        *((f"### {_markdown_text(cells.title)}", "") if cells.title else ()),
         _markdown_row(tuple(column.title for column in cells.columns)),
         "| --- |" + " ---: |" * (len(cells.columns) - 1),
         *map(_markdown_row, cells.rows),
@@ -128,11 +141,14 @@ def _row(
     ]
     if intervals:
         row += [
-            _interval(comparison.t_interval if comparison else None),
-            _interval(comparison.bootstrap_interval if comparison else None),
+            interval_text(comparison.t_interval if comparison else None),
+            interval_text(comparison.bootstrap_interval if comparison else None),
             ABSENT if comparison is None or comparison.adjusted_p is None else f"{comparison.adjusted_p:.2g}",
             ABSENT if comparison is None or comparison.effect_size is None else f"{comparison.effect_size:+.2f}",
         ]
+    if any(other.tuned for other in results.conditions):
+        tuned = condition.tuned
+        row.append(ABSENT if tuned is None else f"{tuned.lr:g}\n(edge)" if tuned.edge else f"{tuned.lr:g}")
     ratio = condition.flops_per_token / results.condition(results.baseline).flops_per_token
     row += [si(condition.parameters), f"{si(condition.flops_per_token)}\n({ratio:.2f}x)"]
     if costs:
@@ -151,7 +167,7 @@ def _difference(comparison: Comparison | None, planned: int) -> str:
     return f"{comparison.mean:+.4f}{few}"
 
 
-def _interval(interval: Interval | None) -> str:
+def interval_text(interval: Interval | None) -> str:
     return f"{interval.low:+.4f}\nto {interval.high:+.4f}" if interval else ABSENT
 
 
@@ -167,7 +183,21 @@ def _notes(results: StudyResults, intervals: bool, costs: bool) -> tuple[str, ..
         notes.append("A diverged run is in no mean and no change.")
     if any(len(condition.runs) < len(results.seeds) for condition in results.conditions):
         notes.append(f"Unfinished runs are shown as {ABSENT}.")
-    return tuple(notes)
+    if results.budgets != ("tokens",):
+        notes.append(f"All conditions at equal {results.budgets[0]}.")
+    return (*notes, *notes_of_design(results))
+
+
+def notes_of_design(results: StudyResults) -> tuple[str, ...]:
+    """What every table of the study says about its number of seeds."""
+    if results.power is None:
+        return ("Exploratory.",) if results.exploratory else ()
+    sd, difference = results.power.pilot_sd, results.power.difference
+    needed = seeds_needed(sd, difference)
+    plan = f"A difference of {difference:g} nats with a pilot's paired spread of {sd:g} takes {needed} seeds"
+    if results.exploratory and len(results.seeds) < needed:
+        return (f"Exploratory: {plan[0].lower()}{plan[1:]}, this study has {len(results.seeds)}.",)
+    return (f"{'Exploratory. ' if results.exploratory else ''}{plan} (power 0.8, 5 % level).",)
 
 
 def _markdown_row(cells: tuple[str, ...]) -> str:

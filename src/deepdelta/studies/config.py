@@ -1,15 +1,19 @@
 """A study: conditions x seeds, as a typed file."""
 
+import itertools
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from deepdelta.config import from_plain, merged, to_plain
 from deepdelta.errors import UserError, nearest
+from deepdelta.studies.factorial import design
+from deepdelta.studies.results import BudgetName, Factorial, Power
+from deepdelta.studies.statistics import seeds_needed
 from deepdelta.training import TrainConfig
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -24,6 +28,61 @@ class Condition:
 
     summary: str
     changes: dict[str, Any] = field(default_factory=dict)
+    control: str | None = None
+    """The condition that this one is compared with besides the baseline."""
+    factors: dict[str, str] = field(default_factory=dict)
+    """Its level of each factor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """Each condition's learning rate is chosen on the same grid, by the loss on the last tenth of the training part."""
+
+    lr: tuple[float, ...]
+    seeds: tuple[int, ...]
+    """None of those that are reported."""
+    steps: int | None = None
+    """Of a tuning run; None: the study's."""
+
+    def __post_init__(self) -> None:
+        if len(self.lr) < 2 or len(set(self.lr)) != len(self.lr) or not all(rate > 0 for rate in self.lr):
+            raise UserError(f"lr must be a grid of at least two different rates above 0, got {list(self.lr)}.")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise UserError(f"seeds must be different numbers from 0 on, at least one, got {list(self.seeds)}.")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"steps must be at least 1, got {self.steps}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """A round of the search: every candidate left runs so long on so many seeds, the best `keep` go on."""
+
+    steps: int
+    seeds: tuple[int, ...]
+    keep: int
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise UserError(f"seeds must be different numbers from 0 on, at least one, got {list(self.seeds)}.")
+        if self.steps < 1 or self.keep < 1:
+            raise UserError(f"steps and keep must be at least 1, got {self.steps} and {self.keep}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Successive halving over the conditions, by the loss on the last tenth of the training part."""
+
+    rungs: tuple[Rung, ...]
+    candidates: tuple[str, ...] = ()
+    """Of the conditions; none named: all but the baseline, which runs in every rung to compare with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extrapolate:
+    """Carry the fitted laws to so many training FLOPs; with a floor, L = floor + b C^-a instead of L = b C^-a."""
+
+    flops: float
+    floor: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +100,20 @@ class StudyConfig:
     """Interleaved rounds of the cost phase."""
     rewrite_tokens: int = 16384
     """Validation tokens per run on which gates and discrepancies are collected."""
+    budgets: tuple[BudgetName, ...] = ("tokens",)
+    """What runs have in common: tokens (the same steps), flops, time. The first is the one that pictures show."""
+    tune: Tune | None = None
+    factorials: dict[str, Factorial] = field(default_factory=dict)
+    power: Power | None = None
+    exploratory: bool = False
+    """Allow fewer seeds than `power` asks for; every table then says so."""
+    search: Search | None = None
+    """Search among the conditions instead of reporting on them; `seeds` stay unused, for the study that confirms."""
+    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Changes of `train` by size: the study runs once per size, then laws of loss against compute are fitted."""
+    extrapolate: Extrapolate | None = None
+    keep_checkpoints: bool = True
+    """Keep the trained weights of finished runs; results need their cells alone."""
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.conditions):
@@ -66,8 +139,90 @@ class StudyConfig:
                 )
         if "seed" in self.train or any("seed" in condition.changes for condition in self.conditions.values()):
             raise UserError("the seed of a run comes from the study's seeds; remove 'seed' from train and changes.")
+        self._check_plan()
         for name in self.conditions:
             self.train_config(name, self.seeds[0])
+
+    def _check_plan(self) -> None:
+        """What budgets, tuning, controls, factors and the number of seeds ask of the conditions and of each other."""
+        if not self.budgets or len(set(self.budgets)) != len(self.budgets):
+            raise UserError(f"budgets must be different, at least one, got {list(self.budgets)}.")
+        decided = {"steps": "budgets" if set(self.budgets) - {"tokens"} else "", "lr": "tune" if self.tune else ""}
+        for name, condition in self.conditions.items():
+            for key, by in decided.items():
+                if by and key in condition.changes:
+                    raise UserError(f"'{key}' is decided by the study's {by}: remove it from the changes of {name}.")
+            if condition.control is not None and (
+                condition.control not in self.conditions or condition.control == name
+            ):
+                others = [other for other in self.conditions if other != name]
+                raise UserError(
+                    f"the control of {name} must be another condition, got '{condition.control}'; "
+                    + nearest(condition.control, others)
+                )
+        if self.tune and (shared := set(self.tune.seeds) & set(self.seeds)):
+            raise UserError(
+                f"tuning must not see the seeds that are reported, both have {sorted(shared)}: change tune.seeds."
+            )
+        self._check_search()
+        self._check_sizes()
+        for title, factorial in self.factorials.items():
+            design(title, factorial, {name: condition.factors for name, condition in self.conditions.items()})
+        if self.power is not None and not self.exploratory:
+            needed = seeds_needed(self.power.pilot_sd, self.power.difference)
+            if len(self.seeds) < needed:
+                raise UserError(
+                    f"a difference of {self.power.difference:g} nats with a paired spread of {self.power.pilot_sd:g} "
+                    f"takes {needed} seeds, the study has {len(self.seeds)}: add seeds, or set exploratory = true, "
+                    "which every table then says."
+                )
+
+    def _check_search(self) -> None:
+        if self.search is None:
+            return
+        names = self.candidates()
+        for name in names:
+            if name not in self.conditions or name == self.baseline:
+                others = [other for other in self.conditions if other != self.baseline]
+                raise UserError(
+                    f"candidates must be conditions other than the baseline, got '{name}'; {nearest(name, others)}"
+                )
+        seen = {seed for rung in self.search.rungs for seed in rung.seeds}
+        if shared := seen & set(self.seeds):
+            raise UserError(
+                f"the search must not see the seeds that confirm, both have {sorted(shared)}: change its rungs' seeds."
+            )
+        left = [len(names), *(rung.keep for rung in self.search.rungs)]
+        if len(left) < 2 or any(b >= a for a, b in itertools.pairwise(left)):
+            raise UserError(f"every rung must keep fewer candidates than it gets, got {left[1:]} of {left[0]}.")
+        if self.sizes:
+            raise UserError("a study either searches or fits laws over sizes: remove search or sizes.")
+
+    def _check_sizes(self) -> None:
+        if (self.extrapolate is None) != (not self.sizes):
+            raise UserError("sizes and extrapolate go together: give both or neither.")
+        if self.extrapolate is not None:
+            needed = 2 + self.extrapolate.floor
+            if len(self.sizes) < needed or not self.extrapolate.flops > 0:
+                raise UserError(
+                    f"extrapolate needs at least {needed} sizes and flops above 0, "
+                    f"got {len(self.sizes)} and {self.extrapolate.flops:g}."
+                )
+        for size in self.sizes:
+            if not FILE_NAME.fullmatch(size):
+                raise UserError(f"names of sizes name folders: letters, digits, '.', '_' and '-' only, got '{size}'.")
+            self.sized(size)
+
+    def candidates(self) -> tuple[str, ...]:
+        """The conditions that the search chooses among."""
+        named = self.search.candidates if self.search else ()
+        return named or tuple(name for name in self.conditions if name != self.baseline)
+
+    def sized(self, size: str) -> "StudyConfig":
+        """The study at one of its sizes."""
+        return replace(
+            self, name=f"{self.name}-{size}", train=merged(self.train, self.sizes[size]), sizes={}, extrapolate=None
+        )
 
     def train_config(self, condition: str, seed: int) -> TrainConfig:
         """The run of one condition and seed."""

@@ -6,12 +6,16 @@ times in seconds, memory in bytes. Costs of an operation count one token's forwa
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import write_json
+from deepdelta.files import write_text
+
+BudgetName = Literal["tokens", "flops", "time"]
+"""What the runs of a comparison have in common: training tokens, floating-point operations, or seconds."""
 
 GATE_BINS = 20
 """A gate histogram counts gates in this many equal bins over [0, 2]."""
@@ -55,6 +59,8 @@ class RunResult:
     seed: int
     validation_loss: float | None
     seconds: float
+    steps: int | None = None
+    """Those planned; None: the study's."""
     curve: tuple[CurvePoint, ...] = ()
 
     def __post_init__(self) -> None:
@@ -110,8 +116,51 @@ class RewriteSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """How a condition's learning rate was chosen: the lowest mean loss on the last tenth of the training part.
+
+    Fields:
+        lr: the chosen one. edge: it is the lowest or the highest of the grid, so that a better one may lie beyond.
+        grid, losses: the rates tried and their mean losses; None where a run diverged.
+        seeds: of those runs; none is reported on.
+    """
+
+    lr: float
+    edge: bool
+    grid: tuple[float, ...]
+    losses: tuple[float | None, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factorial:
+    """Factors whose effects are told apart, on the conditions that have them all and the levels in `where`.
+
+    Without `interactions`, which a fraction of a full factorial may not tell from each other, main effects alone.
+    """
+
+    factors: tuple[str, ...]
+    where: dict[str, str] = field(default_factory=dict)
+    interactions: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Power:
+    """The plan for the number of seeds: `pilot_sd` is the spread of paired differences, `difference` what matters."""
+
+    pilot_sd: float
+    difference: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConditionResult:
-    """One condition of the study. `flops_per_token` counts forward and backward, element-wise work included."""
+    """One condition of the study. `flops_per_token` counts forward and backward, element-wise work included.
+
+    Fields:
+        control: the condition that this one is compared with besides the baseline.
+        factors: its level of each factor.
+        runs: at the study's first budget. matched: at the others; a run that serves two budgets has its curve once.
+    """
 
     name: str
     summary: str
@@ -122,15 +171,25 @@ class ConditionResult:
     cost: CostResult | None = None
     runs: tuple[RunResult, ...] = ()
     rewrites: tuple[RewriteSummary, ...] = ()
+    control: str | None = None
+    factors: dict[str, str] = field(default_factory=dict)
+    tuned: Tuned | None = None
+    matched: dict[BudgetName, tuple[RunResult, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        seeds = [run.seed for run in self.runs]
-        if len(set(seeds)) != len(seeds):
-            raise UserError(f"runs of '{self.name}' must have different seeds, got {seeds}")
+        for runs in (self.runs, *self.matched.values()):
+            seeds = [run.seed for run in runs]
+            if len(set(seeds)) != len(seeds):
+                raise UserError(f"runs of '{self.name}' must have different seeds, got {seeds}")
 
-    def losses(self) -> dict[int, float]:
-        """Validation loss by seed, of the runs that ended with one."""
-        return {run.seed: run.validation_loss for run in self.runs if run.validation_loss is not None}
+    def at(self, budget: BudgetName) -> tuple[RunResult, ...]:
+        """The runs at one of the study's budgets."""
+        return self.matched.get(budget, self.runs)
+
+    def losses(self, budget: BudgetName | None = None) -> dict[int, float]:
+        """Validation loss by seed, of the runs that ended with one; at the first budget unless another is named."""
+        runs = self.runs if budget is None else self.at(budget)
+        return {run.seed: run.validation_loss for run in runs if run.validation_loss is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +210,10 @@ class StudyResults:
     budget: Budget
     seeds: tuple[int, ...]
     conditions: tuple[ConditionResult, ...]
+    budgets: tuple[BudgetName, ...] = ("tokens",)
+    factorials: dict[str, Factorial] = field(default_factory=dict)
+    power: Power | None = None
+    exploratory: bool = False
 
     def __post_init__(self) -> None:
         names = [condition.name for condition in self.conditions]
@@ -167,8 +230,8 @@ class StudyResults:
 
 
 def save_results(results: StudyResults, path: Path) -> None:
-    """Write `results.json` atomically."""
-    write_json(path, to_plain(results))
+    """Write `results.json` atomically, on one line: nobody reads curves, and the line breaks would double the file."""
+    write_text(path, json.dumps(to_plain(results), allow_nan=False) + "\n")
 
 
 def load_results(path: Path) -> StudyResults:
