@@ -131,6 +131,19 @@ def test_a_seed_leaves_torch_s_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_a_plain_start_is_the_plain_residual_and_its_value_channels_are_not_alike(channels):
+    stream = DeltaStream(D, channels, rule="additive_erase", plain_start=True, seed=0)
+    residual, x, h = stream.wrap(), randn(7, D).float(), randn(7, D, seed=1).float()
+    state = residual.open(stream.expand(x))[1](h)
+    assert state.equal((x + h).unsqueeze(-2).expand(state.shape))
+    torch.testing.assert_close(stream.reduce(state), x + h, rtol=1e-6, atol=1e-6)
+    if channels > 1:
+        weight = residual.compression.weight * channels
+        assert set(weight.unique().tolist()) == ({0.5, 1.5} if channels % 2 == 0 else {0.5, 1.0, 1.5})
+        assert len(weight.unique(dim=0)) == channels
+
+
 def test_the_branch_is_never_drawn_anew():
     branch = nn.Linear(D, D)
     before = copy.deepcopy(branch.state_dict())

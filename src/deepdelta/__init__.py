@@ -3,9 +3,28 @@
 from deepdelta import interop, ops
 from deepdelta.errors import UserError
 from deepdelta.models import GPT, GPTConfig, generate
-from deepdelta.nn import DeltaResidual, DeltaStream, ResidualConfig, RewriteRecord, recording, use_backend, use_memory
+from deepdelta.nn import (
+    DeltaResidual,
+    DeltaStream,
+    Intervention,
+    ResidualConfig,
+    RewriteRecord,
+    intervening,
+    recording,
+    use_backend,
+    use_memory,
+)
 from deepdelta.nn.presets import PRESETS
 from deepdelta.operator import DeltaOperator
+from deepdelta.retrofitting import (
+    RetrofitConfig,
+    RetrofitReport,
+    load_retrofit,
+    retrofit,
+    retrofitted,
+    save_retrofit,
+    undo_retrofit,
+)
 from deepdelta.training import TrainConfig, load, param_groups, train
 from deepdelta.version import __version__
 
@@ -16,18 +35,27 @@ __all__ = [
     "DeltaResidual",
     "DeltaStream",
     "GPTConfig",
+    "Intervention",
     "ResidualConfig",
+    "RetrofitConfig",
+    "RetrofitReport",
     "RewriteRecord",
     "TrainConfig",
     "UserError",
     "__version__",
     "generate",
     "interop",
+    "intervening",
     "load",
+    "load_retrofit",
     "ops",
     "param_groups",
     "recording",
+    "retrofit",
+    "retrofitted",
+    "save_retrofit",
     "train",
+    "undo_retrofit",
     "use_backend",
     "use_memory",
 ]

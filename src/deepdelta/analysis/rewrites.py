@@ -23,7 +23,7 @@ class RewriteTotals:
 
     def add(self, record: RewriteRecord) -> None:
         """Count one rewrite. The discrepancy after is that of the state it leaves behind: k^T X' - v with
-        k^T X' = k^T X + |k|^2 (w - b k^T X), w = beta v."""
+        k^T X' = k^T X + |k|^2 (w - b k^T X)."""
         if record.beta is not None:
             beta = record.beta.double().cpu()
             self.gates += torch.histc(beta, bins=GATE_BINS, min=0.0, max=2.0)
@@ -32,9 +32,10 @@ class RewriteTotals:
             read, target = record.read.double(), record.target.double()
             square = record.norm.double().square().unsqueeze(-1)
             erased = 0.0 if record.erase is None else record.erase.double() * read
-            after = read + square * (record.beta.double() * target - erased)
+            after = read + square * (record.write.double() - erased)
             self._sum("before", (read - target).square())
             self._sum("after", (after - target).square())
+            self._sum("product", (read - target) * (after - target))
         self._sum("norm", record.norm.double())
         self._sum("cosine", record.cosine.double().abs())
 

@@ -3,7 +3,6 @@
 import datetime
 import gc
 import importlib.metadata
-import os
 from pathlib import Path
 
 import torch
@@ -17,7 +16,15 @@ from deepdelta.benchmarks.results import BenchResults, GroupResult, Row, bars_of
 from deepdelta.benchmarks.subjects import Subject, build, code_of, problem, triad
 from deepdelta.errors import UserError
 from deepdelta.files import write_text
-from deepdelta.training.environment import Device, choose_device, commit, keep_freed_memory, machine, versions
+from deepdelta.training.environment import (
+    Device,
+    choose_device,
+    commit,
+    keep_freed_memory,
+    machine,
+    usable_cores,
+    versions,
+)
 from deepdelta.training.progress import Reporter, reporting
 
 COMPILATIONS = 4
@@ -108,11 +115,6 @@ def _write(results: BenchResults, out: Path) -> None:
     write_text(out / "table.md", tables.markdown(results))
     write_text(out / "plot.svg", figures.svg(results))
     write_text(out / "plot.html", figures.page(results))
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _skipped(group: Group, suite: Suite) -> dict[str, str]:

@@ -122,7 +122,7 @@ class DecodingCache:
             # Attention and MLP take turns; the MLP looks at one token alone.
             memory = () if i % 2 else (self.layers[i // 2], slots)
             following = self._readings[i + 1]
-            if step is None or tokens > 1 or residual.recorder is not None or not residual.fused:
+            if step is None or tokens > 1 or not residual.runs_fused():
                 opened = residual(opened, following, *memory)
                 continue
             assert residual.branch is not None

@@ -3,6 +3,7 @@
 from deepdelta.nn.adding import resnet_branch
 from deepdelta.nn.backend import Backend, use_backend
 from deepdelta.nn.config import ResidualConfig
+from deepdelta.nn.interventions import Intervention, intervening
 from deepdelta.nn.linear import Linear, RMSNorm, initialise
 from deepdelta.nn.recording import Recorder, recording
 from deepdelta.nn.replay import Plan, use_memory
@@ -13,6 +14,7 @@ __all__ = [
     "Backend",
     "DeltaResidual",
     "DeltaStream",
+    "Intervention",
     "Linear",
     "Plan",
     "RMSNorm",
@@ -20,6 +22,7 @@ __all__ = [
     "ResidualConfig",
     "RewriteRecord",
     "initialise",
+    "intervening",
     "recording",
     "resnet_branch",
     "use_backend",

@@ -20,16 +20,26 @@ class Squeeze(nn.Module):
 
 
 class ChannelCompression(Initialised):
-    """x_in = sum_j C[j, :] * X[j, :], one weight per value channel and feature, starting at the mean (C = 1/V)."""
+    """x_in = sum_j C[j, :] * X[j, :], one weight per value channel and feature, starting at the mean (C = 1/V).
+
+    With `plain_start` in pairs of value channels, feature by feature, 0.5/V and 1.5/V: on channels that are equal it is
+    the mean all the same, but each has gradients of its own, without which they would stay equal.
+    """
 
     weight_decay_exempt = True
 
     def __init__(self, config: ResidualConfig, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.value_channels, dim))
+        self.paired = config.plain_start
 
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
         parameter.fill_(1 / parameter.shape[0])
+        if self.paired:
+            half, width = parameter.shape[0] // 2, parameter.shape[1]
+            swing = torch.randint(0, 2, (half, width), generator=generator) - 0.5
+            parameter[:half] *= 1 + swing
+            parameter[half : 2 * half] *= 1 - swing
 
     def folded(self) -> Tensor:
         """C, (V, D)."""

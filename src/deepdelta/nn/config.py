@@ -65,7 +65,7 @@ class ResidualConfig:
     """The erase gate at the start, for rules whose erase has a gate of its own (additive_erase, two_gate)."""
     plain_start: bool = False
     """additive_erase starts as the plain residual X + h, exactly: its erase gate is multiplied by a learned number that
-    starts at 0, and W of w_h = 1 + W c starts at 0."""
+    starts at 0, W of w_h = 1 + W c starts at 0, and the weights of `channel` add up to 1 but differ."""
     expansion: Expansion = "repeat"
     """repeat: every value channel is the embedding; embedding_conv: causal depthwise convolution over tokens."""
     expansion_kernel: int = 4

@@ -34,4 +34,5 @@ PRESETS: Mapping[str, ResidualConfig] = MappingProxyType(
         "published-scalar": ResidualConfig(value_channels=1, target="scaled_sigmoid", gate_hidden_bias=False),
     }
 )
-"""`ddl` is the paper's DDL-CC with the library's defaults; `retrofit` starts as the plain residual; `published-*` carry the authors' code's choices."""
+"""`ddl` is the paper's DDL-CC with the library's defaults; `retrofit` starts as the plain residual; `published-*` carry
+the authors' code's choices."""

@@ -44,6 +44,12 @@ class RewriteRecord(NamedTuple):
     """The size of the vector that k is made of, sqrt(|h|^2 + eps^2), (...)."""
     cosine: Tensor
     """cos(k, X_j) per value channel, (..., V); 0 where either is 0."""
+    write: Tensor
+    """w, (..., V), on the scale of k: what is written is k w^T."""
+    direction: Tensor
+    """k, (..., D)."""
+    state_norm: Tensor
+    """|X_j| before the rewrite, per value channel, (..., V)."""
 
 
 class DeltaResidual(nn.Module):
@@ -58,6 +64,8 @@ class DeltaResidual(nn.Module):
         super().__init__()
         self.config, self.dim, self.layout = config, dim, layout
         self.recorder: Callable[[RewriteRecord], None] | None = None
+        self.intervention: Callable[[Step], Step] | None = None
+        """What replaces parts of each rewrite; see `intervening`."""
         self.fused = False
         """Whether the rewrites are done by `ops.step.fused_step`; see `use_backend`."""
         self.memory = Memory()
@@ -151,7 +159,7 @@ class DeltaResidual(nn.Module):
 
     def _advance(self, opened: Opened, following: Reading, *args: Any) -> Opened:
         assert self.branch is not None and not self.layout.channel_first
-        folded = following.folded() if self._runs_fused() else None
+        folded = following.folded() if self.runs_fused() else None
         h_D = self.branch(opened.c, *args)
         if folded is None:
             state_VD = self._rewritten(opened, h_D)
@@ -183,8 +191,9 @@ class DeltaResidual(nn.Module):
         )
         return result
 
-    def _runs_fused(self) -> bool:
-        return self.fused and self.recorder is None
+    def runs_fused(self) -> bool:
+        """Whether the fused step rewrites now: never under a recorder or an intervention, which it would pass by."""
+        return self.fused and self.recorder is None and self.intervention is None
 
     def _close(self, opened: Opened, h: Tensor) -> Tensor:
         h_D = self.layout.inward(h)
@@ -200,9 +209,11 @@ class DeltaResidual(nn.Module):
     def _rewritten(self, opened: Opened, h_D: Tensor) -> Tensor:
         state_VD = opened.state
         for step in self._steps(opened, h_D):
-            if self._runs_fused():
+            if self.runs_fused():
                 state_VD = self._fused(state_VD, step).state
                 continue
+            if self.intervention is not None:
+                step = self.intervention(step)
             with self.memory.watching(state_VD):
                 rewritten = rewrite_along(state_VD, step.h, step.write, step.erase, step.normalise)
             if self.recorder is not None:
@@ -216,7 +227,7 @@ class DeltaResidual(nn.Module):
         rule, along_h, c_D = self.config.rule, Normalise(self.config.direction_eps**2, 0), opened.c
         if (maps := self.linear_maps()) is not None:
             gating = Gating(precise_linear(c_D, *maps), self.gate.outputs, self.config.erases)
-            if not self._runs_fused():
+            if not self.runs_fused():
                 return [self._target_step(h_D, gating.beta(), gating.target())]
             return [Step(h_D, 0.0, None, normalisation(self.config, self.dim), None, None, gating)]
         if self.config.writes_branch:
@@ -295,8 +306,14 @@ def _record(state_VD: Tensor, step: Step, rewritten: Rewritten, eps: float) -> R
     scale, size = scale_of(step.h, step.normalise), h_D.norm(dim=-1, keepdim=True)
     # The operator form compares the raw read with v; on the scale of k both are smaller by s.
     target = step.target * scale if step.target is not None and step.normalise.power == 2 else step.target
-    sizes_V = size * state_VD.to(raw_V.dtype).norm(dim=-1)
+    state_norm_V = state_VD.to(raw_V.dtype).norm(dim=-1)
+    sizes_V = size * state_norm_V
     cosine_V = torch.where(sizes_V > 0, raw_V / sizes_V, torch.zeros_like(raw_V))
     branch_norm = (size.square() + eps * eps).sqrt().squeeze(-1)
-    values = (step.beta, step.erase, raw_V * scale, target, (size * scale).squeeze(-1), branch_norm, cosine_V)
+    power = step.normalise.power if isinstance(step.write, Tensor) else 0
+    write_V = (torch.zeros_like(raw_V) + step.write) * scale ** (power - 1)
+    values = (
+        *(step.beta, step.erase, raw_V * scale, target, (size * scale).squeeze(-1), branch_norm, cosine_V),
+        *(write_V, h_D * scale, state_norm_V),
+    )
     return RewriteRecord(*(None if value is None else value.detach() for value in values))  # type: ignore[arg-type]

@@ -46,6 +46,11 @@ def choose_device(name: str, precision: str) -> Device:
     return Device(torch.device(name), precision, reason)
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_freed_memory() -> bool:
     """Have the process keep the memory of freed tensors for the next ones; whether this C library can (glibc can).
 

@@ -56,7 +56,8 @@ def train(
     Args:
         config: what to train; a run that is there must have been started with the same, but may get more steps.
         path: the run directory.
-        init_from: a run whose weights a new run starts from.
+        init_from: a run whose weights a new run starts from; where they are those of a plain model and the new one has
+            `plain_start`, it is retrofitted: the function is the run's, and what delta residuals add has its own start.
         inexact_resume: continue even where versions, machine, threads or device differ from the run's.
         say: takes the lines meant for the user.
 
@@ -77,7 +78,7 @@ def train(
     say(corpus.description)
     model = GPT(config.model, seed=config.seed).to(chosen.device)
     if init_from is not None:
-        RunDirectory(init_from).load_weights(model)
+        start_from(RunDirectory(init_from), model)
     rewrites = use_backend(model, config.backend)
     use_memory(model, config.memory)
     say(f"Rewrites by the backend '{rewrites.backend}' ({rewrites.reason}).")
@@ -96,6 +97,22 @@ def train(
         # Written last: it makes the directory a run, or gives the run its new number of steps.
         run.write_config(config)
         return trainer.run_steps()
+
+
+def start_from(run: RunDirectory, model: GPT) -> None:
+    """Load a run's weights into a new model: of the same settings, or the retrofit of the run's plain one.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    absent: set[str] = set()
+    if model.config.residual.plain_start:
+        there = run.config().model.residual
+        if (there.rule, there.value_channels) == ("additive", 1):
+            kept = [part for residual in model.residuals() for part in (residual.branch, residual.norm) if part]
+            plain = {parameter for part in (model.embedding, model.norm, *kept) for parameter in part.parameters()}
+            absent = {name for name, parameter in model.named_parameters() if parameter not in plain}
+    run.load_weights(model, absent)
 
 
 def _check_continues(

@@ -10,7 +10,7 @@ checkpoint.safetensors   weights, optimiser state and step, in one file so that 
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,15 +189,15 @@ class RunDirectory:
     def load_unused(self) -> dict[str, Tensor]:
         return load_file(self.path / UNUSED) if (self.path / UNUSED).exists() else {}
 
-    def load_weights(self, model: nn.Module) -> None:
-        """Load the checkpoint's weights into `model`.
+    def load_weights(self, model: nn.Module, absent: Collection[str] = ()) -> None:
+        """Load the checkpoint's weights into `model`; those in `absent` keep their start where it has none for them.
 
         Raises:
             UserError: no checkpoint, a truncated one, or tensors that do not fit the model.
         """
         tensors, _ = self._load_tensors("model.")
         own = model.state_dict()
-        missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+        missing, unknown = sorted(set(own) - set(tensors) - set(absent)), sorted(set(tensors) - set(own))
         if missing or unknown:
             raise UserError(
                 f"{self.path / CHECKPOINT} does not fit this model: missing tensors {missing[:5]}, "
@@ -209,7 +209,7 @@ class RunDirectory:
                     f"{self.path / CHECKPOINT} does not fit this model: '{name}' has shape {tuple(tensor.shape)}, "
                     f"the model's has {tuple(own[name].shape)}."
                 )
-        model.load_state_dict(tensors)
+        model.load_state_dict(own | tensors)
 
     def load_optimizer(self, model: nn.Module, optimizer: Optimizer) -> tuple[int, float]:
         """Load the optimiser's state; the step and the training seconds that the checkpoint was made at."""

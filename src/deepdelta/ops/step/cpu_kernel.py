@@ -4,8 +4,8 @@ Forward reads X and h and writes X' and c'; backward reads X, h and the two grad
 (fp32, or fp64 for an fp64 state); bf16 comes as the 16 bits it is. Arguments that are None leave their part out: numba
 compiles a version without it. Shapes: N tokens, V value channels, D width, G gates.
 
-A loop that sums stores nothing: around a store the compiler keeps a second version of the loop for the case that arrays
-overlap, its test is conservative, and the order of the sum, so the last bit, would depend on where memory happens to lie.
+A loop that sums stores nothing: around a store the compiler keeps a second version of the loop, for arrays that
+overlap; its test is conservative, and the order of the sum, so the last bit, would depend on where memory lies.
 """
 
 import numpy as np

@@ -1,0 +1,171 @@
+"""Delta residuals for a network that exists, which computes the same function until it is trained further."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from deepdelta.config import from_plain
+from deepdelta.errors import UserError, nearest
+from deepdelta.retrofitting.blocks import Job, full_name
+from deepdelta.retrofitting.config import RetrofitConfig, RetrofitReport
+from deepdelta.retrofitting.encoder import retrofit_encoder, retrofit_layer
+from deepdelta.retrofitting.gpt import retrofit_gpt
+from deepdelta.retrofitting.huggingface import retrofit_h, retrofit_layers
+from deepdelta.retrofitting.resnet import retrofit_resnet
+
+Model = TypeVar("Model", bound=nn.Module)
+Adapter = Callable[[nn.Module, Job], None]
+
+_TORCH = "torch.nn.modules.transformer."
+FAMILIES: dict[str, Adapter] = {
+    "transformers.models.llama.modeling_llama.LlamaModel": retrofit_layers,
+    "transformers.models.qwen3.modeling_qwen3.Qwen3Model": retrofit_layers,
+    "transformers.models.gpt2.modeling_gpt2.GPT2Model": retrofit_h,
+    "transformers.models.vit.modeling_vit.ViTModel": retrofit_layers,
+    "torchvision.models.resnet.ResNet": retrofit_resnet,
+    f"{_TORCH}TransformerEncoder": retrofit_encoder,
+    f"{_TORCH}TransformerEncoderLayer": retrofit_layer,
+    "deepdelta.models.gpt.GPT": retrofit_gpt,
+}
+"""The modules that run blocks one after another, by full name: their libraries need not be installed."""
+
+REFUSED = {
+    f"{_TORCH}TransformerDecoder": "its layers also attend to a memory; retrofit the encoder alone",
+    f"{_TORCH}TransformerDecoderLayer": "it also attends to a memory; retrofit the encoder alone",
+}
+ATTRIBUTE = "_deepdelta_retrofit"
+
+
+class Retrofitted(NamedTuple):
+    """What a model remembers of its retrofit."""
+
+    job: Job
+    families: tuple[str, ...]
+    plain: int
+    """Parameters before."""
+    keys: tuple[str, ...]
+    """Keys of the state dict that are new."""
+
+
+def retrofit(model: Model, value_channels: int = 4, **options: Any) -> Model:
+    """Replace the residual additions x + F(x) of `model`, in place, by delta residuals that compute the same at first.
+
+    Every residual is X' = X + h w_h^T - a beta k (k^T X) (rule additive_erase), with a = 0 and w_h = 1 + W c, W = 0 at
+    the start: exactly X + h. The state starts as V equal copies, read with weights that add up to 1. The gradients of
+    `a`, W and the readings are not zero, and those of the gates are not once `a` has moved. The parameters of `model`
+    keep names, values and identity.
+
+    Args:
+        model: a model that holds a Llama, Qwen3, GPT-2 or ViT of transformers, a torchvision ResNet, an
+            nn.TransformerEncoder (or layers of one), or a `deepdelta.GPT` with plain residuals.
+        value_channels: V.
+        options: the other fields of `RetrofitConfig`: trainable, gate, erase_init, seed and so on.
+
+    Returns:
+        The same object. `retrofitted(model)` reports on it, `undo_retrofit(model)` takes everything back.
+
+    Raises:
+        UserError: no residual structure that is known, blocks that are not the library's own, a model that has been
+            retrofitted already, or an unknown option. The model is then as it was.
+    """
+    config = from_plain(RetrofitConfig, {"value_channels": value_channels, **options}, where="retrofit")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"retrofit takes a torch.nn.Module, got {type(model).__name__}.")
+    _refuse_again(model)
+    if config.seed is None:
+        config = replace(config, seed=int(torch.randint(2**62, ())))
+    job = Job(config, {module: name for name, module in model.named_modules()})
+    found = list(_stacks(model))
+    if not found:
+        kind, known = type(model).__name__, sorted(map(_short, FAMILIES))
+        close = nearest(kind, known).replace(f"known are: {', '.join(known)}.", "")
+        raise UserError(
+            f"retrofit knows no residual structure in {kind}: it looked for the modules {', '.join(known)}. "
+            f"{close + ' ' if close else ''}Wrap its branches with deepdelta.DeltaStream."
+        )
+    before, keys = list(model.parameters()), set(model.state_dict())
+    try:
+        for module, name in found:
+            FAMILIES[name](module, job)
+    except BaseException:
+        job.undo()
+        raise
+    if config.trainable == "residual":
+        for parameter in before:
+            job.freeze(parameter)
+    added = tuple(key for key in model.state_dict() if key not in keys)
+    count = sum(parameter.numel() for parameter in before)
+    setattr(model, ATTRIBUTE, Retrofitted(job, tuple(_short(name) for _, name in found), count, added))
+    return model
+
+
+def retrofitted(model: nn.Module) -> RetrofitReport:
+    """What was done to a model by `retrofit`.
+
+    Raises:
+        UserError: nothing was.
+    """
+    record = record_of(model)
+    added = dict.fromkeys(record.job.parts, 0)
+    parameters = dict(model.named_parameters())
+    for key in record.keys:
+        part = next(part for part in added if f"{key}.".startswith(f"{part}.") or not part)
+        added[part] += parameters[key].numel()
+    trained = sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
+    return RetrofitReport(record.families, record.job.config, added, record.plain, trained)
+
+
+def undo_retrofit(model: Model) -> Model:
+    """Give `model` its plain residuals back; its own parameters stay as they are now, what was added is dropped.
+
+    Raises:
+        UserError: the model was not retrofitted.
+    """
+    record_of(model).job.undo()
+    delattr(model, ATTRIBUTE)
+    return model
+
+
+def record_of(model: nn.Module) -> Retrofitted:
+    record: Retrofitted | None = getattr(model, ATTRIBUTE, None)
+    if record is None:
+        raise UserError(
+            f"this {type(model).__name__} was not retrofitted: give the module that deepdelta.retrofit was called with."
+        )
+    return record
+
+
+def _refuse_again(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, ATTRIBUTE) or full_name(type(module)).endswith("retrofitting.blocks.Deltas"):
+            where = f"its module '{name}'" if name else "the model"
+            raise UserError(
+                f"{where} has been retrofitted already; call deepdelta.undo_retrofit on it first to change options."
+            )
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that run blocks, each with the name that it is known by, outermost only."""
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        bases: dict[str, Any] = {full_name(kind): kind for kind in type(module).__mro__}
+        for name, reason in REFUSED.items():
+            if name in bases:
+                raise UserError(f"retrofit does not know {_short(name)} ('{path}'): {reason}.")
+        name = next((name for name in bases if name in FAMILIES), "")
+        if not name or module in inside:
+            continue
+        if type(module).forward is not bases[name].forward:
+            raise UserError(
+                f"{type(module).__name__} has a forward of its own in place of {_short(name)}'s, and may use what its "
+                "blocks return; wrap the branches with deepdelta.DeltaStream."
+            )
+        inside.update(module.modules())
+        yield module, name
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]

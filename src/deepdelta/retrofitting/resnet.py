@@ -1,0 +1,97 @@
+"""torchvision's ResNets: a channel-first state (N, V, C, H, W) from the stem to the pooling.
+
+The ReLU after an addition acts on each value channel. Where a block changes width or resolution, its shortcut map does
+so too, and the state goes on in a stream of the new width; the branch reads the state as it was before. The branch has
+no norm at its beginning, so the residual's own is for the gate and W alone, which see the state at unit mean square.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deepdelta.retrofitting.blocks import DeltaBlock, Deltas, Job, check_blocks
+
+
+class ResNetBlock(DeltaBlock):
+    """A block with a delta residual in place of its addition."""
+
+    RESIDUALS = ("convolutions",)
+    relu: nn.Module
+    downsample: nn.Module | None
+
+    def branch(self, x: Tensor) -> Tensor:
+        """The block without its addition and the ReLU after that."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, residual = self.delta.enter(x), self.delta["convolutions"]
+        if self.downsample is None:
+            x_in = self.delta.read("convolutions", state)
+        else:
+            before = self.delta.before
+            assert before is not None
+            x_in = before.reduce(state)
+            state = before.map_channels(self.downsample, state)
+        _, rewrite = residual.open(state)
+        new = rewrite(self.branch(x_in))
+        # The block's own ReLU works in place, on what the backward pass may still need.
+        return self.delta.leave(torch.relu(new) if isinstance(self.relu, nn.ReLU) else self.relu(new))
+
+
+class BasicBlock(ResNetBlock):
+    """Two convolutions, as in ResNet-18 and -34."""
+
+    conv1: nn.Module
+    bn1: nn.Module
+    conv2: nn.Module
+    bn2: nn.Module
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))  # type: ignore[no-any-return]
+
+
+class Bottleneck(ResNetBlock):
+    """Three convolutions, as in ResNet-50 and deeper, ResNeXt and Wide ResNet."""
+
+    conv1: nn.Module
+    bn1: nn.Module
+    conv2: nn.Module
+    bn2: nn.Module
+    conv3: nn.Module
+    bn3: nn.Module
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        return self.bn3(self.conv3(x))  # type: ignore[no-any-return]
+
+
+OPTIONS: dict[str, Any] = {"channel_first": True, "norm": "rms"}
+BLOCKS: dict[str, type[DeltaBlock]] = {
+    "torchvision.models.resnet.BasicBlock": BasicBlock,
+    "torchvision.models.resnet.Bottleneck": Bottleneck,
+}
+
+
+def retrofit_resnet(network: nn.Module, job: Job) -> None:
+    """Convert every block of a torchvision ResNet."""
+    blocks = [block for i in range(1, 5) for block in cast(nn.Sequential, network.get_submodule(f"layer{i}"))]
+    check_blocks(network, blocks, BLOCKS)
+    entry = stream = job.stream(_convolution(blocks[0], "conv1").in_channels, **OPTIONS)
+    for i, block in enumerate(blocks):
+        version = BLOCKS[f"{type(block).__module__}.{type(block).__qualname__}"]
+        before = None
+        if block.downsample is not None:
+            last = "conv2" if version is BasicBlock else "conv3"
+            before, stream = stream, job.stream(_convolution(block, last).out_channels, **OPTIONS)
+        deltas = Deltas(
+            {"convolutions": stream.wrap()},
+            entry=entry if i == 0 else None,
+            stream=stream if i == len(blocks) - 1 else None,
+            before=before,
+        )
+        job.convert(block, version, deltas)
+
+
+def _convolution(block: nn.Module, name: str) -> nn.Conv2d:
+    return cast(nn.Conv2d, block.get_submodule(name))
