@@ -168,6 +168,22 @@ def test_what_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen.backend == "reference" and "numba" in chosen.reason
 
 
+@pytest.mark.parametrize(
+    ("preset", "compiled", "backend", "reason"),
+    [
+        ("additive", False, "reference", "the rewrite is a plain addition"),
+        ("ddl-scalar", False, "fused", "numba is installed"),
+        ("ddl-scalar", True, "reference", "compiled for the CPU, V = 1"),
+        ("ddl", True, "fused", "numba is installed"),
+    ],
+)
+def test_auto_takes_what_is_faster(preset: str, compiled: bool, backend: str, reason: str) -> None:
+    residual = PRESETS[preset]
+    model = GPT(GPTConfig(vocab_size=31, dim=16, heads=2, layers=1, context=8, residual=residual))
+    assert use_backend(model, "auto", compiled=compiled) == (backend, reason)
+    assert all(part.fused == (backend == "fused") for part in model.residuals())
+
+
 def test_the_same_bits_wherever_memory_lies():
     """Gradients do not depend on the addresses of tensors and scratch, which the blocks in between move about."""
     torch.manual_seed(0)

@@ -150,7 +150,7 @@ class _Trial:
         vocabulary = config.model.vocab_size or vocab_size
         self.config, self.chosen, self.tokens = config, chosen, config.tokens_per_step
         self.model = GPT(replace(config.model, vocab_size=vocabulary), seed=config.seed).to(chosen.device)
-        use_backend(self.model, config.backend)
+        use_backend(self.model, config.backend, compiled=config.compile)
         use_memory(self.model, config.memory)
         self.optimizer = build_optimizer(self.model, config)
         self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]

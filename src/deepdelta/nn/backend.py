@@ -1,10 +1,12 @@
 """Which code does the rewrites of a module: chosen by name, or by a rule that says what it chose."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from torch import nn
 
 from deepdelta.errors import UserError, nearest
+from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.expansion import EmbeddingConvolution
 from deepdelta.nn.residual import DeltaResidual
 from deepdelta.ops.step import NEEDS, fused_problem
@@ -18,13 +20,17 @@ class Chosen(NamedTuple):
     reason: str
 
 
-def use_backend(module: nn.Module, backend: Backend = "auto") -> Chosen:
+def use_backend(module: nn.Module, backend: Backend = "auto", *, compiled: bool = False) -> Chosen:
     """Choose what does the rewrites of every delta residual in `module`, where its parameters are now.
 
     - reference: plain PyTorch; differentiable any number of times, and what a new residual has.
     - fused: one pass over the state per sublayer, with the next sublayer's compression and norm in it where the model
       hands it on; compiled by numba on the CPU (fp32, fp64, bf16) and by Triton on CUDA. First derivatives.
-    - auto: fused where it can run, else reference.
+    - auto: reference where the rewrite is a plain addition (rule additive, V = 1), and at V = 1 on the CPU in a module
+      that is compiled: there the compiler does as well or better. Elsewhere fused where it can run, else reference.
+
+    Args:
+        compiled: whether `module` will run under torch.compile; for `auto` alone.
 
     Returns:
         What was chosen, and why.
@@ -43,10 +49,22 @@ def use_backend(module: nn.Module, backend: Backend = "auto") -> Chosen:
     problem = fused_problem(parameter.device, parameter.dtype)
     if backend == "fused" and problem is not None:
         raise UserError(f"{problem}; use the backend 'reference'.")
+    device = parameter.device.type
+    if problem is None and backend == "auto":
+        problem = _better_as_it_is([part.config for part in residuals], device, compiled)
     chosen = "fused" if backend != "reference" and problem is None else "reference"
     for part in module.modules():
         if isinstance(part, DeltaResidual | EmbeddingConvolution):
             part.fused = chosen == "fused"
     if backend != "auto":
         return Chosen(chosen, "asked for")
-    return Chosen(chosen, problem or f"{NEEDS[parameter.device.type]} is installed")
+    return Chosen(chosen, problem or f"{NEEDS[device]} is installed")
+
+
+def _better_as_it_is(configs: Sequence[ResidualConfig], device: str, compiled: bool) -> str | None:
+    """Why plain PyTorch is at least as fast as a fused step that could run; None where it is not."""
+    if any(config.value_channels > 1 for config in configs):
+        return None
+    if all(config.rule == "additive" for config in configs):
+        return "the rewrite is a plain addition"
+    return "compiled for the CPU, V = 1" if compiled and device == "cpu" else None

@@ -9,10 +9,13 @@ makes arrays.
 """
 
 import ctypes
+import hashlib
 import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import llvmlite.binding
@@ -64,18 +67,23 @@ class Loop(NamedTuple):
     alone: Any
 
 
-def loop(share: Any) -> Loop:
-    """C functions of share(table, index, count), a function by `compiled` that does part `index` of `count`."""
+def loop(make: Callable[[int | None, int], Any], *modules: ModuleType) -> Loop:
+    """C functions that do one thread's part of the work that a table describes, kept on disk from process to process.
+
+    Args:
+        make: make(team, source) returns share(table), whose part is `part(team, source)`. Besides types, it may
+            close over plain numbers alone: all of them are the key in the cache.
+        modules: where the functions that share calls stand. The cache looks at the file of share; what is compiled into
+            it from elsewhere counts through `source`, a number made of these files and this one.
+    """
+    texts = [Path(module.__file__ or "").read_bytes() for module in (sys.modules[__name__], *modules)]
+    source = int.from_bytes(hashlib.sha256(b"".join(texts)).digest()[:4], "big")
     argument = types.void(types.CPointer(types.int64))
 
-    def team(table):
-        share(table, thread_number(), thread_count())
+    def made(team: int | None) -> Any:
+        return numba.cfunc(argument, cache=True)(inspect.unwrap(make(team, source)))
 
-    def alone(table):
-        share(table, 0, 1)
-
-    by_team = None if _openmp() is None else numba.cfunc(argument)(inspect.unwrap(team))
-    return Loop(by_team, numba.cfunc(argument)(inspect.unwrap(alone)))
+    return Loop(None if _openmp() is None else made(1), made(None))
 
 
 def run(loop: Loop, table: Sequence[int], team: int) -> None:
@@ -116,6 +124,10 @@ def _pointer(typing_context, address):
     return types.voidptr(types.int64), inspect.unwrap(generate)
 
 
+def part(team, source):
+    """Within a loop: which part is this thread's, and of how many; all of it where `team` is None."""
+
+
 def array_at(address, shape, kind):
     """Within a loop: the array at an address; None where `kind` is, so that what it is for is left out."""
 
@@ -140,7 +152,14 @@ def _rounded(value, like):
     return np.uint16(np.uint32(bits + half) >> np.uint32(16))
 
 
-array_at, load, store = (inspect.unwrap(function) for function in (array_at, load, store))
+part, array_at, load, store = (inspect.unwrap(function) for function in (part, array_at, load, store))
+
+
+@overload(part, inline="always")
+def _part(team, source):
+    if isinstance(team, types.NoneType):
+        return lambda team, source: (0, 1)
+    return lambda team, source: (thread_number(), thread_count())
 
 
 @overload(array_at, inline="always")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepdelta.config import to_plain
 from deepdelta.data import Corpus, batch, check_context, load_corpus
 from deepdelta.errors import UserError
 from deepdelta.models import GPT
@@ -79,7 +80,7 @@ def train(
     model = GPT(config.model, seed=config.seed).to(chosen.device)
     if init_from is not None:
         start_from(RunDirectory(init_from), model)
-    rewrites = use_backend(model, config.backend)
+    rewrites = use_backend(model, config.backend, compiled=config.compile)
     use_memory(model, config.memory)
     say(f"Rewrites by the backend '{rewrites.backend}' ({rewrites.reason}).")
     environment = describe(chosen, corpus) | {"backend": rewrites.backend}
@@ -93,7 +94,8 @@ def train(
             if corpus.tokenizer is not None:
                 corpus.tokenizer.save(run.path)
             trainer.save()
-            run.write_environment(environment | {"init_from": str(init_from) if init_from else None})
+            start = {"init_from": None} if init_from is None else _describe_start(RunDirectory(init_from))
+            run.write_environment(environment | start)
         # Written last: it makes the directory a run, or gives the run its new number of steps.
         run.write_config(config)
         return trainer.run_steps()
@@ -113,6 +115,11 @@ def start_from(run: RunDirectory, model: GPT) -> None:
             plain = {parameter for part in (model.embedding, model.norm, *kept) for parameter in part.parameters()}
             absent = {name for name, parameter in model.named_parameters() if parameter not in plain}
     run.load_weights(model, absent)
+
+
+def _describe_start(run: RunDirectory) -> dict[str, Any]:
+    """Where a new run's weights come from, and how they were trained."""
+    return {"init_from": str(run.path), "init_config": to_plain(run.config())}
 
 
 def _check_continues(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from deepdelta.ops.team import Loop, address, array_at, compiled, kinds, load, loop, run, store, threads
+from deepdelta.ops.team import Loop, address, array_at, compiled, kinds, load, loop, part, run, store, threads
 
 
 def forward(x: Tensor, weight: Tensor, y: Tensor) -> None:
@@ -73,26 +73,34 @@ def _pull(first, last, one, x, weight, d_y, d_x, d_weight):
 
 @cache
 def _forward(stored: Any, wide: Any) -> Loop:
-    def share(at, index, count):
-        B, T, V, D, K = at[0], at[1], at[2], at[3], at[4]
-        _expand(
-            B * T * index // count, B * T * (index + 1) // count, wide(1), array_at(at[5], (B, T, D), stored),
-            array_at(at[6], (V, K, D), wide), array_at(at[7], (B, T, V, D), stored),
-        )  # fmt: skip
+    def make(team: int | None, source: int) -> Any:
+        def share(at):
+            index, count = part(team, source)
+            B, T, V, D, K = at[0], at[1], at[2], at[3], at[4]
+            _expand(
+                B * T * index // count, B * T * (index + 1) // count, wide(1), array_at(at[5], (B, T, D), stored),
+                array_at(at[6], (V, K, D), wide), array_at(at[7], (B, T, V, D), stored),
+            )  # fmt: skip
 
-    return loop(compiled(share))
+        return share
+
+    return loop(make)
 
 
 @cache
 def _backward(stored: Any, wide: Any) -> Loop:
     size = np.dtype(wide).itemsize
 
-    def share(at, index, count):
-        B, T, V, D, K = at[0], at[1], at[2], at[3], at[4]
-        _pull(
-            B * T * index // count, B * T * (index + 1) // count, wide(1), array_at(at[5], (B, T, D), stored),
-            array_at(at[6], (V, K, D), wide), array_at(at[7], (B, T, V, D), stored), array_at(at[8], (B, T, D), stored),
-            array_at(at[9] + index * V * K * D * size, (V, K, D), wide),
-        )  # fmt: skip
+    def make(team: int | None, source: int) -> Any:
+        def share(at):
+            index, count = part(team, source)
+            B, T, V, D, K = at[0], at[1], at[2], at[3], at[4]
+            _pull(
+                B * T * index // count, B * T * (index + 1) // count, wide(1), array_at(at[5], (B, T, D), stored),
+                array_at(at[6], (V, K, D), wide), array_at(at[7], (B, T, V, D), stored), array_at(at[8], (B, T, D), stored),
+                array_at(at[9] + index * V * K * D * size, (V, K, D), wide),
+            )  # fmt: skip
 
-    return loop(compiled(share))
+        return share
+
+    return loop(make)

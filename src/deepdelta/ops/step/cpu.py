@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepdelta.ops.step import cpu_kernel
 from deepdelta.ops.step.reference import Gating, Normalise
-from deepdelta.ops.team import Loop, address, array_at, compiled, kinds, loop, run, threads
+from deepdelta.ops.team import Loop, address, array_at, compiled, kinds, loop, part, run, threads
 
 
 def forward(
@@ -133,55 +133,64 @@ def _number(bits, wide):
 @cache
 def _forward(parts: _Parts) -> Loop:
     stored, wide, gating, erase, offset, compression, weight, opened = parts
-    fill = cpu_kernel.forward
 
-    def share(at, index, count):
-        N, V, D, G, R = at[0], at[1], at[2], at[3], at[4]
-        fill(
-            N * index // count, N * (index + 1) // count, wide(1),
-            array_at(at[8], (N, V, D), stored), array_at(at[9], (N, D), stored), array_at(at[10], (N, R), gating),
-            array_at(at[11], (N, G), gating), array_at(at[12], (N, V), wide), array_at(at[13], (N, G), erase),
-            _number(at[5], offset), at[7], array_at(at[14], (V, D), compression), array_at(at[15], (D,), weight),
-            _number(at[6], wide), array_at(at[16], (N, V, D), stored), array_at(at[17], (N, D), opened),
-            array_at(at[18], (N,), wide), array_at(at[19], (N, V), erase), array_at(at[20], (N,), wide),
-            array_at(at[21], (N, V), wide),
-        )  # fmt: skip
+    def make(team: int | None, source: int) -> Any:
+        def share(at):
+            index, count = part(team, source)
+            N, V, D, G, R = at[0], at[1], at[2], at[3], at[4]
+            cpu_kernel.forward(
+                N * index // count, N * (index + 1) // count, wide(1),
+                array_at(at[8], (N, V, D), stored), array_at(at[9], (N, D), stored), array_at(at[10], (N, R), gating),
+                array_at(at[11], (N, G), gating), array_at(at[12], (N, V), wide), array_at(at[13], (N, G), erase),
+                _number(at[5], offset), at[7], array_at(at[14], (V, D), compression), array_at(at[15], (D,), weight),
+                _number(at[6], wide), array_at(at[16], (N, V, D), stored), array_at(at[17], (N, D), opened),
+                array_at(at[18], (N,), wide), array_at(at[19], (N, V), erase), array_at(at[20], (N,), wide),
+                array_at(at[21], (N, V), wide),
+            )  # fmt: skip
 
-    return loop(compiled(share))
+        return share
+
+    return loop(make, cpu_kernel)
 
 
 @cache
 def _backward(parts: _Parts) -> Loop:
     stored, wide, gating, erase, offset, compression, weight, opened = parts
-    fill, size = cpu_kernel.backward, np.dtype(wide).itemsize
+    size = np.dtype(wide).itemsize
 
-    def share(at, index, count):
-        N, V, D, G, R = at[0], at[1], at[2], at[3], at[4]
-        mine = index * D * size
-        fill(
-            N * index // count, N * (index + 1) // count, wide(1),
-            array_at(at[8], (N, V, D), stored), array_at(at[9], (N, D), stored), array_at(at[10], (N, R), gating),
-            array_at(at[11], (N, G), gating), array_at(at[12], (N, V), wide), array_at(at[13], (N, G), erase),
-            _number(at[5], offset), at[7], array_at(at[14], (V, D), compression), array_at(at[15], (D,), weight),
-            array_at(at[16], (N,), wide), array_at(at[17], (N, V), erase), array_at(at[18], (N,), wide),
-            array_at(at[19], (N, V), wide), array_at(at[20], (N, V, D), stored), array_at(at[21], (N, D), opened),
-            array_at(at[22], (N, V, D), stored), array_at(at[23], (N, D), stored), array_at(at[24], (N, R), gating),
-            array_at(at[25], (N, V), wide), array_at(at[26], (N, G), erase),
-            array_at(at[27] + mine * V, (V, D), compression), array_at(at[28] + mine, (D,), weight),
-        )  # fmt: skip
+    def make(team: int | None, source: int) -> Any:
+        def share(at):
+            index, count = part(team, source)
+            N, V, D, G, R = at[0], at[1], at[2], at[3], at[4]
+            mine = index * D * size
+            cpu_kernel.backward(
+                N * index // count, N * (index + 1) // count, wide(1),
+                array_at(at[8], (N, V, D), stored), array_at(at[9], (N, D), stored), array_at(at[10], (N, R), gating),
+                array_at(at[11], (N, G), gating), array_at(at[12], (N, V), wide), array_at(at[13], (N, G), erase),
+                _number(at[5], offset), at[7], array_at(at[14], (V, D), compression), array_at(at[15], (D,), weight),
+                array_at(at[16], (N,), wide), array_at(at[17], (N, V), erase), array_at(at[18], (N,), wide),
+                array_at(at[19], (N, V), wide), array_at(at[20], (N, V, D), stored), array_at(at[21], (N, D), opened),
+                array_at(at[22], (N, V, D), stored), array_at(at[23], (N, D), stored), array_at(at[24], (N, R), gating),
+                array_at(at[25], (N, V), wide), array_at(at[26], (N, G), erase),
+                array_at(at[27] + mine * V, (V, D), compression), array_at(at[28] + mine, (D,), weight),
+            )  # fmt: skip
 
-    return loop(compiled(share))
+        return share
+
+    return loop(make, cpu_kernel)
 
 
 @cache
 def _replay(stored: Any, wide: Any) -> Loop:
-    fill = cpu_kernel.replay
+    def make(team: int | None, source: int) -> Any:
+        def share(at):
+            index, count = part(team, source)
+            N, V, D = at[0], at[1], at[2]
+            cpu_kernel.replay(
+                N * index // count, N * (index + 1) // count, array_at(at[8], (N, V, D), stored),
+                array_at(at[9], (N, D), stored), array_at(at[10], (N, V), wide), array_at(at[11], (N, V, D), stored),
+            )  # fmt: skip
 
-    def share(at, index, count):
-        N, V, D = at[0], at[1], at[2]
-        fill(
-            N * index // count, N * (index + 1) // count, array_at(at[8], (N, V, D), stored),
-            array_at(at[9], (N, D), stored), array_at(at[10], (N, V), wide), array_at(at[11], (N, V, D), stored),
-        )  # fmt: skip
+        return share
 
-    return loop(compiled(share))
+    return loop(make, cpu_kernel)
