@@ -1,14 +1,16 @@
 """A retrofit goes to a folder and comes back, or what is wrong is named; so is what cannot be retrofitted."""
 
 import copy
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import fx, nn
 
 import deepdelta
 from deepdelta import PRESETS, UserError, load_retrofit, retrofit, retrofitted, save_retrofit, undo_retrofit
@@ -153,6 +155,14 @@ def twice() -> nn.Module:
     return model
 
 
+def hooked(part: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """With a forward on the object, as libraries that spread a model over devices set it."""
+    model = llama()
+    module = part(model)
+    module.forward = functools.partial(module.forward)
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -172,6 +182,20 @@ def twice() -> nn.Module:
         (lambda: retrofit(llama()), "the model has been retrofitted already; call deepdelta.undo_retrofit"),
         (lambda: Wrapped(retrofit(gpt2())), "its module 'inside' has been retrofitted already"),
         (lambda: retrofit(Wrapped(llama())).inside, "its module 'model.layers.0.delta' has been retrofitted already"),
+        (
+            lambda: hooked(lambda model: model.model.layers[1]),
+            "LlamaDecoderLayer has a forward set on the object itself",
+        ),
+        (lambda: hooked(lambda model: model.model), "LlamaModel has a forward of its own in place of LlamaModel's"),
+        (
+            lambda: fx.symbolic_trace(made("basic")),
+            "cannot see blocks in ResNet, which was traced .*for the modules GPT,",
+        ),
+        pytest.param(
+            lambda: torch.jit.script(nn.Linear(2, 2)),
+            "cannot see blocks in RecursiveScriptModule, which was traced or",
+            marks=pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+        ),
         (lambda: "llama", "takes a torch.nn.Module, got str"),
     ],
 )

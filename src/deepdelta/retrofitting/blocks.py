@@ -148,7 +148,7 @@ def check_blocks(owner: nn.Module, blocks: list[nn.Module], known: Mapping[str, 
     """Every block must be of a class that is known exactly: a subclass may compute something else.
 
     Raises:
-        UserError: no blocks, a block of another class, or one that stands in several places.
+        UserError: no blocks, a block of another class, one whose forward was replaced, or one in several places.
     """
     here, names = type(owner).__name__, ", ".join(name.rpartition(".")[2] for name in known)
     if not blocks:
@@ -158,6 +158,11 @@ def check_blocks(owner: nn.Module, blocks: list[nn.Module], known: Mapping[str, 
             raise UserError(
                 f"retrofit knows the blocks {names} in {here}, got {type(block).__name__}, whose forward may add "
                 "elsewhere; wrap its branches with deepdelta.DeltaStream."
+            )
+        if "forward" in vars(block):
+            raise UserError(
+                f"{type(block).__name__} has a forward set on the object itself, as hooks of device maps do, and that "
+                "would hide the delta version; retrofit before they are set, or take them off first."
             )
     if len(set(map(id, blocks))) < len(blocks):
         raise UserError(

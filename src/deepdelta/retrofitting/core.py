@@ -36,6 +36,9 @@ REFUSED = {
     f"{_TORCH}TransformerDecoder": "its layers also attend to a memory; retrofit the encoder alone",
     f"{_TORCH}TransformerDecoderLayer": "it also attends to a memory; retrofit the encoder alone",
 }
+TRACED = ("torch.fx.graph_module.GraphModule", "torch.jit._script.ScriptModule")
+"""What holds a forward pass as a graph, in which additions have no place of their own."""
+
 ATTRIBUTE = "_deepdelta_retrofit"
 
 
@@ -80,12 +83,7 @@ def retrofit(model: Model, value_channels: int = 4, **options: Any) -> Model:
     job = Job(config, {module: name for name, module in model.named_modules()})
     found = list(_stacks(model))
     if not found:
-        kind, known = type(model).__name__, sorted(map(_short, FAMILIES))
-        close = nearest(kind, known).replace(f"known are: {', '.join(known)}.", "")
-        raise UserError(
-            f"retrofit knows no residual structure in {kind}: it looked for the modules {', '.join(known)}. "
-            f"{close + ' ' if close else ''}Wrap its branches with deepdelta.DeltaStream."
-        )
+        raise UserError(_nothing_found(model))
     before, keys = list(model.parameters()), set(model.state_dict())
     try:
         for module, name in found:
@@ -158,13 +156,27 @@ def _stacks(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         name = next((name for name in bases if name in FAMILIES), "")
         if not name or module in inside:
             continue
-        if type(module).forward is not bases[name].forward:
+        if type(module).forward is not bases[name].forward or "forward" in vars(module):
             raise UserError(
                 f"{type(module).__name__} has a forward of its own in place of {_short(name)}'s, and may use what its "
                 "blocks return; wrap the branches with deepdelta.DeltaStream."
             )
         inside.update(module.modules())
         yield module, name
+
+
+def _nothing_found(model: nn.Module) -> str:
+    kind, known = type(model).__name__, sorted(map(_short, FAMILIES))
+    if any(full_name(base) in TRACED for module in model.modules() for base in type(module).__mro__):
+        return (
+            f"retrofit cannot see blocks in {kind}, which was traced or scripted to a graph: retrofit the module that "
+            f"it was made from. It looks for the modules {', '.join(known)}."
+        )
+    close = nearest(kind, known).replace(f"known are: {', '.join(known)}.", "")
+    return (
+        f"retrofit knows no residual structure in {kind}: it looked for the modules {', '.join(known)}. "
+        f"{close + ' ' if close else ''}Wrap its branches with deepdelta.DeltaStream."
+    )
 
 
 def _short(name: str) -> str:

@@ -39,7 +39,8 @@ class Cell:
     Fields:
         name: of the file, and of the run directory.
         settings: as `canonical` gives them, the vocabulary filled in.
-        fingerprint: of the settings, the corpus and the tokenizer.
+        start: of the run whose weights it started from, likewise; None: new weights.
+        fingerprint: of the settings, the corpus, the tokenizer and the start.
         seconds: of training steps; tokens: trained on, both up to the last step made.
         commit, versions, machine, threads: of the run's first start.
     """
@@ -64,6 +65,7 @@ class Cell:
     machine: dict[str, str]
     threads: int
     finished: str
+    start: dict[str, Any] | None = None
 
 
 def canonical(settings: TrainConfig) -> dict[str, Any]:
@@ -73,20 +75,21 @@ def canonical(settings: TrainConfig) -> dict[str, Any]:
     return plain
 
 
-def fingerprint(settings: TrainConfig, corpus_sha256: str, tokenizer_sha256: str | None) -> str:
-    """SHA-256 of the canonical settings and of what they are trained on."""
-    return hashlib.sha256(
-        json.dumps([canonical(settings), corpus_sha256, tokenizer_sha256], sort_keys=True).encode()
-    ).hexdigest()
+def fingerprint(
+    settings: TrainConfig, corpus_sha256: str, tokenizer_sha256: str | None, start: TrainConfig | None = None
+) -> str:
+    """SHA-256 of the canonical settings, of what they are trained on, and of the settings of the run started from."""
+    parts = [canonical(settings), corpus_sha256, tokenizer_sha256, *([] if start is None else [canonical(start)])]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def read_cell(path: Path, settings: TrainConfig, corpus: Corpus) -> Cell | None:
-    """The cell at `path`, if there is one, for a run with these settings on this corpus.
+def read_cell(path: Path, settings: TrainConfig, corpus: Corpus, start: TrainConfig | None = None) -> Cell | None:
+    """The cell at `path`, if there is one, for a run with these settings on this corpus, from this start.
 
     The stored settings are read as a configuration first, so one that gained a field since holds that field's default.
 
     Raises:
-        UserError: the cell is damaged, or was made with other settings or on another corpus.
+        UserError: the cell is damaged, or was made with other settings, on another corpus or from another start.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -96,10 +99,16 @@ def read_cell(path: Path, settings: TrainConfig, corpus: Corpus) -> Cell | None:
         raise UserError(f"{path} is damaged ({error}); restore it, or delete it to run that cell again.") from None
     cell = from_plain(Cell, data, where=str(path))
     stored = from_plain(TrainConfig, cell.settings, where=f"{path}: settings")
+    began = None if cell.start is None else from_plain(TrainConfig, cell.start, where=f"{path}: start")
     wanted, tokenizer = resolve(settings, corpus), tokenizer_hash(corpus)
-    if fingerprint(stored, cell.corpus_sha256, cell.tokenizer_sha256) == fingerprint(wanted, corpus.sha256, tokenizer):
+    begin = None if start is None else resolve(start, corpus)
+    there = fingerprint(stored, cell.corpus_sha256, cell.tokenizer_sha256, began)
+    if there == fingerprint(wanted, corpus.sha256, tokenizer, begin):
         return cell
-    different = differences(canonical(stored), canonical(wanted))
+    different = differences(
+        canonical(stored) | {"start": None if began is None else canonical(began)},
+        canonical(wanted) | {"start": None if begin is None else canonical(begin)},
+    )
     if cell.corpus_sha256 != corpus.sha256:
         different.append(f"corpus: SHA-256 {cell.corpus_sha256[:12]} there, {corpus.sha256[:12]} here")
     if cell.tokenizer_sha256 != tokenizer:
@@ -111,12 +120,20 @@ def read_cell(path: Path, settings: TrainConfig, corpus: Corpus) -> Cell | None:
 
 
 def make_cell(
-    name: str, condition: str, run: Path, settings: TrainConfig, corpus: Corpus, *, rewrite_tokens: int
+    name: str,
+    condition: str,
+    run: Path,
+    settings: TrainConfig,
+    corpus: Corpus,
+    *,
+    rewrite_tokens: int,
+    start: TrainConfig | None = None,
 ) -> Cell:
     """The cell of a run that has ended.
 
     Args:
         rewrite_tokens: held-out tokens on which gates and discrepancies are collected; 0: none are.
+        start: the settings of the run that it started from.
 
     Raises:
         UserError: the run was trained on another corpus.
@@ -129,6 +146,7 @@ def make_cell(
             f"(SHA-256 {corpus.sha256[:12]} now, {environment['corpus_sha256'][:12]} in {run}); give another --out."
         )
     settings, tokenizer = resolve(settings, corpus), tokenizer_hash(corpus)
+    start = None if start is None else resolve(start, corpus)
     final = next((row for row in rows if row.get("final")), None)
     steps = max((row["step"] for row in rows if "loss" in row), default=0)
     with_rewrites = final is not None and rewrite_tokens > 0
@@ -136,7 +154,7 @@ def make_cell(
         name=name,
         condition=condition,
         seed=settings.seed,
-        fingerprint=fingerprint(settings, corpus.sha256, tokenizer),
+        fingerprint=fingerprint(settings, corpus.sha256, tokenizer, start),
         settings=canonical(settings),
         corpus_sha256=corpus.sha256,
         tokenizer_sha256=tokenizer,
@@ -153,6 +171,7 @@ def make_cell(
         machine=environment["machine"],
         threads=environment["threads"],
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        start=None if start is None else canonical(start),
     )
 
 

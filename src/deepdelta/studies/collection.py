@@ -92,7 +92,10 @@ def collect(
             contexts=CONTEXTS.format(settings.model.context),
         ),
         budget=Budget(
-            steps=settings.steps, tokens_per_step=settings.tokens_per_step, threads_per_run=settings.threads or 1
+            steps=settings.steps,
+            tokens_per_step=settings.tokens_per_step,
+            threads_per_run=settings.threads or 1,
+            start_steps=None if config.start is None else config.start_config(config.seeds[0]).steps,
         ),
         seeds=config.seeds,
         conditions=tuple(

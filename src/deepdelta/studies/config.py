@@ -21,6 +21,9 @@ FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 COMMON = frozenset({"data", "device", "precision", "threads"})
 """Settings that no condition may change."""
 
+START_SEED = 1000
+"""What is added to a run's seed for the run that it starts from, or it would see the same batches over again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
@@ -112,6 +115,8 @@ class StudyConfig:
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Changes of `train` by size: the study runs once per size, then laws of loss against compute are fitted."""
     extrapolate: Extrapolate | None = None
+    start: dict[str, Any] | None = None
+    """Changes of the baseline's settings for a run per seed that is trained first; others go on from its weights."""
     keep_checkpoints: bool = True
     """Keep the trained weights of finished runs; results need their cells alone."""
 
@@ -166,6 +171,7 @@ class StudyConfig:
             )
         self._check_search()
         self._check_sizes()
+        self._check_start()
         for title, factorial in self.factorials.items():
             design(title, factorial, {name: condition.factors for name, condition in self.conditions.items()})
         if self.power is not None and not self.exploratory:
@@ -213,6 +219,17 @@ class StudyConfig:
                 raise UserError(f"names of sizes name folders: letters, digits, '.', '_' and '-' only, got '{size}'.")
             self.sized(size)
 
+    def _check_start(self) -> None:
+        if self.start is None:
+            return
+        if self.tune or self.search or self.sizes:
+            raise UserError("runs that are tuned, searched among or fitted over sizes have no start: remove start.")
+        for key in sorted(COMMON & set(self.start)):
+            raise UserError(f"the start must share '{key}' with the runs that go on from it: move it to train.")
+        if "seed" in self.start:
+            raise UserError("the seed of a start comes from the study's seeds; remove 'seed' from start.")
+        self.start_config(self.seeds[0])
+
     def candidates(self) -> tuple[str, ...]:
         """The conditions that the search chooses among."""
         named = self.search.candidates if self.search else ()
@@ -229,6 +246,12 @@ class StudyConfig:
         common = merged(to_plain(TrainConfig()), self.train)
         plain = merged(common, self.conditions[condition].changes) | {"seed": seed}
         return from_plain(TrainConfig, plain, where=f"study {self.name}, condition {condition}")
+
+    def start_config(self, seed: int) -> TrainConfig:
+        """The run that those of a seed start from."""
+        assert self.start is not None
+        plain = merged(to_plain(self.train_config(self.baseline, seed)), self.start) | {"seed": seed + START_SEED}
+        return from_plain(TrainConfig, plain, where=f"study {self.name}, start")
 
 
 def named_studies() -> list[str]:

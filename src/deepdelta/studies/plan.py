@@ -1,6 +1,8 @@
-"""Which runs a study consists of: conditions x seeds at each budget, and before them the runs that tune."""
+"""Which runs a study consists of: conditions x seeds at each budget, and before them those that tune or that are
+started from.
+"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from deepdelta.data import Corpus
 from deepdelta.studies.config import StudyConfig
 from deepdelta.studies.results import BudgetName, CostResult
 from deepdelta.training import RunDirectory, TrainConfig
+from deepdelta.training.rundir import CHECKPOINT
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Run:
     """The study's folder."""
     work: float
     """Seconds that it is expected to take on a quiet machine."""
+    start: "Run | None" = None
+    """The run whose weights it starts from."""
 
     @property
     def path(self) -> Path:
@@ -42,6 +47,19 @@ class Run:
     def log(self) -> Path:
         """What its processes printed."""
         return self.path.with_name(f"{self.name}.log")
+
+    @property
+    def start_settings(self) -> TrainConfig | None:
+        return None if self.start is None else self.start.settings
+
+    @property
+    def weights(self) -> Path:
+        return self.path / CHECKPOINT
+
+    @property
+    def begun(self) -> bool:
+        """Whether its directory holds a run, which needs no start any more."""
+        return RunDirectory(self.path).started
 
     @property
     def ended(self) -> bool:
@@ -82,6 +100,7 @@ class Planner:
         """
         found: dict[tuple[str, int, BudgetName], Run] = {}
         for seed in self.config.seeds:
+            start = self.start(seed)
             for condition in self.config.conditions:
                 by_steps: dict[int, Run] = {}
                 for budget in self.config.budgets:
@@ -90,9 +109,15 @@ class Planner:
                         tag = "" if budget == "tokens" else f"+{budget}"
                         settings = stretched(self._settings(condition, seed), steps)
                         settings = replace(settings, lr=rates.get(condition, settings.lr))
-                        by_steps[steps] = self.run(f"{condition}{tag}", condition, settings)
+                        by_steps[steps] = replace(self.run(f"{condition}{tag}", condition, settings), start=start)
                     found[condition, seed, budget] = by_steps[steps]
         return found
+
+    def start(self, seed: int) -> Run | None:
+        """The run that those of a seed start from, if the study has one."""
+        if self.config.start is None:
+            return None
+        return self.run(f"{self.config.baseline}+start", self.config.baseline, self.config.start_config(seed))
 
     def tuning(self, tail: Corpus) -> dict[tuple[str, float, int], Run]:
         """The runs that tune, by condition, rate and seed, on the corpus that `train_tail` made."""
@@ -163,6 +188,20 @@ class Planner:
         tokens = settings.steps * settings.tokens_per_step + min(settings.final_eval_tokens or held_out, held_out) / 3
         cost = self.costs.get(condition)
         return tokens / cost.tokens_per_second if cost else tokens * self.flops_per_token(condition) / 1e10
+
+
+def starts(runs: Iterable[Run]) -> dict[str, Run]:
+    """The runs that these start from, by name."""
+    return {run.start.name: run.start for run in runs if run.start is not None}
+
+
+def untrained(runs: Iterable[Run]) -> list[Run]:
+    """Of the runs that these start from, those whose weights an unfinished one needs and that are not there.
+
+    A cell alone does not do: where its run directory is gone, the start is trained again.
+    """
+    needed = starts(run for run in runs if not (run.cell.exists() or run.begun)).values()
+    return [one for one in needed if not (one.cell.exists() and one.ended and one.weights.exists())]
 
 
 def stretched(settings: TrainConfig, steps: int) -> TrainConfig:

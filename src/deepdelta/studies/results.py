@@ -40,6 +40,8 @@ class Budget:
     steps: int
     tokens_per_step: int
     threads_per_run: int
+    start_steps: int | None = None
+    """Of the run that all runs of a seed start from; None: they start from new weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
