@@ -106,12 +106,12 @@ def markdown_table(results: StudyResults) -> str:
 def markdown_cells(cells: Cells) -> str:
     """Any table as GitHub-flavoured Markdown, under its title where it has one."""
     lines = [
-        *((f"### {_markdown_text(cells.title)}", "") if cells.title else ()),
+        *((f"### {markdown_text(cells.title)}", "") if cells.title else ()),
         _markdown_row(tuple(column.title for column in cells.columns)),
         "| --- |" + " ---: |" * (len(cells.columns) - 1),
         *map(_markdown_row, cells.rows),
     ]
-    return "\n".join([*lines, "", *map(_markdown_text, cells.notes)]) + "\n"
+    return "\n".join([*lines, "", *map(markdown_text, cells.notes)]) + "\n"
 
 
 def si(value: float | int) -> str:
@@ -185,6 +185,8 @@ def _notes(results: StudyResults, intervals: bool, costs: bool) -> tuple[str, ..
         notes.append(f"Unfinished runs are shown as {ABSENT}.")
     if results.budgets != ("tokens",):
         notes.append(f"All conditions at equal {results.budgets[0]}.")
+    if (steps := results.budget.start_steps) is not None:
+        notes.append(f"All runs of a seed go on from the weights of one run of {steps:,} steps, not counted.")
     return (*notes, *notes_of_design(results))
 
 
@@ -201,10 +203,10 @@ def notes_of_design(results: StudyResults) -> tuple[str, ...]:
 
 
 def _markdown_row(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(map(_markdown_text, cells)) + " |"
+    return "| " + " | ".join(map(markdown_text, cells)) + " |"
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     # Backslashes before what Markdown would read as a mark, entities for what it would read as HTML.
     for mark in "\\|*_`[]":
         text = text.replace(mark, f"\\{mark}")

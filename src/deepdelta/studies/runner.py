@@ -12,13 +12,16 @@ from rich.console import Console
 from deepdelta.config import to_plain
 from deepdelta.data import Corpus, check_context, load_corpus, train_tail
 from deepdelta.errors import UserError
-from deepdelta.files import write_json
+from deepdelta.files import write_json, write_text
 from deepdelta.report import (
     detail_tables,
     render_cells,
     render_table,
+    scaling_markdown,
     scaling_table,
+    search_markdown,
     search_table,
+    study_markdown,
     write_report,
 )
 from deepdelta.studies.cells import Cell
@@ -90,6 +93,7 @@ def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, com
         started=started,
     )
     save_results(results, out / "results.json")
+    write_text(out / "table.md", study_markdown(results))
     write_report(results, out / "report.html")
     for table in (render_table(results), *map(render_cells, detail_tables(results))):
         study.console.print(table)
@@ -105,6 +109,7 @@ def run_sizes(config: StudyConfig, out: Path, *, workers: int | None = None, com
     }
     found = scaling(studies, config.name, config.extrapolate)
     save_scaling(found, out / "scaling.json")
+    write_text(out / "table.md", scaling_markdown(found, studies))
     console = Console()
     console.print(render_cells(scaling_table(found)))
     _say(console, f"Scaling: {out / 'scaling.json'}")
@@ -144,6 +149,7 @@ def run_search(config: StudyConfig, out: Path, *, workers: int | None = None, co
         winners=left,
     )
     save_search(found, out / "search.json")
+    write_text(out / "table.md", search_markdown(found))
     study.console.print(render_cells(search_table(found)))
     _say(study.console, f"Search: {out / 'search.json'}")
     return found

@@ -1,0 +1,50 @@
+"""The tables of studies as a Markdown file each: what stands beside the JSON that they are made from."""
+
+from collections.abc import Mapping, Sequence
+
+from deepdelta.report.details import detail_tables, scaling_table, search_table
+from deepdelta.report.table import Cells, markdown_cells, markdown_text, table_cells
+from deepdelta.studies.results import StudyResults
+from deepdelta.studies.scaling import Scaling
+from deepdelta.studies.search import SearchResults
+
+
+def study_markdown(results: StudyResults) -> str:
+    """All tables of a study, with what their figures depend on."""
+    facts = _facts(results.command, results.commit, results.versions, results.machine, results.finished)
+    validated = f"validated on {results.validation.tokens:,} tokens, {results.validation.contexts}"
+    text = f"{results.corpus.description} (SHA-256 {results.corpus.sha256[:12]}); {validated}"
+    seeds = f"Seeds {', '.join(map(str, results.seeds))}. {text}."
+    return _page(
+        f"{results.name}: {results.description}", (facts, seeds), (table_cells(results), *detail_tables(results))
+    )
+
+
+def search_markdown(found: SearchResults) -> str:
+    """The rungs of a search."""
+    facts = _facts(found.command, found.commit, found.versions, found.machine, found.finished)
+    seeds = "; ".join(f"{rung.steps} steps on seeds {', '.join(map(str, rung.seeds))}" for rung in found.rungs)
+    text = f"Rungs: {seeds}. {found.corpus.description} (SHA-256 {found.corpus.sha256[:12]})."
+    return _page(f"Search {found.name}", (facts, text), (search_table(found),))
+
+
+def scaling_markdown(found: Scaling, studies: Mapping[str, StudyResults]) -> str:
+    """The laws, then the tables of the study at every size."""
+    pages = [
+        study_markdown(results).replace("\n### ", "\n#### ").replace("# ", "## ", 1) for results in studies.values()
+    ]
+    return "\n".join([_page(f"Sizes {found.name}", (), (scaling_table(found),)), *pages])
+
+
+def _page(title: str, facts: Sequence[str], tables: Sequence[Cells]) -> str:
+    return "\n".join(
+        [f"# {markdown_text(title)}\n", *(f"{markdown_text(line)}\n" for line in facts), *map(markdown_cells, tables)]
+    )
+
+
+def _facts(
+    command: str, commit: str | None, versions: Mapping[str, str], machine: Mapping[str, str], finished: str | None
+) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    ended = finished or "unfinished"
+    return f"{', '.join(machine.values())} cores; {packages}; commit {commit or 'unknown'}; {ended}; {command}"
