@@ -1,0 +1,79 @@
+"""What a task is: a data source, models that differ in their residual, and a number that says how well each did."""
+
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepdelta.config import Plain, from_plain, merged, to_plain
+from deepdelta.errors import UserError, nearest
+
+Progress = Callable[[int, int], None]
+"""progress(done, total), in steps of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One condition of a task: what it is, and what it changes in the task's settings."""
+
+    summary: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    control: str | None = None
+    """The condition that it is compared with besides the baseline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task that `deepdelta task NAME` runs: every condition once per seed.
+
+    Fields:
+        settings: the frozen dataclass of its settings; the instance holds the defaults.
+        run: run(settings, seed, progress) -> metrics by name; the same twice for the same arguments.
+        primary: the metric that conditions are compared in; `unit` says what it counts.
+    """
+
+    name: str
+    summary: str
+    settings: Any
+    conditions: Mapping[str, Variant]
+    baseline: str
+    primary: str
+    unit: str
+    higher_is_better: bool
+    run: Callable[[Any, int, Progress], dict[str, float]]
+
+    def settings_of(self, condition: str, overrides: Mapping[str, Any] | None = None) -> Any:
+        """The settings of a condition, with some replaced in all conditions.
+
+        Raises:
+            UserError: no such condition, an unknown setting, or a value that it cannot have.
+        """
+        if condition not in self.conditions:
+            raise UserError(f"task {self.name} has no condition '{condition}'; {nearest(condition, self.conditions)}")
+        plain = merged(to_plain(self.settings), overrides or {})
+        plain = merged(plain, self.conditions[condition].changes)
+        return from_plain(type(self.settings), plain, where=f"task {self.name}")
+
+
+def read_overrides(given: Sequence[str]) -> Plain:
+    """Settings given as KEY=VALUE; the key dotted where settings lie in settings, the value TOML or else a text.
+
+    Raises:
+        UserError: no such form.
+    """
+    found: Plain = {}
+    for one in given:
+        key, equals, value = one.partition("=")
+        read = _toml(one) or _toml(f"{key}={json.dumps(value)}")
+        if not equals or not read:
+            raise UserError(f"settings are given as KEY=VALUE, such as steps=2000, got '{one}'.")
+        found = merged(found, read)
+    return found
+
+
+def _toml(line: str) -> Plain | None:
+    try:
+        return tomllib.loads(line)
+    except tomllib.TOMLDecodeError:
+        return None

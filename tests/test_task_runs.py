@@ -1,0 +1,343 @@
+"""Runs of a task as processes, what is kept of them, what is refused, and the tables; `deepdelta task` as typed."""
+
+import json
+import multiprocessing
+import shutil
+import statistics
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.stats
+
+from deepdelta import UserError
+from deepdelta.cli import main
+from deepdelta.config import from_plain, to_plain
+from deepdelta.files import write_json
+from deepdelta.tasks import load_task, named_tasks, registry, runner
+from deepdelta.tasks.results import TaskCell, TaskResults, conditions_of, markdown
+from deepdelta.tasks.runner import default_folder, run_task
+from deepdelta.tasks.task import read_overrides
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+TINY = {"length": 2, "steps": 2, "batch_size": 2, "test_words": 4, "group": "S3"}
+SETS = [argument for key, value in TINY.items() for argument in ("--set", f"{key}={value}")]
+CONDITIONS = list(load_task("words").conditions)
+
+
+class Here:
+    """In place of a pool of processes: every run at once, in this one."""
+
+    ran: list[tuple[Any, ...]]
+    stopped: threading.Event
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        pass
+
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *arguments: object) -> None:
+        pass
+
+    def shutdown(self, **options: Any) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        self.ran.append(arguments[:3])
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments))
+        except UserError as error:
+            future.set_exception(error)
+        return future
+
+
+class Shared:
+    """In place of a manager's process."""
+
+    def __enter__(self) -> "Shared":
+        return self
+
+    def __exit__(self, *arguments: object) -> None:
+        pass
+
+    dict = staticmethod(dict)
+
+    def Event(self) -> threading.Event:
+        Here.stopped = threading.Event()
+        return Here.stopped
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The (task, condition, seed) of every run of the test, made in this process."""
+    Here.ran = []
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Manager", Shared)
+    return Here.ran
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task's folder, made by the command with processes of its own."""
+    out = tmp_path_factory.mktemp("task") / "out"
+    main(["task", "words", *SETS, "--seeds", "0", "1", "--workers", "1", "--out", str(out)])
+    return out
+
+
+def results_of(out: Path) -> TaskResults:
+    return from_plain(TaskResults, json.loads((out / "results.json").read_text(encoding="utf-8")))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["task", *arguments])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in said
+    return said
+
+
+def test_the_command_writes_cells_results_and_a_table(finished):
+    results = results_of(finished)
+    assert results.task == "words" and results.seeds == (0, 1)
+    assert [condition.name for condition in results.conditions] == CONDITIONS
+    assert len(list((finished / "cells").iterdir())) == 6
+    for condition in results.conditions:
+        assert list(condition.metrics) == [0, 1]
+        for seed, metrics in condition.metrics.items():
+            cell = json.loads((finished / "cells" / f"{condition.name}-seed{seed}.json").read_text())
+            assert cell["metrics"] == metrics and cell["settings"]["group"] == "S3" and cell["seconds"] > 0
+    text = (finished / "table.md").read_text(encoding="utf-8")
+    assert text == markdown(results)
+    assert text.startswith("# words: word problems") and "no interval" in text
+
+
+def test_a_process_gives_what_this_one_gives(finished):
+    task = load_task("words")
+    for condition in results_of(finished).conditions:
+        settings = task.settings_of(condition.name, TINY)
+        assert task.run(settings, 1, lambda done, total: None) == condition.metrics[1]
+
+
+def test_what_has_its_cell_is_not_run_again(finished, tmp_path, ran):
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    (out / "cells" / "gate-0-2-seed1.json").unlink()
+    (out / "results.json").unlink()
+    again = run_task("words", (0, 1), out, overrides=TINY)
+    assert ran == [("words", "gate-0-2", 1)]
+    assert to_plain(again)["conditions"] == to_plain(results_of(finished))["conditions"]
+    assert results_of(out) == again
+    run_task("words", (1, 5), out, overrides=TINY)
+    assert ran[1:] == [("words", condition, 5) for condition in CONDITIONS]
+
+
+def test_runs_go_seed_by_seed(tmp_path, ran):
+    run_task("words", (3, 2), tmp_path, overrides=TINY)
+    assert ran == [("words", condition, seed) for seed in (3, 2) for condition in CONDITIONS]
+
+
+def test_cells_that_are_damaged_or_of_other_settings(finished, tmp_path, ran):
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    with pytest.raises(UserError, match=r"gate-0-1-seed0.json was made with other settings \(steps: 2 there, 3 here\)"):
+        run_task("words", (0, 1), out, overrides=TINY | {"steps": 3})
+    with pytest.raises(UserError, match=r"group: 'S3' there, 'Z2' here.*; give another --out, or delete that file"):
+        run_task("words", (0, 1), out, overrides=TINY | {"group": "Z2"})
+    cell = out / "cells" / "gate-0-2-seed0.json"
+    whole = cell.read_text(encoding="utf-8")
+    plain = json.loads(whole)
+    write_json(cell, plain | {"task": "recall"})
+    with pytest.raises(UserError, match=r"made with other settings \(the task recall\)"):
+        run_task("words", (0, 1), out, overrides=TINY)
+    del plain["metrics"]
+    write_json(cell, plain)
+    with pytest.raises(UserError, match=r"gate-0-2-seed0.json: metrics: Field required"):
+        run_task("words", (0, 1), out, overrides=TINY)
+    cell.write_text(whole[:-20], encoding="utf-8")
+    with pytest.raises(UserError, match=r"gate-0-2-seed0.json is damaged .*delete it to run that cell again"):
+        run_task("words", (0, 1), out, overrides=TINY)
+    assert not ran
+
+
+def test_finished_runs_are_kept_when_one_fails(tmp_path, ran, monkeypatch):
+    task, made = load_task("words"), []
+
+    def run(settings: Any, seed: int, progress: Any) -> dict[str, float]:
+        if seed == 1:
+            raise UserError("lower lr")
+        made.append(seed)
+        return {"accuracy": 1.0}
+
+    monkeypatch.setattr(runner, "load_task", lambda name: type(task)(**{**vars(task), "run": run}))
+    with pytest.raises(UserError, match="lower lr"):
+        run_task("words", (0, 1), tmp_path)
+    assert made == [0, 0, 0] and not (tmp_path / "results.json").exists()
+
+
+def test_a_run_that_was_ended_from_outside(tmp_path, ran, monkeypatch):
+    def submit(self: Here, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(BrokenProcessPool())
+        return future
+
+    monkeypatch.setattr(Here, "submit", submit)
+    with pytest.raises(UserError, match="ended from outside; the same command continues"):
+        run_task("words", (0,), tmp_path, overrides=TINY)
+
+
+def test_an_interruption_ends_the_runs_at_work(tmp_path, ran, monkeypatch):
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_task("words", (0,), tmp_path, overrides=TINY)
+    assert Here.stopped.is_set()
+    settings, shares = to_plain(load_task("words").settings_of("gate-0-2", TINY)), {}
+    with pytest.raises(KeyboardInterrupt):
+        runner._cell("words", "gate-0-2", 0, settings, shares, Here.stopped)
+    assert not shares
+
+
+# Names and settings
+
+
+@pytest.mark.parametrize("name", named_tasks())
+def test_every_task_has_a_baseline_controls_and_its_name(name):
+    task = load_task(name)
+    assert task.name == name and task.baseline in task.conditions
+    controls = {variant.control for variant in task.conditions.values()} - {None}
+    assert controls <= set(task.conditions)
+    for condition in task.conditions:
+        settings = task.settings_of(condition)
+        assert from_plain(type(settings), to_plain(settings)) == settings
+
+
+def test_unknown_names(capsys):
+    assert "there is no task 'wrods'; did you mean 'words'?" in refused(capsys, "wrods")
+    assert "task words: unknown key 'stepz'; did you mean 'steps'?" in refused(capsys, "words", "--set", "stepz=3")
+    said = refused(capsys, "words", "--set", "group=S4")
+    assert "task words: group: Input should be 'Z2', 'S3', 'D4' or 'A5', got 'S4'" in said
+    said = refused(capsys, "recall", "--set", "residual.target=linaer")
+    assert "residual.target: Input should be" in said and "got 'linaer'" in said
+    assert "KEY=VALUE, such as steps=2000, got 'steps'" in refused(capsys, "words", "--set", "steps")
+    assert "seeds must be different numbers from 0 on" in refused(capsys, "words", "--seeds", "1", "1")
+    assert "workers must be at least 1, got 0" in refused(capsys, "words", "--workers", "0")
+    with pytest.raises(UserError, match="task words has no condition 'gate-0-3'; did you mean"):
+        load_task("words").settings_of("gate-0-3")
+
+
+def test_a_package_that_is_absent(monkeypatch):
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+
+    monkeypatch.setattr(registry.importlib, "import_module", missing)
+    with pytest.raises(UserError, match=r"the task tabular needs the package sklearn, .*deep-delta-learning\[study\]"):
+        load_task("tabular")
+
+
+def test_settings_as_typed():
+    given = ["steps=1_000", "lr=1e-3", "group=S3", "source=folder:/a b", "residual.target=magnitude", "depths=[2, 4]"]
+    expected = {"steps": 1000, "lr": 0.001, "group": "S3", "source": "folder:/a b", "depths": [2, 4]}
+    assert read_overrides(given) == expected | {"residual": {"target": "magnitude"}}
+    assert read_overrides(["residual.rank=2", "residual.gate=constant"]) == {
+        "residual": {"rank": 2, "gate": "constant"}
+    }
+    for wrong in ("steps", "=3", "#a=1", "a b=c", "[a=b]", ""):
+        with pytest.raises(UserError, match="settings are given as KEY=VALUE"):
+            read_overrides([wrong])
+
+
+def test_other_settings_go_to_other_folders():
+    assert default_folder("words") == Path("runs/task-words")
+    assert default_folder("words", ["group=S3"]) == Path("runs/task-words-group-S3")
+    assert default_folder("digits", ["source=folder:/a/b", "steps=5"]) == Path(
+        "runs/task-digits-source-folder-a-b-steps-5"
+    )
+
+
+# Comparisons and tables
+
+
+def results_with(values: dict[str, list[float]]) -> TaskResults:
+    task = load_task("recall")
+    cells = {
+        (name, seed): TaskCell(
+            task="recall",
+            condition=name,
+            seed=seed,
+            settings={},
+            metrics={"accuracy_overwritten": value, "loss": 1 - value} | ({"more": 1.0} if name == "delta" else {}),
+            seconds=1.0,
+            commit=None,
+            versions={},
+            machine={},
+            finished="now",
+        )
+        for name, column in values.items()
+        for seed, value in enumerate(column)
+    }
+    return TaskResults(
+        task="recall",
+        summary="summary",
+        primary="accuracy_overwritten",
+        unit="fraction",
+        higher_is_better=True,
+        baseline="additive",
+        seeds=(0, 1, 2, 3, 4),
+        command="deepdelta task recall",
+        commit="abc",
+        versions={"torch": "2"},
+        machine={"cores": "2"},
+        finished="now",
+        conditions=conditions_of(task, cells),
+    )
+
+
+VALUES = {
+    "additive": [0.50, 0.52, 0.55, 0.51, 0.53],
+    "write-only": [0.60, 0.60, 0.66, 0.64, 0.61],
+    "delta": [0.80, 0.84, 0.79, 0.90, 0.85],
+    "delta-4": [0.7],
+}
+
+
+def test_comparisons_are_paired_by_seed_and_corrected_together():
+    conditions = {condition.name: condition for condition in results_with(VALUES).conditions}
+    pairs = [("write-only", "additive"), ("delta", "additive"), ("delta", "write-only")]
+    raw = [scipy.stats.ttest_rel(VALUES[one], VALUES[other]) for one, other in pairs]
+    delta = conditions["delta"]
+    assert delta.against_baseline is not None and delta.against_control is not None
+    found = [conditions["write-only"].against_baseline, delta.against_baseline, delta.against_control]
+    running = 0.0
+    for rank, index in enumerate(sorted(range(3), key=lambda i: raw[i].pvalue)):
+        comparison, interval = found[index], raw[index].confidence_interval()
+        assert comparison is not None and comparison.t_interval is not None
+        running = max(running, (3 - rank) * raw[index].pvalue)
+        assert comparison.adjusted_p == pytest.approx(running)
+        assert (comparison.t_interval.low, comparison.t_interval.high) == pytest.approx((interval.low, interval.high))
+    assert conditions["additive"].against_baseline is None
+    assert conditions["delta-4"].against_control is None  # its control has no run
+
+
+def test_the_table_holds_every_measure_with_its_interval():
+    text = markdown(results_with(VALUES))
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert "recall: summary (accuracy_overwritten, fraction, higher is better)" in text
+    assert "deepdelta task recall" in text and "commit abc" in text
+    row = next(line for line in lines if line[0] == "delta")
+    assert row[:4] == ["delta", "5", "0.8360", "0.8000 0.8400 0.7900 0.9000 0.8500"]
+    assert row[4] == "+0.3140" and row[6] == "+0.2140" and "p = " in row[5] and "p = " in row[7]
+    heading = next(line for line in lines if line[0] == "measured")
+    loss = next(line for line in lines if line[0] == "loss")
+    losses = [1 - value for value in VALUES["delta"]]
+    reach = scipy.stats.t.ppf(0.975, 4) * statistics.stdev(losses) / 5**0.5
+    assert loss[heading.index("delta")] == f"0.164 ± {reach:.2g}"
+    assert loss[heading.index("delta-4")] == "0.3" and loss[heading.index("write-only-4")] == "-"
+    more = next(line for line in lines if line[0] == "more")
+    assert more[heading.index("delta")] == "1" and more[heading.index("additive")] == "-"
