@@ -203,7 +203,7 @@ def test_loss():
     log_probability = logits.log_softmax(-1)
     picked = [-log_probability[b, t, labels[b, t]] for b in range(2) for t in range(8) if labels[b, t] != -1]
     assert len(picked) == 11
-    torch.testing.assert_close(loss.double(), torch.stack(picked).mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, torch.stack(picked).mean(), rtol=1e-12, atol=0)
 
 
 def test_precisions(gate_dtypes):

@@ -1,6 +1,7 @@
 """Settings: what is refused, by name and with the reason, and that the table of illegal combinations is exact."""
 
 import dataclasses
+import inspect
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -44,6 +45,10 @@ TRIGGERS: dict[str, list[dict[str, Any]]] = {
     "gate_per_channel=True with rule='additive'": [{"gate_per_channel": True, "rule": "additive"}],
     "plain_start=True with a rule other than 'additive_erase'": [
         {"plain_start": True, "rule": rule} for rule in ("delta", "write_only", "erase_only", "additive", "two_gate")
+    ],
+    "plain_start=True with compression_init='random'": [
+        {"plain_start": True, "rule": "additive_erase", "compression_init": "random", "compression": kind}
+        for kind in ("channel_conv", "token")
     ],
     "gate_per_channel=True with gate='constant'": [{"gate_per_channel": True, "gate": "constant"}],
 }
@@ -115,8 +120,18 @@ def test_misspelt_options_name_the_nearest(name):
         DeltaStream(8, **{misspelt: 1})
 
 
+OPTIONAL = [name for name in inspect.signature(DeltaStream).parameters if name not in ("dim", "options")]
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_misspelt_options_of_the_stream_alone_name_the_nearest(name):
+    misspelt = name[:2] + name[3:]
+    with pytest.raises(UserError, match=f"unknown key '{misspelt}'; did you mean '{name}'"):
+        DeltaStream(8, **{misspelt: 1})
+
+
 def test_an_option_like_none_names_them_all():
-    with pytest.raises(UserError, match=r"unknown key 'zzz'; known are: compression, .*value_channels"):
+    with pytest.raises(UserError, match=r"unknown key 'zzz'; known are: channel_first, compression, .*value_channels"):
         DeltaStream(8, zzz=1)
 
 

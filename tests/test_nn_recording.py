@@ -49,6 +49,7 @@ VARIANTS: list[dict[str, Any]] = [
     *({"rule": rule, "value_channels": 1} for rule in RULES),
     {"rank": 3},
     {"rank": 2, "direction_norm": "operator", "target": "magnitude"},
+    *({"rule": rule, "target": "magnitude", "direction_eps": 0.5} for rule in ("delta", "write_only")),
     *({"direction_norm": norm, "rule": "delta"} for norm in ("operator", "bounded", "free")),
     {"direction_norm": "operator", "rule": "write_only", "direction_eps": 0.5},
     {"gate_per_channel": True, "rule": "two_gate"},

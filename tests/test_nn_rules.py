@@ -88,6 +88,15 @@ def test_kinds_of_parts(options):
     same_as_dense(residual_of(**{"value_channels": 3, **options}))
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_magnitude_target_writes_the_branch_output_bit_for_bit(size):
+    """norm(h) k = h: no size is computed that a scale then takes back, and none leaves the range of fp32."""
+    residual = DeltaStream(DIM, 3, seed=0, rule="write_only", target="magnitude", gate="constant").wrap()
+    h = size * randn(4, DIM).float()
+    new = residual.open(torch.zeros(4, 3, DIM))[1](h)  # c = 0, so that 1 + W c is 1
+    assert torch.equal(new, h[:, None].expand(4, 3, DIM))
+
+
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
     """Any legal combination of the named settings, from the configuration's own annotations."""

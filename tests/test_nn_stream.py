@@ -276,3 +276,35 @@ def test_a_state_of_another_dtype_or_device_is_named():
         block.open(torch.zeros(3, 4, 6, device="meta"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert block(torch.zeros(3, 4, 6)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("compression", ["channel", "channel_conv", "token"])
+def test_vectors_and_states_of_another_dtype_or_device_are_named_by_the_stream(compression):
+    stream = DeltaStream(6, 4, expansion="embedding_conv", compression=compression)
+    for call, name, shape in ((stream.expand, "x", (2, 3, 6)), (stream.reduce, "the state", (2, 3, 4, 6))):
+        with pytest.raises(
+            UserError, match=rf"^{name} must have the stream's dtype, torch\.float32, got torch\.float64"
+        ):
+            call(torch.zeros(shape, dtype=torch.float64))
+        with pytest.raises(UserError, match=rf"^{name} must be on the stream's device, cpu, got meta; move"):
+            call(torch.zeros(shape, device="meta"))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert call(torch.zeros(shape, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert DeltaStream(6).expand(torch.zeros(6, dtype=torch.float64)).dtype == torch.float64  # it has no parameters
+
+
+def test_a_branch_output_that_is_no_tensor_or_elsewhere_is_named(unchecked):
+    class Returning(nn.Module):
+        def __init__(self, value: Any) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, c: Tensor) -> Any:
+            return self.value
+
+    stream, state = DeltaStream(D, V), torch.zeros(2, V, D)
+    for value, kind in (({"h": torch.zeros(2, D)}, "dict"), ([torch.zeros(2, D)], "list"), ((None, 1), "NoneType")):
+        with pytest.raises(UserError, match=f"must return a tensor, or a tuple that starts with one, got {kind}"):
+            stream.wrap(Returning(value))(state)
+    with pytest.raises(UserError, match="output on the device of its input, cpu, got meta; move it"):
+        stream.wrap(Returning(torch.zeros(2, D, device="meta")))(state)

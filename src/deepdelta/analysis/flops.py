@@ -154,7 +154,8 @@ def direction(config: ResidualConfig, width: int) -> Work:
     # |a|^2, then 1 / sqrt(|a|^2 + offset), and for `operator` its square.
     scalars = {"unit": 3, "operator": 4, "bounded": 3}
     scale = Work()
-    if config.direction_norm != "free":
+    # Written along h itself and without an erase term, the target needs no scale.
+    if config.direction_norm != "free" and (config.erases or not config.target_carries_branch):
         scale = Work(elementwise=2 * width + scalars[config.direction_norm]) * config.rank
     if config.direction == "pooled":
         return scale + pooled(config, width)
@@ -182,9 +183,9 @@ def target(config: ResidualConfig, width: int) -> Work:
             return Work()
         work = linear(width, outputs)
         if config.target in ("scaled_sigmoid", "magnitude"):
-            # Sigmoid and scale; 1 + and times |h|.
-            work += Work(elementwise=2 * outputs)
-        if config.target == "magnitude":
+            # Sigmoid and scale; 1 + and, unless written along h, times |h|.
+            work += Work(elementwise=(1 if config.target_carries_branch else 2) * outputs)
+        if config.target == "magnitude" and not config.target_carries_branch:
             work += Work(elementwise=2 * width + 2) * config.rank
         return work
     if config.rule == "two_gate" or (config.writes_branch and config.value_channels > 1):
@@ -224,8 +225,8 @@ def rewrite(config: ResidualConfig, width: int) -> Work:
         # b s^2; w - b (k^T X).
         work += read_or_outer + Work(elementwise=1 + gate + 2 * channels)
     if config.uses_target:
-        # w = beta v, and s w.
-        work += Work(elementwise=2 * channels)
+        # w = beta v, and s w unless it is written along h.
+        work += Work(elementwise=(1 if config.target_carries_branch else 2) * channels)
     if config.rule == "two_gate":
         # w = beta w_h.
         work += Work(elementwise=channels)

@@ -18,6 +18,7 @@ from deepdelta.nn import DeltaResidual, DeltaStream, ResidualConfig, RMSNorm, in
 from deepdelta.nn.linear import Initialised
 from deepdelta.nn.presets import PRESETS
 from deepdelta.nn.reading import Reading
+from deepdelta.ops import accumulation_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,4 +157,5 @@ class GPT(nn.Module):
         logits = F.linear(opened.c, self.embedding.weight)
         if labels is None:
             return GPTOutput(logits, None)
-        return GPTOutput(logits, F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1))
+        wide = logits.flatten(0, 1).to(accumulation_dtype(logits.dtype))
+        return GPTOutput(logits, F.cross_entropy(wide, labels.flatten(), ignore_index=-1))

@@ -119,6 +119,11 @@ class ResidualConfig:
         return self.rule in ("delta", "write_only")
 
     @property
+    def target_carries_branch(self) -> bool:
+        """Whether the |h| of `magnitude` and the 1 / |h| of a unit direction cancel: the target is written along h."""
+        return self.uses_target and self.target == "magnitude" and self.direction_norm == "unit"
+
+    @property
     def needs_tokens(self) -> bool:
         """Whether a part works over a token axis, the one before the value channels."""
         return self.expansion == "embedding_conv" or self.compression == "token"
@@ -209,6 +214,12 @@ ILLEGAL: tuple[Illegal, ...] = (
         "plain_start=True with a rule other than 'additive_erase'",
         "no other rule has parts that can start closed and leave X + h; use rule='additive_erase'.",
         lambda c: c.plain_start and c.rule != "additive_erase",
+    ),
+    Illegal(
+        "plain_start=True with compression_init='random'",
+        "of value channels that are equal, a random compression does not make the plain network's input; use "
+        "compression_init='identity'.",
+        lambda c: c.plain_start and c.compression_init == "random",
     ),
     Illegal(
         "gate_per_channel=True with rule='additive'",

@@ -5,6 +5,7 @@ The parts of a residual work on (..., V, D) and (..., D); a channel-first stream
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from deepdelta.errors import UserError
@@ -56,3 +57,20 @@ class Layout:
                 f"the state must end in (value channels, width) = {(channels, width)}, got shape "
                 f"{tuple(state.shape)}; make it with stream.expand(x)."
             )
+
+
+def check_kind(name: str, tensor: Tensor, owner: str, parameter: Tensor | None) -> None:
+    """Refuse a tensor that does not lie where its owner's parameters do, or has another dtype that autocast does not
+    convert; an owner without parameters takes any."""
+    if parameter is None:
+        return
+    if tensor.device != parameter.device:
+        raise UserError(
+            f"{name} must be on the {owner}'s device, {parameter.device}, got {tensor.device}; move one of them with "
+            ".to(device)."
+        )
+    if tensor.dtype != parameter.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        raise UserError(
+            f"{name} must have the {owner}'s dtype, {parameter.dtype}, got {tensor.dtype}; convert one of them with "
+            ".to(dtype), or use torch.autocast."
+        )

@@ -18,7 +18,7 @@ from deepdelta.nn.compression import build_compression
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.direction import build_direction, normalisation
 from deepdelta.nn.gate import Gate
-from deepdelta.nn.layout import Layout
+from deepdelta.nn.layout import Layout, check_kind
 from deepdelta.nn.linear import RMSNorm, precise_linear
 from deepdelta.nn.reading import Folded, Opened, Reading
 from deepdelta.nn.replay import Memory, hand_on
@@ -103,7 +103,8 @@ class DeltaResidual(nn.Module):
 
         Raises:
             UserError: the state is not (..., V, D) (or (N, V, C, H, W) on a channel-first stream), lies on another
-                device or has another dtype than the parameters, or the output has another shape than the input.
+                device or has another dtype than the parameters, or the output is no tensor of the input's shape on its
+                device.
         """
         self.layout.check_state(state, self.config.value_channels, self.dim)
         if self.config.needs_tokens and state.ndim < 3:
@@ -111,7 +112,9 @@ class DeltaResidual(nn.Module):
                 f"compression='{self.config.compression}' with expansion='{self.config.expansion}' works over a token "
                 f"axis: a state (..., token, value channels, width) is needed, got shape {tuple(state.shape)}."
             )
-        self._check_kind(state)
+        # The norm's first: a branch may have parameters of another kind.
+        parameter = self.norm.weight if isinstance(self.norm, RMSNorm) else next(self.parameters(), None)
+        check_kind("the state", state, "residual", parameter)
         state_VD = hand_on(state, self.layout.state_inward(state))
         with self.memory.watching(state_VD):
             opened = self.reading().open(state_VD)
@@ -135,22 +138,6 @@ class DeltaResidual(nn.Module):
         if isinstance(output, tuple):
             return (close(output[0]), *output[1:])
         return close(output)
-
-    def _check_kind(self, state: Tensor) -> None:
-        """The state must lie where the parameters do, and have their dtype unless autocast converts."""
-        parameter = self.norm.weight if isinstance(self.norm, RMSNorm) else next(self.parameters(), None)
-        if parameter is None:
-            return
-        if state.device != parameter.device:
-            raise UserError(
-                f"the state must be on the residual's device, {parameter.device}, got {state.device}; move one of them "
-                "with .to(device)."
-            )
-        if state.dtype != parameter.dtype and not torch.is_autocast_enabled(state.device.type):
-            raise UserError(
-                f"the state must have the residual's dtype, {parameter.dtype}, got {state.dtype}; convert one of them "
-                "with .to(dtype), or use torch.autocast."
-            )
 
     def reading(self) -> Reading:
         """How this residual reads the state for its branch."""
@@ -196,6 +183,16 @@ class DeltaResidual(nn.Module):
         return self.fused and self.recorder is None and self.intervention is None
 
     def _close(self, opened: Opened, h: Tensor) -> Tensor:
+        if not isinstance(h, Tensor):
+            raise UserError(
+                f"the branch must return a tensor, or a tuple that starts with one, got {type(h).__name__}; wrap a "
+                "module that returns its output so."
+            )
+        if h.device != opened.c.device:
+            raise UserError(
+                f"the branch must return its output on the device of its input, {opened.c.device}, got {h.device}; "
+                "move it with .to(device)."
+            )
         h_D = self.layout.inward(h)
         if h_D.shape != opened.c.shape:
             raise UserError(
@@ -280,6 +277,7 @@ class Step(NamedTuple):
     normalise: Normalise
     beta: Tensor | None
     target: Tensor | None
+    """v on the scale of the write: 1 + W c where |h| (1 + W c) is written along h."""
     gating: Gating | None = None
     """What a fused step is to make write and erase of."""
 
@@ -304,8 +302,8 @@ def _record(state_VD: Tensor, step: Step, rewritten: Rewritten, eps: float) -> R
     raw_V = read_along(state_VD, step.h) if rewritten.read is None else rewritten.read
     h_D = step.h.to(raw_V.dtype)
     scale, size = scale_of(step.h, step.normalise), h_D.norm(dim=-1, keepdim=True)
-    # The operator form compares the raw read with v; on the scale of k both are smaller by s.
-    target = step.target * scale if step.target is not None and step.normalise.power == 2 else step.target
+    # The operator form compares the raw read with v: on the scale of k both are smaller by s. Along h v lacks |h|.
+    target = None if step.target is None else step.target * scale ** (step.normalise.power - 1)
     state_norm_V = state_VD.to(raw_V.dtype).norm(dim=-1)
     sizes_V = size * state_norm_V
     cosine_V = torch.where(sizes_V > 0, raw_V / sizes_V, torch.zeros_like(raw_V))

@@ -1,6 +1,7 @@
 """One object that gives expand, wrap and reduce: the convention known from hyper-connections."""
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -8,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deepdelta.config import from_plain
-from deepdelta.errors import UserError
+from deepdelta.errors import UserError, nearest
 from deepdelta.nn.adding import refuse_adding
 from deepdelta.nn.compression import build_compression
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.expansion import build_expansion
-from deepdelta.nn.layout import Layout
+from deepdelta.nn.layout import Layout, check_kind
 from deepdelta.nn.linear import initialise
 from deepdelta.nn.residual import DeltaResidual
 
@@ -55,6 +56,10 @@ class DeltaStream(nn.Module):
         super().__init__()
         if dim < 1:
             raise UserError(f"dim must be at least 1, got {dim}.")
+        known = [field.name for field in fields(ResidualConfig)]
+        if unknown := sorted(options.keys() - known):
+            own = ("channel_first", "seed", "init_factor")
+            raise UserError(f"DeltaStream: unknown key '{unknown[0]}'; {nearest(unknown[0], [*known, *own])}")
         if value_channels is None:
             value_channels = 1 if options.get("rule") == "additive" else 4
         self.config = from_plain(ResidualConfig, {"value_channels": value_channels, **options}, where="DeltaStream")
@@ -74,6 +79,7 @@ class DeltaStream(nn.Module):
         """The state (..., V, D) of vectors (..., D), or (N, V, C, *space) of (N, C, *space)."""
         self.layout.check_vectors(x, self.dim)
         self._check_tokens(x.ndim - 1, x)
+        check_kind("x", x, "stream", next(self.expansion.parameters(), None))
         return self.layout.state_outward(self.expansion(self.layout.inward(x)))
 
     def wrap(self, branch: nn.Module | None = None, *, share_compression: DeltaResidual | None = None) -> DeltaResidual:
@@ -124,6 +130,7 @@ class DeltaStream(nn.Module):
         """Vectors of a state, by the stream's own compression."""
         self.layout.check_state(state, self.config.value_channels, self.dim)
         self._check_tokens(state.ndim - 2, state)
+        check_kind("the state", state, "stream", next(self.readout.parameters(), None))
         return self.layout.outward(self.readout(self.layout.state_inward(state)))
 
     def _check_tokens(self, leading: int, tensor: Tensor) -> None:

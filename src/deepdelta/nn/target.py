@@ -14,12 +14,13 @@ from deepdelta.ops import accumulation_dtype
 
 class Target(nn.Module):
     """v, (..., r, V): linear W c; scaled_sigmoid s sigmoid(W x_in + b); linear_input W x_in + b; constant;
-    magnitude |h| (1 + W c); branch W h."""
+    magnitude |h| (1 + W c), or 1 + W c where that is written along h; branch W h."""
 
     def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
         super().__init__()
         self.kind, self.channels, self.rank = config.target, config.value_channels, config.rank
         self.scale, self.value, self.eps = config.target_scale, config.target_value, config.direction_eps
+        self.along_h = config.target_carries_branch
         if self.kind != "constant":
             biased = self.kind in ("scaled_sigmoid", "linear_input")
             self.map = Linear(dim, self.rank * self.channels, std=std, bias=0.0 if biased else None)
@@ -35,6 +36,8 @@ class Target(nn.Module):
         v_rV = list(self.map(source).chunk(self.rank, dim=-1))
         if self.kind == "scaled_sigmoid":
             return [self.scale * torch.sigmoid(v) for v in v_rV]
+        if self.along_h:
+            return [1 + v for v in v_rV]
         if self.kind == "magnitude":
             return [size(vector, self.eps) * (1 + v) for v, vector in zip(v_rV, vectors, strict=True)]
         return v_rV
