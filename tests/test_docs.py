@@ -16,7 +16,7 @@ from deepdelta.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-SETTINGS, NUMBERS = DOCS / "settings.md", DOCS / "numbers.md"
+SETTINGS, NUMBERS, AUDIT = DOCS / "settings.md", DOCS / "numbers.md", DOCS / "audit.md"
 PARTS = sorted((DOCS / "parts").glob("*.md"))
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *PARTS]
 SETTING_COLUMNS = ["setting", "value", "meaning", "source", "default", "deviation"]
@@ -83,7 +83,7 @@ DEFAULTS = {f.name: getattr(kind(), f.name) for kind in (ResidualConfig, GPTConf
 LITERALS = [name for name, kind in FIELDS.items() if get_args(kind) and type(None) not in get_args(kind)]
 
 
-@pytest.mark.parametrize("page", [SETTINGS, *PARTS], ids=name_of)
+@pytest.mark.parametrize("page", [SETTINGS, AUDIT, *PARTS], ids=name_of)
 def test_examples(page: Path) -> None:
     options = doctest.ELLIPSIS | doctest.REPORT_NDIFF
     result = doctest.testfile(str(page), module_relative=False, optionflags=options, encoding="utf-8")
@@ -211,7 +211,7 @@ def test_every_part_is_linked_from_the_settings_or_their_pages() -> None:
     assert {SETTINGS, NUMBERS, DOCS / "method.md", *PARTS} <= reached
 
 
-@pytest.mark.parametrize("page", [SETTINGS, NUMBERS, *PARTS], ids=name_of)
+@pytest.mark.parametrize("page", [SETTINGS, NUMBERS, AUDIT, *PARTS], ids=name_of)
 def test_names_of_the_library_exist(page: Path) -> None:
     names = re.findall(r"`(deepdelta(?:\.\w+)+)", text_of(page))
     for name in names:

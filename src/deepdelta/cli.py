@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from deepdelta.analysis.selfcheck import self_check
 from deepdelta.config import from_plain, merged, to_plain
@@ -127,6 +127,48 @@ class Generate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What the rewrites of a run do, sublayer by sublayer, and its loss without parts of them; JSON, tables, a page."""
+
+    run: Positional[Path]
+    """A run directory, trained or imported."""
+    source: str | None = None
+    """Another text than the run's: a file, a folder or a .bin file of ids, whose held-out part is read."""
+    tokenizer: str | None = None
+    """For the text of --source and a run that keeps no tokenizer: bytes, or the model's tokenizers JSON file."""
+    tokens: int = 16384
+    """How much held-out text is read: whole windows of the model's context, evenly spread."""
+    sample: int = 64
+    """Tokens that the spectrum of the composed shortcut is taken over."""
+    batch_size: int = 8
+    """Windows per forward pass."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    out: Path | None = None
+    """Where audit.json and audit.html go; RUN/audit by default."""
+
+    def __call__(self) -> None:
+        # Here, since it needs the packages of the extra `study`, which the other commands do without.
+        from deepdelta.analysis.audit_run import Text, audit_run
+        from deepdelta.report.audit import print_audit, write_audit
+
+        out = self.out or self.run / "audit"
+        results = audit_run(
+            self.run,
+            Text(self.source, self.tokenizer),
+            out,
+            tokens=self.tokens,
+            sample=self.sample,
+            batch_size=self.batch_size,
+            device=self.device,
+            command=shlex.join(["deepdelta", *sys.argv[1:]]),
+            say=lambda text: print(text, file=sys.stderr),
+        )
+        write_audit(results, out / "audit.html")
+        print_audit(results, Console())
+        print(f"Numbers: {out / 'audit.json'}\nPage:    {out / 'audit.html'}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Import:
     """Make a run directory of a published checkpoint: a folder with config.json and its tensors."""
 
@@ -182,11 +224,36 @@ class Study:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Task:
+    """Run a task beyond text: every condition once per seed, paired comparisons, a table. Finished runs are kept."""
+
+    name: Positional[str]
+    """words, recall, digits, dynamics or tabular."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    set: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """A setting of all conditions as KEY=VALUE, any number of times: --set group=S3 --set residual.gate_init=0.5."""
+    out: Path | None = None
+    """Where cells, results.json and table.md go; runs/task-NAME by default, the settings of --set added to it."""
+    workers: int | None = None
+    """Runs side by side; one per core by default."""
+
+    def __call__(self) -> None:
+        # Here, since it needs the packages of the extra `study`, which the other commands do without.
+        from deepdelta.tasks.runner import default_folder, run_task
+        from deepdelta.tasks.task import read_overrides
+
+        out = self.out or default_folder(self.name, self.set)
+        command = shlex.join(["deepdelta", *sys.argv[1:]])
+        overrides = read_overrides(self.set)
+        run_task(self.name, self.seeds, out, overrides=overrides, workers=self.workers, command=command)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """Time a named suite: correctness first, then interleaved rounds; JSON, table and plot."""
 
     name: Positional[str] = "bar"
-    """bar (the table of figures to reach), growth, operator or gpu."""
+    """bar (the table of figures to reach), peers, growth, operator or gpu; gradients measures errors, no times."""
     out: Path | None = None
     """Where results.json, table.md, plot.svg and plot.html go; runs/bench-NAME by default."""
     rounds: int | None = None
@@ -198,17 +265,24 @@ class Bench:
 
     def __call__(self) -> None:
         # Here: importing what compares takes time that the other commands need not spend.
-        from deepdelta.benchmarks import load_suite, run_suite
+        from deepdelta.benchmarks import GRADIENTS, load_suite, run_gradients, run_suite
         from deepdelta.benchmarks.config import quick
 
+        out = self.out or Path("runs") / f"bench-{self.name}"
+        command = shlex.join(["deepdelta", *sys.argv[1:]])
+        if self.name == GRADIENTS:
+            if self.rounds is not None:
+                raise UserError(f"{GRADIENTS} measures no times, so it has no rounds; leave --rounds out.")
+            run_gradients(out, threads=self.threads, quick=self.quick, command=command)
+            return
         suite = load_suite(self.name)
         run_suite(
             quick(suite) if self.quick else suite,
-            self.out or Path("runs") / f"bench-{self.name}",
+            out,
             rounds=self.rounds,
             threads=self.threads,
             quick=self.quick,
-            command=shlex.join(["deepdelta", *sys.argv[1:]]),
+            command=command,
         )
 
 
@@ -237,7 +311,9 @@ COMMANDS = {
     "train": Train,
     "evaluate": Evaluate,
     "generate": Generate,
+    "audit": Audit,
     "study": Study,
+    "task": Task,
     "import": Import,
     "doctor": Doctor,
     "bench": Bench,

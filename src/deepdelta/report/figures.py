@@ -1,6 +1,5 @@
-"""The pictures of a study as plotly.js figures (plain data: traces and layout).
+"""The pictures of a study.
 
-Colours of text, grids and backgrounds are left to the page's style sheet, so that light and dark follow the reader.
 A condition keeps one colour and one dash in every picture; both differ between conditions, so none rests on colour.
 """
 
@@ -8,23 +7,20 @@ import html
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from deepdelta.studies.results import GATE_BINS, ConditionResult, CurvePoint, RewriteSummary, StudyResults
+from deepdelta.report.drawing import (
+    BASELINE_COLOUR,
+    COLOURS,
+    DASHES,
+    Figure,
+    before_and_after,
+    gate_map,
+    layout,
+    line,
+    shares,
+)
+from deepdelta.studies.results import ConditionResult, CurvePoint, RewriteSummary, StudyResults
 from deepdelta.studies.statistics import compare
-
-Figure = dict[str, Any]
-Number = float | int
-
-BASELINE_COLOUR = "#7a8490"
-# All have a contrast of at least 3 to 1 on the page's light and on its dark background (WCAG 2.2, 1.4.11).
-COLOURS = ("#3b82d6", "#d2691e", "#26966a", "#cf4a92", "#8a63d2", "#8f8420", "#1593a8", "#d64545")
-DASHES = ("solid", "6px,2px", "2px,2px", "9px,3px,2px,3px", "12px,3px")
-FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'  # the page's: plotly.js measures text with it
-MARK = "rgba(128,136,148,0.55)"
-ERASING = ("keep", "erase", "reflect")
-REGIMES = {"delta": ("skip", "overwrite", "reflect"), "erase_only": ERASING, "additive_erase": ERASING}
-"""What a gate of exactly 0, 1 and 2 does under a rule that erases; a gate of `write_only` just scales the write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +70,7 @@ def differences(results: StudyResults) -> Figure | None:
         return None
     baseline = results.condition(results.baseline).losses()
     traces: list[Figure] = []
-    shapes: list[Figure] = [_line(x0=0, x1=0, y0=0, y1=1, yref="paper", width=1.5)]
+    shapes: list[Figure] = [line(x0=0, x1=0, y0=0, y1=1, yref="paper", width=1.5)]
     titles: list[Figure] = []
     for row, (name, comparison) in enumerate(comparisons.items()):
         colour = looks(results)[name].colour
@@ -96,7 +92,7 @@ def differences(results: StudyResults) -> Figure | None:
             )
         interval = comparison.t_interval
         if interval is not None:
-            shapes.append(_line(x0=interval.low, x1=interval.high, y0=row, y1=row, colour=colour, width=2.5))
+            shapes.append(line(x0=interval.low, x1=interval.high, y0=row, y1=row, colour=colour, width=2.5))
         common: Figure = {"type": "scatter", "mode": "markers", "name": html.escape(name)}
         traces += [
             common
@@ -125,12 +121,12 @@ def differences(results: StudyResults) -> Figure | None:
                 "showarrow": False,
             }
         )
-    layout = _layout(
+    frame = layout(
         height=90 + 62 * len(comparisons),
         x={"title": {"text": "loss minus the baseline's (nats per token)"}, "zeroline": False},
         y={"range": [len(comparisons) - 0.6, -0.65], "visible": False, "fixedrange": True},
     )
-    return {"data": traces, "layout": layout | {"shapes": shapes, "annotations": titles, "hovermode": "closest"}}
+    return {"data": traces, "layout": frame | {"shapes": shapes, "annotations": titles, "hovermode": "closest"}}
 
 
 def measured_loss(results: StudyResults) -> str | None:
@@ -190,19 +186,19 @@ def loss_curves(results: StudyResults, axis: Axis) -> Figure | None:
     if late:
         margin = 0.05 * (max(late) - min(late)) or 0.1
         y["range"] = [min(late) - margin, max(late) + margin]
-    layout = _layout(height=360, x={"title": {"text": axis.title}, "rangemode": "tozero"}, y=y)
-    return {"data": traces, "layout": layout | {"hovermode": "closest"}}
+    frame = layout(height=360, x={"title": {"text": axis.title}, "rangemode": "tozero"}, y=y)
+    return {"data": traces, "layout": frame | {"hovermode": "closest"}}
 
 
 def highest_share(results: StudyResults) -> float:
     """The largest fraction of a sublayer's gates in one bin, over the study: the top of the heat maps' scale."""
-    shares = [
-        max(_shares(rewrite.gate_histogram))
+    highest = [
+        max(shares(rewrite.gate_histogram))
         for condition in results.conditions
         for rewrite in condition.rewrites
         if rewrite.gate_histogram is not None
     ]
-    return max(shares, default=0.0)
+    return max(highest, default=0.0)
 
 
 def gate_heatmap(results: StudyResults, condition: ConditionResult) -> Figure | None:
@@ -210,57 +206,13 @@ def gate_heatmap(results: StudyResults, condition: ConditionResult) -> Figure | 
     rewrites = [rewrite for rewrite in condition.rewrites if rewrite.gate_histogram is not None]
     if not rewrites:
         return None
-    rows = [_row_name(rewrite) for rewrite in rewrites]
-    width = 2 / GATE_BINS
-    heat: Figure = {
-        "type": "heatmap",
-        "x0": width / 2,
-        "dx": width,
-        "y": rows,
-        "z": [_shares(rewrite.gate_histogram or ()) for rewrite in rewrites],
-        "zmin": 0,
-        "zmax": highest_share(results) or 1,
-        "colorscale": [[0, "rgba(59,130,214,0)"], [1, "rgba(59,130,214,1)"]],
-        "showscale": False,
-        "ygap": 2,
-        "hovertemplate": "%{y}: %{z:.1%} of gates at %{x:.2f} ± 0.05<extra></extra>",
-    }
-    means: Figure = {
-        "type": "scatter",
-        "mode": "markers",
-        "x": [rewrite.gate_mean for rewrite in rewrites],
-        "y": rows,
-        "hovertemplate": "%{y}: mean gate %{x:.3f}<extra></extra>",
-        "marker": {"symbol": "line-ns", "size": 11, "line": {"width": 2.5, "color": "#d2691e"}},
-    }
-    layout = _layout(
-        height=104 + 22 * len(rows),
-        x={
-            "title": {"text": "gate β"},
-            "range": [-0.04, 2.04],
-            "tickvals": [0, 0.5, 1, 1.5, 2],
-            "showgrid": False,
-            "zeroline": False,
-            "fixedrange": True,
-        },
-        y=_row_axis(rows) | {"showgrid": False},
+    return gate_map(
+        [_row_name(rewrite) for rewrite in rewrites],
+        [rewrite.gate_histogram or () for rewrite in rewrites],
+        [rewrite.gate_mean for rewrite in rewrites],
+        condition.rule,
+        top=highest_share(results),
     )
-    words = REGIMES.get(condition.rule, ("", "", ""))
-    regimes = list(zip((0, 1, 2), words, ("left", "center", "right"), strict=True))
-    return {
-        "data": [heat, means],
-        "layout": layout
-        | {
-            "margin": layout["margin"] | {"t": 26},
-            "hovermode": "closest",
-            "shapes": [_line(x0=x, x1=x, y0=0, y1=1, yref="paper", dash="3px,3px") for x, _, _ in regimes],
-            "annotations": [
-                {"text": f"{x} {word}".strip(), "x": x, "xanchor": anchor, "y": 1, "yref": "paper", "yanchor": "bottom"}
-                | {"showarrow": False, "font": {"size": 11}}
-                for x, word, anchor in regimes
-            ],
-        },
-    }
 
 
 def discrepancies(results: StudyResults, condition: ConditionResult) -> Figure | None:
@@ -272,79 +224,8 @@ def discrepancies(results: StudyResults, condition: ConditionResult) -> Figure |
     ]
     if not points:
         return None
-    rows = [row for row, _, _ in points]
-    colour = looks(results)[condition.name].colour
-    common: Figure = {"type": "scatter", "mode": "markers", "y": rows}
-    return {
-        "data": [
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "x": [x for _, before, after in points for x in (before, after, None)],
-                "y": [y for row in rows for y in (row, row, None)],
-                "line": {"width": 3, "color": colour},
-                "opacity": 0.45,
-                "hoverinfo": "skip",
-            },
-            common
-            | {
-                "x": [before for _, before, _ in points],
-                "hovertemplate": "%{y}: %{x:.3g} before<extra></extra>",
-                "marker": {"size": 10, "symbol": "circle-open", "color": colour, "line": {"width": 2}},
-            },
-            common
-            | {
-                "x": [after for _, _, after in points],
-                "hovertemplate": "%{y}: %{x:.3g} after<extra></extra>",
-                "marker": {"size": 10, "color": colour},
-            },
-        ],
-        "layout": _layout(
-            height=84 + 22 * len(rows),
-            x={"title": {"text": "rms of kᵀX − v"}, "rangemode": "tozero", "zeroline": False},
-            y=_row_axis(rows),
-        )
-        | {"hovermode": "closest"},
-    }
-
-
-def _shares(counts: tuple[int, ...]) -> list[float]:
-    total = sum(counts)
-    return [count / total if total else 0.0 for count in counts]
+    return before_and_after(points, looks(results)[condition.name].colour)
 
 
 def _row_name(rewrite: RewriteSummary) -> str:
     return html.escape(f"{rewrite.layer} {rewrite.sublayer}")
-
-
-def _row_axis(rows: list[str]) -> Figure:
-    return {"type": "category", "range": [len(rows) - 0.5, -0.5], "fixedrange": True, "nticks": len(rows)}
-
-
-def _line(
-    *,
-    x0: Number,
-    x1: Number,
-    y0: Number,
-    y1: Number,
-    yref: str = "y",
-    colour: str = MARK,
-    width: Number = 1,
-    dash: str = "solid",
-) -> Figure:
-    line = {"color": colour, "width": width, "dash": dash}
-    return {"type": "line", "x0": x0, "x1": x1, "y0": y0, "y1": y1, "yref": yref, "line": line}
-
-
-def _layout(*, height: int, x: Figure, y: Figure) -> Figure:
-    return {
-        "height": height,
-        "autosize": True,
-        "showlegend": False,
-        "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
-        "font": {"family": FONT, "size": 12},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "xaxis": {"automargin": True, "exponentformat": "SI", "title": {"standoff": 10}} | x,
-        "yaxis": {"automargin": True} | y,
-    }

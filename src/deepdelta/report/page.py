@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from deepdelta.errors import UserError
 from deepdelta.files import write_text
 from deepdelta.report import figures
 from deepdelta.report.details import detail_tables
+from deepdelta.report.drawing import Figure
 from deepdelta.report.summary import summarise
 from deepdelta.report.table import si, table_cells
 from deepdelta.studies.results import ConditionResult, StudyResults
@@ -19,7 +21,7 @@ class Chart:
 
     key: str
     title: str
-    figure: figures.Figure
+    figure: Figure
 
 
 def write_report(results: StudyResults, path: Path) -> None:
@@ -33,6 +35,32 @@ def write_report(results: StudyResults, path: Path) -> None:
 
 def render_page(results: StudyResults) -> str:
     """The page as text."""
+    render = template("report.html")
+    return render(
+        results=results,
+        summary=summarise(results),
+        cells=table_cells(results),
+        details=detail_tables(results),
+        looks=figures.looks(results),
+        difference=chart("difference", "Differences to the baseline", figures.differences(results)),
+        curves=[
+            drawn
+            for axis in figures.axes(results)
+            if (drawn := chart(axis.key, f"Loss against {axis.title}", figures.loss_curves(results, axis)))
+        ],
+        measured_loss=figures.measured_loss(results),
+        gates=_per_condition(results, "gates", figures.gate_heatmap),
+        highest_share=figures.highest_share(results),
+        discrepancies=_per_condition(results, "discrepancy", figures.discrepancies),
+    )
+
+
+def template(name: str) -> Callable[..., str]:
+    """What renders one of the room's templates, plotly.js at hand, from its values.
+
+    Raises:
+        UserError: the extra `study` (Jinja2, plotly) is not installed.
+    """
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from markupsafe import Markup
@@ -52,35 +80,19 @@ def render_page(results: StudyResults) -> str:
         lstrip_blocks=True,
     )
     environment.filters["si"] = si
-    return environment.get_template("report.html").render(
-        results=results,
-        summary=summarise(results),
-        cells=table_cells(results),
-        details=detail_tables(results),
-        looks=figures.looks(results),
-        difference=_chart("difference", "Differences to the baseline", figures.differences(results)),
-        curves=[
-            chart
-            for axis in figures.axes(results)
-            if (chart := _chart(axis.key, f"Loss against {axis.title}", figures.loss_curves(results, axis)))
-        ],
-        measured_loss=figures.measured_loss(results),
-        gates=_per_condition(results, "gates", figures.gate_heatmap),
-        highest_share=figures.highest_share(results),
-        discrepancies=_per_condition(results, "discrepancy", figures.discrepancies),
-        plotly=Markup(library),
-    )
+    return partial(environment.get_template(name).render, plotly=Markup(library))
 
 
-def _chart(key: str, title: str, figure: figures.Figure | None) -> Chart | None:
+def chart(key: str, title: str, figure: Figure | None) -> Chart | None:
+    """The picture with its place; None for none."""
     return None if figure is None else Chart(key=key, title=title, figure=figure)
 
 
 def _per_condition(
-    results: StudyResults, key: str, draw: Callable[[StudyResults, ConditionResult], figures.Figure | None]
+    results: StudyResults, key: str, draw: Callable[[StudyResults, ConditionResult], Figure | None]
 ) -> list[Chart]:
     charts = (
-        _chart(f"{key}-{number}", condition.name, draw(results, condition))
+        chart(f"{key}-{number}", condition.name, draw(results, condition))
         for number, condition in enumerate(results.conditions)
     )
-    return [chart for chart in charts if chart is not None]
+    return [drawn for drawn in charts if drawn is not None]
