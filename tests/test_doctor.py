@@ -17,11 +17,13 @@ def test_this_machine_is_well(capsys: pytest.CaptureFixture[str], unchecked: Non
     assert "fused" in printed and "ok" in printed and "WRONG" not in printed
 
 
-def test_half_precision_without_a_kernel_is_named() -> None:
+def test_every_precision_is_tried_and_the_absent_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {(check.backend, check.device, check.dtype): check for check in self_check()}
-    assert "not fp16" in found["fused", "cpu", "fp16"].verdict
-    fused = found["fused", "cpu", "fp32"]
-    assert fused.verdict == "ok" and fused.value_error is not None and 0 < fused.value_error < 1e-5
+    for dtype, error in (("fp32", 1e-5), ("fp16", 1e-2), ("bf16", 1e-1)):
+        fused = found["fused", "cpu", dtype]
+        assert fused.verdict == "ok" and fused.value_error is not None and 0 < fused.value_error < error
+    monkeypatch.setattr(selfcheck, "fused_problem", lambda device, dtype: "numba is absent")
+    assert {check.verdict for check in self_check() if check.backend == "fused"} == {"numba is absent"}
 
 
 @pytest.mark.parametrize("fault", ["value", "gradient"])

@@ -45,11 +45,13 @@ def test_replay_is_bit_equal_and_recovery_close(name: str, backend: str, uncheck
 @pytest.mark.parametrize("backend", ["reference", "fused"])
 @pytest.mark.parametrize("channel_first", [False, True])
 def test_around_any_branch(channel_first: bool, backend: str, unchecked: None) -> None:
-    """Branches, operations of the user's own between residuals, and a second backward pass over the same graph."""
+    """Branches, shared compressions, operations of the user's own in between, and a second backward pass."""
     stream = DeltaStream(6, 3, seed=1, channel_first=channel_first, norm="none")
     branch = (lambda: nn.Conv1d(6, 6, 1)) if channel_first else (lambda: nn.Linear(6, 6))
     torch.manual_seed(0)
-    blocks = nn.ModuleList(stream.wrap(branch()) for _ in range(4))
+    blocks = nn.ModuleList()
+    for index in range(4):
+        blocks.append(stream.wrap(branch(), share_compression=blocks[index - 1] if index % 2 else None))
     use_backend(blocks, backend)
     x = randn(2, 6, 5).float() if channel_first else randn(2, 5, 6).float()
 

@@ -17,6 +17,7 @@ TRIED = [
     *((case, torch.float64) for case in CASES[::4]),
     *((case, torch.float32) for case in CASES[1::9]),
     *((case, torch.bfloat16) for case in CASES[2::9]),
+    *((case, torch.float16) for case in CASES[3::9]),
 ]
 
 
@@ -98,7 +99,7 @@ def test_the_operator_is_registered_rightly() -> None:
     torch.library.opcheck(torch.ops.deepdelta.expand_tokens.default, (x, taps))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(8, 5, 3, 33, 4), (1, 1, 2, 5, 3), (2, 3, 2, 1, 6), (2, 9, 5, 100, 1)], ids=str)
 def test_the_embedding_convolution(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Against torch's convolution in fp64: values and gradients; texts shorter than the taps too."""
@@ -115,9 +116,18 @@ def test_the_embedding_convolution(shape: tuple[int, ...], dtype: torch.dtype) -
     y = expand_tokens(ours, ours_weight)
     y.backward(cotangent)
     assert a.grad is not None and w.grad is not None and ours.grad is not None and ours_weight.grad is not None
-    tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     for one, other in ((y, expected), (ours.grad, a.grad), (ours_weight.grad, w.grad)):
         torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_narrow_number_is_read_and_rounded_as_torch_does(dtype: torch.dtype) -> None:
+    """All 65,536 times factors that lead through all sizes, by a convolution of one tap."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[None, :, None]
+    factors = torch.tensor([1.0, -0.3, 7e-3, 3e-5, 2.0**-10, 1.0 + 2.0**-11, 900.0, 1e30])
+    y = expand_tokens(x, factors[:, None, None])
+    torch.testing.assert_close(y[0, ..., 0], (x[0].float() * factors).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_compiled_models_keep_their_graph_over_batches_and_lengths(unchecked: None) -> None:
@@ -157,9 +167,9 @@ def test_no_second_derivatives() -> None:
 
 def test_what_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused_problem(torch.device("cpu"), torch.float32) is None
-    half = torch.zeros(3, 2, 5, dtype=torch.float16)
-    with pytest.raises(UserError, match="has fp32, fp64 and bf16, not fp16; use the backend 'reference'"):
-        fused_step(half, half[:, 0], torch.zeros(3, 2), None, Normalise(1e-6, 1))
+    tiny = torch.zeros(3, 2, 5, dtype=torch.float8_e5m2)
+    with pytest.raises(UserError, match=r"has fp64, fp32, bf16, fp16, not .*float8_e5m2; use the backend 'reference'"):
+        fused_step(tiny, tiny[:, 0], torch.zeros(3, 2), None, Normalise(1e-6, 1))
     model = GPT(GPTConfig(vocab_size=31, dim=16, heads=2, layers=1, context=8))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="the fused step on cpu needs the package numba, which is not installed"):

@@ -281,6 +281,12 @@ def test_a_start_anew_leaves_nothing_of_the_run_before(copy: Path, tmp_path: Pat
     assert set(contents(copy)) == {"config.json", "environment.json", "metrics.jsonl", "checkpoint.safetensors"}
 
 
+def test_a_missing_compiler(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepdelta.training.loop.compiler_problem", lambda device: f"{device} needs a C++ compiler")
+    refused(r"cpu needs a C\+\+ compiler; or train with compile=False", config(source, compile=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_path_that_cannot_be_a_run_directory(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):

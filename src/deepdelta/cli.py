@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import shutil
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -21,10 +20,11 @@ from deepdelta.data import DataConfig, load_corpus
 from deepdelta.errors import UserError, nearest
 from deepdelta.interop import import_published
 from deepdelta.models import generate
+from deepdelta.nn import use_backend
 from deepdelta.nn.presets import PRESETS
 from deepdelta.studies.config import load_study, named_studies
 from deepdelta.training import RunDirectory, TrainConfig, evaluate, load, train
-from deepdelta.training.environment import choose_device, machine, versions
+from deepdelta.training.environment import choose_device, compiler_problem, machine, versions
 from deepdelta.training.loop import corpus_facts
 from deepdelta.training.progress import reporting
 
@@ -111,6 +111,7 @@ class Generate:
                 f"{self.run} was trained on bare token ids, so there is no text; "
                 "train with --data.tokenizer FILE.json to have the tokenizer kept with the run."
             )
+        use_backend(model)
         ids = generate(
             model,
             tokenizer.encode(self.prompt),
@@ -295,8 +296,7 @@ class Doctor:
             print(f"{name:<10} {value}")
         chosen = choose_device("auto", "auto")
         print(f"device     {chosen.device} ({chosen.reason}), precision {chosen.precision}")
-        compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-        print(f"compiler   {compiler or 'no C++ compiler, which torch.compile needs on the CPU'}")
+        print(f"compiler   {compiler_problem(chosen.device.type) or 'torch.compile has what it needs'}")
         table = Table("backend", "device", "dtype", "values", "gradients", "", title="errors against fp64")
         checks = list(self_check())
         for check in checks:

@@ -76,7 +76,7 @@ def agreeing(where: str, error: float, tolerance: float) -> float:
 def _model_errors(group: Group, case: Case, chosen: Device) -> tuple[float, float]:
     """How far the fused case is from the truth, and how far it may be."""
     model = build_model(group, case, chosen.device)
-    _disturb(model)
+    disturb(model)
     ids = random_ids(group, chosen.device, group.context + 1, batch=1)
     fused = loss_and_gradients(model, model, ids, chosen)
     use_backend(model, "reference")
@@ -100,7 +100,7 @@ def _operator_error(group: Group, case: Case, chosen: Device) -> float:
 def _decoding_errors(group: Group, case: Case, chosen: Device) -> tuple[float, float]:
     model = build_model(group, case, chosen.device).eval()
     assert isinstance(model, GPT)
-    _disturb(model)
+    disturb(model)
     ids = random_ids(group, chosen.device, group.context, batch=1)
     cache = DecodingCache(model)
     cached = torch.cat([cache.decode(ids[:, i : i + 1]) for i in range(group.context)], dim=1)
@@ -118,8 +118,8 @@ def _refuse_not_finite(where: str, group: Group, case: Case, chosen: Device) -> 
 
 
 @torch.no_grad()
-def _disturb(model: nn.Module) -> None:
+def disturb(model: nn.Module, seed: int = 1) -> None:
     """Move every parameter: targets and gates start at zero weights, where an error in them would not show."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter += (0.02 * torch.randn(parameter.shape, generator=generator)).to(parameter)

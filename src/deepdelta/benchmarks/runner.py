@@ -77,7 +77,7 @@ def run_suite(
             command=command,
             date=began.isoformat(timespec="seconds"),
             commit=commit(),
-            versions=versions() | _versions(),
+            versions=all_versions(),
             machine=machine(),
             device=suite.device,
             precision=suite.precision,
@@ -223,8 +223,9 @@ def _warm_up(subject: Subject) -> None:
             stage()
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def all_versions() -> dict[str, str]:
+    """Of what figures depend on, where it is installed."""
+    found = versions()
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

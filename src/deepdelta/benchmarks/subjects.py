@@ -3,7 +3,6 @@
 Shapes: N tokens, V value channels, D width.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from deepdelta.nn import ResidualConfig, use_backend, use_memory
 from deepdelta.nn.direction import normalisation
 from deepdelta.ops.step import NEEDS, fused_problem, fused_step, rewrite_step
 from deepdelta.training.config import TrainConfig
-from deepdelta.training.environment import Device
+from deepdelta.training.environment import Device, compiler_problem
 from deepdelta.training.optimizer import build_optimizer
 from deepdelta.training.step import micro_losses
 
@@ -55,20 +54,6 @@ def problem(group: Group, case: Case, suite: Suite) -> str | None:
         return peer_problem(case.peer)
     if case.backend == "fused":
         return fused_problem(torch.device(suite.device), torch.float32)
-    return None
-
-
-def compiler_problem(device: str) -> str | None:
-    """What torch.compile's default backend lacks, or None."""
-    if device == "cuda":
-        return None if importlib.util.find_spec("triton") else "torch.compile on CUDA needs the package triton"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "torch.compile needs a C++ compiler, and there is none; install g++ or clang++, or name one in CXX"
     return None
 
 

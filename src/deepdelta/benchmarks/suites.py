@@ -213,15 +213,18 @@ GPU = Suite(
     ),
 )
 
+GRADIENTS = "gradients"
+"""What measures errors, not times, under this name: `benchmarks.gradients`."""
+
 SUITES: Mapping[str, Suite] = MappingProxyType({suite.name: suite for suite in (BAR, PEERS, GROWTH, OPERATOR, GPU)})
 
 
 def load_suite(name: str) -> Suite:
-    """A named suite.
+    """A named suite of timings.
 
     Raises:
         UserError: there is none of this name.
     """
     if name not in SUITES:
-        raise UserError(f"there is no suite '{name}'; {nearest(name, SUITES)}")
+        raise UserError(f"there is no suite '{name}'; {nearest(name, (*SUITES, GRADIENTS))}")
     return SUITES[name]

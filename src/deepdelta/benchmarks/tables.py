@@ -18,7 +18,7 @@ TITLES = {
 }
 ABSENT = "-"
 RATIO = "[95 %]"
-WORDS = ("case", "work", "what")
+WORDS = ("case", "work", "what", "precision", "plan")
 """Columns of words, which stand at the left."""
 MIB = 1 << 20
 
@@ -54,39 +54,39 @@ def facts(results: BenchResults) -> str:
 
 def render(results: BenchResults) -> list[Table]:
     """The tables for a terminal; `table.md` has more columns."""
-    tables = []
-    for one in cells(results):
-        table = Table(
-            title=Text(one.title),
-            caption=Text(" ".join(one.notes)) if one.notes else None,
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            title_justify="left",
-            caption_justify="left",
-        )
-        for column in one.narrow:
-            # Folded, not cut, where the terminal is too narrow: no digit may be lost.
-            first = column == one.narrow[0]
-            table.add_column(
-                Text(column), justify="left" if column in WORDS else "right", overflow="fold", no_wrap=first
-            )
-        shown = [one.columns.index(column) for column in one.narrow]
-        for row in one.rows:
-            table.add_row(*(Text(row[index]) for index in shown))
-        tables.append(table)
-    return tables
+    return [terminal(one) for one in cells(results)]
+
+
+def terminal(one: Cells) -> Table:
+    table = Table(
+        title=Text(one.title),
+        caption=Text(" ".join(one.notes)) if one.notes else None,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in one.narrow:
+        # Folded, not cut, where the terminal is too narrow: no digit may be lost.
+        first = column == one.narrow[0]
+        table.add_column(Text(column), justify="left" if column in WORDS else "right", overflow="fold", no_wrap=first)
+    shown = [one.columns.index(column) for column in one.narrow]
+    for row in one.rows:
+        table.add_row(*(Text(row[index]) for index in shown))
+    return table
 
 
 def markdown(results: BenchResults) -> str:
     """The tables as GitHub-flavoured Markdown."""
-    lines = [f"# {_escaped(results.suite)}: {_escaped(results.question)}", "", _escaped(facts(results)), ""]
-    for one in cells(results):
-        lines += [f"## {_escaped(one.title)}", "", _line(one.columns)]
-        lines.append("| --- |" + " ---: |" * (len(one.columns) - 1))
-        lines += [*map(_line, one.rows), ""]
-        if one.notes:
-            lines += [_escaped(" ".join(one.notes)), ""]
-    return "\n".join(lines)
+    lines = [f"# {escaped(results.suite)}: {escaped(results.question)}", "", escaped(facts(results)), ""]
+    return "\n".join(lines + [line for one in cells(results) for line in section(one)])
+
+
+def section(one: Cells) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = [f"## {escaped(one.title)}", "", _line(one.columns), "| --- |" + " ---: |" * (len(one.columns) - 1)]
+    lines += [*map(_line, one.rows), ""]
+    return lines + ([escaped(" ".join(one.notes)), ""] if one.notes else [])
 
 
 def ratio_text(ratio: Ratio | None) -> str:
@@ -180,10 +180,11 @@ def _spread(ratio: Ratio) -> str:
 
 
 def _line(texts: tuple[str, ...]) -> str:
-    return "| " + " | ".join(map(_escaped, texts)) + " |"
+    return "| " + " | ".join(map(escaped, texts)) + " |"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text as Markdown shows it."""
     # Backslashes before what Markdown would read as a mark, entities for what it would read as HTML.
     for mark in "\\|*_`[]":
         text = text.replace(mark, f"\\{mark}")

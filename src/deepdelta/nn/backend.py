@@ -23,9 +23,9 @@ class Chosen(NamedTuple):
 def use_backend(module: nn.Module, backend: Backend = "auto", *, compiled: bool = False) -> Chosen:
     """Choose what does the rewrites of every delta residual in `module`, where its parameters are now.
 
-    - reference: plain PyTorch; differentiable any number of times, and what a new residual has.
+    - reference: plain PyTorch; differentiable any number of times and by torch.func, and what a new residual has.
     - fused: one pass over the state per sublayer, with the next sublayer's compression and norm in it where the model
-      hands it on; compiled by numba on the CPU (fp32, fp64, bf16) and by Triton on CUDA. First derivatives.
+      hands it on; compiled by numba on the CPU and by Triton on CUDA. First derivatives.
     - auto: reference where the rewrite is a plain addition (rule additive, V = 1), and at V = 1 on the CPU in a module
       that is compiled: there the compiler does as well or better. Elsewhere fused where it can run, else reference.
 

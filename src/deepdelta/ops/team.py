@@ -55,10 +55,37 @@ def threads() -> int:
     return torch.get_num_threads() if _openmp() is not None else 1
 
 
-def compiled(function: Any) -> Any:
-    """A function for loops to call, compiled for the types that it is called with."""
+def compiled(function: Any, *, kept: bool = False) -> Any:
+    """A function for loops to call, compiled for the types that it is called with.
+
+    Args:
+        kept: whether it is kept on disk by itself: for what is called without a loop, which keeps what it calls.
+    """
+    return numba.njit(nogil=True, fastmath=FAST, cache=kept, error_model="numpy")(_named(function))
+
+
+def _named(function: Any, *modules: ModuleType) -> Any:
+    """The function under a name that tells all that its compiled code depends on.
+
+    numba's cache looks at the function's own file alone, not at what is compiled into it from others. It has one index
+    per name, in which processes that save at the same time may take each other's numbers, and then each other's code.
+
+    Args:
+        modules: where what it calls stands, other than its own file and this one.
+    """
     # Unwrapped of the checks that the tests put around every function of the package.
-    return numba.njit(nogil=True, fastmath=FAST, cache=True, error_model="numpy")(inspect.unwrap(function))
+    function = inspect.unwrap(function)
+    sources = map(_source, (sys.modules[__name__], sys.modules[function.__module__], *modules))
+    closed = repr([cell.cell_contents for cell in function.__closure__ or ()])
+    key = hashlib.sha256(b"".join([closed.encode(), *sources])).hexdigest()
+    function.__qualname__ += f"_{key[:16]}"
+    return function
+
+
+@cache
+def _source(module: ModuleType) -> bytes:
+    """A module's file as it was at import, when `compiled` asks for it: it may be edited while this process runs."""
+    return Path(module.__file__ or "").read_bytes()
 
 
 class Loop(NamedTuple):
@@ -67,21 +94,17 @@ class Loop(NamedTuple):
     alone: Any
 
 
-def loop(make: Callable[[int | None, int], Any], *modules: ModuleType) -> Loop:
+def loop(make: Callable[[int | None], Any], *modules: ModuleType) -> Loop:
     """C functions that do one thread's part of the work that a table describes, kept on disk from process to process.
 
     Args:
-        make: make(team, source) returns share(table), whose part is `part(team, source)`. Besides types, it may
-            close over plain numbers alone: all of them are the key in the cache.
-        modules: where the functions that share calls stand. The cache looks at the file of share; what is compiled into
-            it from elsewhere counts through `source`, a number made of these files and this one.
+        make: make(team) returns share(table), whose part is `part(team)`; share may close over types and numbers alone.
+        modules: where the functions that share calls stand, other than its own.
     """
-    texts = [Path(module.__file__ or "").read_bytes() for module in (sys.modules[__name__], *modules)]
-    source = int.from_bytes(hashlib.sha256(b"".join(texts)).digest()[:4], "big")
     argument = types.void(types.CPointer(types.int64))
 
     def made(team: int | None) -> Any:
-        return numba.cfunc(argument, cache=True)(inspect.unwrap(make(team, source)))
+        return numba.cfunc(argument, cache=True, error_model="numpy")(_named(make(team), *modules))
 
     return Loop(None if _openmp() is None else made(1), made(None))
 
@@ -105,7 +128,8 @@ def address(tensor: Tensor | None) -> int:
 
 
 class Kinds(NamedTuple):
-    """The types of numbers in a loop: as stored (bf16, which numpy lacks, as the 16 bits it is), and in sums."""
+    """The types of numbers in a loop: as stored, and in sums. What numba has no arithmetic for is stored as the 16 bits
+    that it is: bf16 as uint16, fp16 as int16."""
 
     stored: Any
     wide: Any
@@ -113,7 +137,7 @@ class Kinds(NamedTuple):
 
 def kinds(dtype: torch.dtype) -> Kinds:
     wide = np.float64 if accumulation_dtype(dtype) == torch.float64 else np.float32
-    return Kinds(np.uint16 if dtype == torch.bfloat16 else wide, wide)
+    return Kinds({torch.bfloat16: np.uint16, torch.float16: np.int16}.get(dtype, wide), wide)
 
 
 @intrinsic
@@ -124,7 +148,7 @@ def _pointer(typing_context, address):
     return types.voidptr(types.int64), inspect.unwrap(generate)
 
 
-def part(team, source):
+def part(team):
     """Within a loop: which part is this thread's, and of how many; all of it where `team` is None."""
 
 
@@ -140,11 +164,11 @@ def store(value, like):
     """Within a loop: what to store in an array of elements as `like`: rounded to nearest, ties to even."""
 
 
-def _widened(value):
+def _of_bf16(value):
     return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
 
 
-def _rounded(value, like):
+def _to_bf16(value, like):
     bits = np.float32(value).view(np.uint32)
     if value != value:
         return np.uint16((bits >> np.uint32(16)) | np.uint32(64))
@@ -152,14 +176,53 @@ def _rounded(value, like):
     return np.uint16(np.uint32(bits + half) >> np.uint32(16))
 
 
+# fp16 by its bits too: LLVM's own conversion calls functions that are absent where the processor has no instruction.
+INFINITE, NORMAL, SHIFT = np.uint32(0x7C00), np.uint32(0x0400), np.uint32(13)
+WIDE_INFINITE, WIDE_NORMAL = np.uint32(0x7F800000), np.uint32(0x38800000)  # WIDE_NORMAL: NORMAL in fp32
+BIAS, TOO_LARGE = np.uint32(0x38000000), np.uint32(0x477FF000)  # of exponents; what rounds to infinity
+LEAST = np.float32(2.0**-24)
+
+
+@compiled
+def _of_fp16(value):
+    magnitude = np.uint32(np.uint32(value) & np.uint32(0x7FFF))
+    if magnitude >= INFINITE:
+        wide = np.uint32(np.uint32(magnitude << SHIFT) | WIDE_INFINITE)
+    elif magnitude >= NORMAL:
+        wide = np.uint32(np.uint32(magnitude << SHIFT) + BIAS)
+    else:
+        wide = np.float32(np.float32(magnitude) * LEAST).view(np.uint32)
+    sign = np.uint32(np.uint32(np.uint32(value) & np.uint32(0x8000)) << np.uint32(16))
+    return np.uint32(wide | sign).view(np.float32)
+
+
+@compiled
+def _to_fp16(value):
+    bits = np.float32(value).view(np.uint32)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    if magnitude > WIDE_INFINITE:
+        narrow = np.uint32(INFINITE | np.uint32(0x0200))
+    elif magnitude >= TOO_LARGE:
+        narrow = INFINITE
+    elif magnitude >= WIDE_NORMAL:
+        half = np.uint32(np.uint32(0x0FFF) + np.uint32(np.uint32(magnitude >> SHIFT) & np.uint32(1)))
+        narrow = np.uint32(np.uint32(np.uint32(magnitude - BIAS) + half) >> SHIFT)
+    else:
+        # The numbers next to 1/2 are as far apart as the smallest of fp16.
+        moved = np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32)
+        narrow = np.uint32(moved - np.float32(0.5).view(np.uint32))
+    sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
+    return np.int16(np.uint16(narrow | sign))
+
+
 part, array_at, load, store = (inspect.unwrap(function) for function in (part, array_at, load, store))
 
 
 @overload(part, inline="always")
-def _part(team, source):
+def _part(team):
     if isinstance(team, types.NoneType):
-        return lambda team, source: (0, 1)
-    return lambda team, source: (thread_number(), thread_count())
+        return lambda team: (0, 1)
+    return lambda team: (thread_number(), thread_count())
 
 
 @overload(array_at, inline="always")
@@ -171,9 +234,11 @@ def _array_at(address, shape, kind):
 
 @overload(load, inline="always")
 def _load(value):
-    return inspect.unwrap(_widened) if value == types.uint16 else lambda value: value
+    known = {types.uint16: _of_bf16, types.int16: lambda value: _of_fp16(value)}
+    return inspect.unwrap(known.get(value, lambda value: value))
 
 
 @overload(store, inline="always")
 def _store(value, like):
-    return inspect.unwrap(_rounded) if like == types.uint16 else lambda value, like: value
+    known = {types.uint16: _to_bf16, types.int16: lambda value, like: _to_fp16(value)}
+    return inspect.unwrap(known.get(like, lambda value, like: value))

@@ -1,6 +1,7 @@
 """What a number depends on besides its configuration: versions, machine, commit, device."""
 
 import ctypes
+import importlib.util
 import os
 import platform
 import subprocess
@@ -44,6 +45,20 @@ def choose_device(name: str, precision: str) -> Device:
     elif precision == "bf16" and not has_bf16:
         raise UserError(f"device '{name}' has no bf16 autocast here; use precision fp32.")
     return Device(torch.device(name), precision, reason)
+
+
+def compiler_problem(device: str) -> str | None:
+    """What torch.compile's default backend lacks, or None."""
+    if device == "cuda":
+        return None if importlib.util.find_spec("triton") else "torch.compile on CUDA needs the package triton"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "torch.compile needs a C++ compiler, and there is none; install g++ or clang++, or name one in CXX"
+    return None
 
 
 def usable_cores() -> int:

@@ -23,7 +23,15 @@ from deepdelta.errors import UserError
 from deepdelta.models import GPT
 from deepdelta.nn import use_backend, use_memory
 from deepdelta.training.config import TrainConfig
-from deepdelta.training.environment import Device, choose_device, commit, keep_freed_memory, machine, versions
+from deepdelta.training.environment import (
+    Device,
+    choose_device,
+    commit,
+    compiler_problem,
+    keep_freed_memory,
+    machine,
+    versions,
+)
 from deepdelta.training.evaluation import evaluate
 from deepdelta.training.optimizer import build_optimizer, learning_rate
 from deepdelta.training.progress import Reporter, duration, reporting
@@ -70,6 +78,8 @@ def train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     chosen = choose_device(config.device, config.precision)
+    if config.compile and (problem := compiler_problem(chosen.device.type)):
+        raise UserError(f"{problem}; or train with compile=False.")
     threads = torch.get_num_threads()
     keep_freed_memory()
     say(f"Device {chosen.device} ({chosen.reason}), precision {chosen.precision}, CPU threads: {threads}.")

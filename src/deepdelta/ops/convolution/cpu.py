@@ -73,9 +73,9 @@ def _pull(first, last, one, x, weight, d_y, d_x, d_weight):
 
 @cache
 def _forward(stored: Any, wide: Any) -> Loop:
-    def make(team: int | None, source: int) -> Any:
+    def make(team: int | None) -> Any:
         def share(at):
-            index, count = part(team, source)
+            index, count = part(team)
             B, T, V, D, K = at[0], at[1], at[2], at[3], at[4]
             _expand(
                 B * T * index // count, B * T * (index + 1) // count, wide(1), array_at(at[5], (B, T, D), stored),
@@ -91,14 +91,14 @@ def _forward(stored: Any, wide: Any) -> Loop:
 def _backward(stored: Any, wide: Any) -> Loop:
     size = np.dtype(wide).itemsize
 
-    def make(team: int | None, source: int) -> Any:
+    def make(team: int | None) -> Any:
         def share(at):
-            index, count = part(team, source)
+            index, count = part(team)
             B, T, V, D, K = at[0], at[1], at[2], at[3], at[4]
             _pull(
                 B * T * index // count, B * T * (index + 1) // count, wide(1), array_at(at[5], (B, T, D), stored),
-                array_at(at[6], (V, K, D), wide), array_at(at[7], (B, T, V, D), stored), array_at(at[8], (B, T, D), stored),
-                array_at(at[9] + index * V * K * D * size, (V, K, D), wide),
+                array_at(at[6], (V, K, D), wide), array_at(at[7], (B, T, V, D), stored),
+                array_at(at[8], (B, T, D), stored), array_at(at[9] + index * V * K * D * size, (V, K, D), wide),
             )  # fmt: skip
 
         return share

@@ -134,9 +134,9 @@ def _number(bits, wide):
 def _forward(parts: _Parts) -> Loop:
     stored, wide, gating, erase, offset, compression, weight, opened = parts
 
-    def make(team: int | None, source: int) -> Any:
+    def make(team: int | None) -> Any:
         def share(at):
-            index, count = part(team, source)
+            index, count = part(team)
             N, V, D, G, R = at[0], at[1], at[2], at[3], at[4]
             cpu_kernel.forward(
                 N * index // count, N * (index + 1) // count, wide(1),
@@ -158,9 +158,9 @@ def _backward(parts: _Parts) -> Loop:
     stored, wide, gating, erase, offset, compression, weight, opened = parts
     size = np.dtype(wide).itemsize
 
-    def make(team: int | None, source: int) -> Any:
+    def make(team: int | None) -> Any:
         def share(at):
-            index, count = part(team, source)
+            index, count = part(team)
             N, V, D, G, R = at[0], at[1], at[2], at[3], at[4]
             mine = index * D * size
             cpu_kernel.backward(
@@ -182,9 +182,9 @@ def _backward(parts: _Parts) -> Loop:
 
 @cache
 def _replay(stored: Any, wide: Any) -> Loop:
-    def make(team: int | None, source: int) -> Any:
+    def make(team: int | None) -> Any:
         def share(at):
-            index, count = part(team, source)
+            index, count = part(team)
             N, V, D = at[0], at[1], at[2]
             cpu_kernel.replay(
                 N * index // count, N * (index + 1) // count, array_at(at[8], (N, V, D), stored),

@@ -1,12 +1,14 @@
 """The loops of the fused step, compiled by numba: one token at a time, whose vectors stay in the cache.
 
 Forward reads X and h and writes X' and c'; backward reads X, h and the two gradients once. Sums run in `one`'s type
-(fp32, or fp64 for an fp64 state); bf16 comes as the 16 bits it is. Arguments that are None leave their part out: numba
-compiles a version without it. Shapes: N tokens, V value channels, D width, G gates.
+(fp32, or fp64 for an fp64 state); bf16 and fp16 come as the 16 bits they are. Arguments that are None leave their part
+out: numba compiles a version without it. Shapes: N tokens, V value channels, D width, G gates.
 
 A loop that sums stores nothing: around a store the compiler keeps a second version of the loop, for arrays that
 overlap; its test is conservative, and the order of the sum, so the last bit, would depend on where memory lies.
 """
+
+from functools import partial
 
 import numpy as np
 
@@ -229,7 +231,7 @@ def replay(first, last, state, h, coefficient, new):
                 new[n, j, d] = store(load(state[n, j, d]) + a * load(h[n, d]), new[n, j, d])
 
 
-@compiled
+@partial(compiled, kept=True)
 def decode(one, state, h, c_now, weights, bias, gating, beta, write, erase, *opening):
     """`forward` for every token, with gating = weights c + bias made here; `weights` None leaves `write` as it is."""
     tokens, width = h.shape

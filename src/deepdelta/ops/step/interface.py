@@ -15,6 +15,9 @@ from deepdelta.ops.step.reference import Gating, Normalise
 NEEDS = {"cpu": "numba", "cuda": "triton"}
 """The package whose compiler the fused step needs, by device."""
 
+DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""What a state may be stored in."""
+
 MAKE_COEFFICIENTS = ("cpu",)
 """Devices whose kernels make write and erase of a gating; elsewhere PyTorch does, before the kernel."""
 
@@ -26,8 +29,8 @@ def fused_problem(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"there is no fused step for device '{device.type}'"
     if importlib.util.find_spec(package) is None:
         return f"the fused step on {device.type} needs the package {package}, which is not installed"
-    if device.type == "cpu" and dtype == torch.float16:
-        return "the fused step on the CPU has fp32, fp64 and bf16, not fp16"
+    if dtype not in DTYPES:
+        return f"the fused step has {', '.join(DTYPES.values())}, not {dtype}"
     return None
 
 
