@@ -81,7 +81,7 @@ def test_a_trained_run(capsys: pytest.CaptureFixture[str], run: Path, source: Pa
     assert results.corpus_sha256 == directory.environment()["corpus_sha256"]
     assert results.model == directory.config().model
     assert results.contexts == "4 windows of 16 tokens, evenly spread over the held-out part"
-    assert results.command.startswith("deepdelta ") and results.versions["torch"] and results.machine["cores"]
+    assert results.command.startswith("deepdelta") and results.versions["torch"] and results.machine["cores"]
     assert [one.name for one in found.residuals] == ["layers.0.attention", "layers.0.mlp"]
     assert found.shortcut is not None and found.shortcut.tokens == 5
     # What is shown is what is kept.

@@ -285,15 +285,14 @@ def test_what_cannot_run_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch, tmp
         run_suite(replace(TINY, groups=(replace(prefill, baseline="ddl, fused"),)), tmp_path, command="")
 
 
-def test_no_compiler_is_reported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_is_reported_by_name() -> None:
     import torch._inductor.config as inductor
-
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
     from torch._inductor import cpp_builder
 
-    for cached in ("get_cpp_compiler", "cpp_compiler_search"):
-        getattr(getattr(cpp_builder, cached, None), "cache_clear", lambda: None)()
-    assert "needs a C++ compiler" in (subjects.compiler_problem("cpu") or "")
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
+        for cached in ("get_cpp_compiler", "cpp_compiler_search"):
+            getattr(getattr(cpp_builder, cached, None), "cache_clear", lambda: None)()
+        assert "needs a C++ compiler" in (subjects.compiler_problem("cpu") or "")
 
 
 @pytest.mark.usefixtures("tiny", "unchecked")

@@ -105,12 +105,12 @@ def test_generate_prints_the_prompt_first_and_then_each_piece(
 
 def test_bpe(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    bpe = ("--data.tokenizer", "bpe", "--data.bpe-vocab-size", "300")
+    bpe = ("--data.tokenizer", "bpe", "--data.bpe-vocab-size", "320")
     trained = out(capsys, "train", "--run", run, *SHORT, "--data.source", source, *bpe)
-    assert "Training a BPE of 300 ids" in trained and "validation tokens of 300 ids" in trained
-    assert RunDirectory(run).config().model.vocab_size == 300
+    assert "Training a BPE of 320 ids" in trained and "validation tokens of 320 ids" in trained
+    assert RunDirectory(run).config().model.vocab_size == 320
     model, tokenizer = load(run)
-    assert tokenizer is not None and tokenizer.vocab_size == 300
+    assert tokenizer is not None and tokenizer.vocab_size == 320
     corpus = load_corpus(RunDirectory(run).config().data)
     assert corpus.validation_bytes is not None and len(corpus.validation) < corpus.validation_bytes
     assert tokenizer.decode(corpus.validation.tolist()) == source.read_bytes()[-corpus.validation_bytes :].decode()

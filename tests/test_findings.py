@@ -1,0 +1,46 @@
+"""The tables of the findings are those of the committed results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from deepdelta.report import detail_tables, markdown_cells, markdown_table
+from deepdelta.studies.config import load_study
+from deepdelta.studies.results import load_results
+
+ROOT = Path(__file__).parents[1]
+FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+STUDIES = sorted(set(re.findall(r"\.\./results/([\w-]+)/results\.json", FINDINGS)) - {"quick"})
+AUDITS = sorted(set(re.findall(r"\.\./results/([\w-]+)/audit\.json", FINDINGS)))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_s_tables(name: str) -> None:
+    results = load_results(ROOT / "results" / name / "results.json")
+    assert markdown_table(results).strip() in FINDINGS
+    contrasts = next(table for table in detail_tables(results) if table.title.startswith("Comparisons"))
+    # Without its heading, which the page has of its own.
+    assert markdown_cells(contrasts).split("\n", 2)[2].strip() in FINDINGS
+    assert all(len(condition.runs) >= 5 for condition in results.conditions)
+
+
+@pytest.mark.parametrize("name", AUDITS)
+def test_an_audit_s_rows(name: str) -> None:
+    found = json.loads((ROOT / "results" / name / "audit.json").read_text(encoding="utf-8"))["findings"]
+    for residual in found["residuals"]:
+        effect = next(one for one in residual["effects"] if one["intervention"] == "erase cut")
+        row = f"| {residual['name'].removeprefix('layers.')} | {residual['gate']['values']['mean']:.2f} |"
+        end = f"| {effect['loss_change']:+.4f} ({effect['low']:+.4f} to {effect['high']:+.4f}) |"
+        assert any(line.startswith(row) and line.endswith(end) for line in FINDINGS.splitlines()), residual["name"]
+
+
+def test_the_headline_rests_on_what_the_search_chose() -> None:
+    search = json.loads((ROOT / "results" / "parameterization" / "search.json").read_text(encoding="utf-8"))
+    headline, candidates = load_study("headline"), load_study("parameterization")
+    (winner,) = search["winners"]
+    residual = candidates.conditions[winner].changes["model"]["residual"]
+    assert headline.conditions[winner].changes["model"]["residual"] == residual
+    assert candidates.search is not None
+    assert not set(headline.seeds) & {seed for rung in candidates.search.rungs for seed in rung.seeds}
