@@ -6,8 +6,8 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
+from deepdelta.analysis.rewrites import GATE_BINS
 from deepdelta.studies.results import (
-    GATE_BINS,
     Budget,
     ConditionResult,
     Corpus,

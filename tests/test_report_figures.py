@@ -7,10 +7,10 @@ from pathlib import Path
 import plotly.graph_objects as go
 import pytest
 
+from deepdelta.analysis.rewrites import GATE_BINS
 from deepdelta.report import figures as pictures
 from deepdelta.report.page import render_page
 from deepdelta.studies.results import (
-    GATE_BINS,
     RewriteSummary,
 )
 from deepdelta.studies.statistics import compare

@@ -6,7 +6,7 @@ Colours of text, grids and backgrounds are left to the page's style sheet, so th
 from collections.abc import Sequence
 from typing import Any
 
-from deepdelta.studies.results import GATE_BINS
+from deepdelta.analysis.rewrites import GATE_BINS
 
 Figure = dict[str, Any]
 Number = float | int

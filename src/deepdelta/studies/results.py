@@ -10,15 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from deepdelta.analysis.rewrites import GATE_BINS
 from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
 from deepdelta.files import write_text
 
 BudgetName = Literal["tokens", "flops", "time"]
 """What the runs of a comparison have in common: training tokens, floating-point operations, or seconds."""
-
-GATE_BINS = 20
-"""A gate histogram counts gates in this many equal bins over [0, 2]."""
 
 
 @dataclass(frozen=True, kw_only=True)
