@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deepdelta import GPT, PRESETS, GPTConfig
+from deepdelta.errors import UserError
 from helpers import randn
 
 
@@ -23,6 +24,12 @@ def rotated(x: Tensor, base: float, share: float) -> Tensor:
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+
+def returned(h: Tensor, p: dict[str, Tensor], sublayer: str) -> Tensor:
+    """What a branch returns: normed where the model has a weight for it."""
+    weight = p.get(sublayer + "branch.out_norm.weight")
+    return h if weight is None else rms(h, weight)
 
 
 def plain_transformer(p: dict[str, Tensor], config: GPTConfig, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,10 +49,10 @@ def plain_transformer(p: dict[str, Tensor], config: GPTConfig, ids: Tensor, labe
             q, k = rms(q, p[a + "branch.query_norm.weight"]), rms(k, p[a + "branch.key_norm.weight"])
         scores = (q @ k.mT / math.sqrt(width)).masked_fill(hidden_mask, -math.inf)
         mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        x = x + mixed @ p[a + "branch.out.weight"].T
+        x = x + returned(mixed @ p[a + "branch.out.weight"].T, p, a)
         c = rms(x, p[m + "norm.weight"])
         gate, up = c @ p[m + "branch.gate.weight"].T, c @ p[m + "branch.up.weight"].T
-        x = x + (gate / (1 + (-gate).exp()) * up) @ p[m + "branch.out.weight"].T
+        x = x + returned((gate / (1 + (-gate).exp()) * up) @ p[m + "branch.out.weight"].T, p, m)
     logits = rms(x, p["norm.weight"]) @ p["embedding.weight"].T
     kept = labels.flatten() != -1
     rows = logits.flatten(0, 1)[kept]
@@ -60,6 +67,7 @@ CONFIGS = {
     "partly rotated": {"rope_fraction": 0.5, "rope_base": 100.0},
     "no qk norm": {"qk_norm": False},
     "not rotated": {"rope_fraction": 0.0},
+    "normed branches": {"out_norm": 0.25},
 }
 
 
@@ -101,6 +109,25 @@ def test_logits_loss_and_every_gradient(changes):
     for name, a, b, (c, d) in zip(parameters, one, two, through_loss, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
         torch.testing.assert_close(c, d, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}, loss: {text}")
+
+
+def test_the_norms_of_branches_start_where_they_are_told_and_change_nothing_else():
+    sizes = {"vocab_size": 13, "context": 9, "layers": 2, "heads": 2, "dim": 16, "residual": PRESETS["additive"]}
+    plain, normed = (dict(GPT(GPTConfig(**sizes, out_norm=start)).named_parameters()) for start in (None, 0.25))
+    added = {name: value for name, value in normed.items() if name not in plain}
+    assert sorted(added) == [
+        f"layers.{i}.{part}.branch.out_norm.weight" for i in (0, 1) for part in ("attention", "mlp")
+    ]
+    for value in added.values():
+        torch.testing.assert_close(value.detach(), torch.full((16,), 0.25))
+    for name, value in plain.items():
+        assert torch.equal(normed[name], value), name
+
+
+@pytest.mark.parametrize("start", [0.0, -1.0, math.inf, math.nan])
+def test_a_norm_that_cannot_start_there_is_refused(start):
+    with pytest.raises(UserError, match="out_norm must be None or lie in"):
+        GPTConfig(vocab_size=13, out_norm=start)
 
 
 def test_it_has_the_parameters_of_a_plain_transformer():

@@ -207,6 +207,12 @@ def test_exporting_other_settings_is_refused_by_name(name, settings):
     assert "published-*" in str(caught.value)
 
 
+def test_exporting_normed_branches_is_refused_by_name():
+    normed = GPTConfig(vocab_size=11, context=8, layers=1, heads=2, dim=8, out_norm=0.5)
+    with pytest.raises(UserError, match=r"the published code has no out_norm=0\.5"):
+        to_published(GPT(normed))
+
+
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("published")])
 def test_no_other_preset_is_exported(name):
     settings = PRESETS[name]

@@ -87,6 +87,7 @@ def training_flops_per_token(config: GPTConfig) -> Flops:
         "query-key norm": rms_norm(config.head_width) * (2 * config.heads if config.qk_norm else 0),
         "attention scores": attention_scores(config),
         "mlp": swiglu(width),
+        "output norm": (Work() if config.out_norm is None else norm) * 2,
         "direction": direction(residual, width) * 2,
         "target": target(residual, width) * 2,
         "gate": gates(residual, width) * 2,

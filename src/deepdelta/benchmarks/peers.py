@@ -9,7 +9,6 @@ Shapes: B batch, T tokens, S streams, D model width; peers hold streams as (B * 
 import importlib
 import importlib.metadata
 import importlib.util
-import math
 import warnings
 from types import ModuleType
 from typing import Any
@@ -21,8 +20,8 @@ from torch.nn import functional as F
 
 from deepdelta.benchmarks.config import Peer
 from deepdelta.models import GPTConfig, GPTOutput
-from deepdelta.models.attention import Attention, Rotary, SwiGLU
-from deepdelta.models.gpt import Embedding
+from deepdelta.models.attention import Rotary
+from deepdelta.models.gpt import Embedding, layer_branches
 from deepdelta.nn import RMSNorm, initialise
 
 STREAMS = 4
@@ -61,7 +60,7 @@ class PeerGPT(nn.Module):
         assert config.vocab_size is not None
         self.embedding = Embedding(config.vocab_size, config.dim, config.embedding_std)
         self.rotary = Rotary(config.head_width, config.context, config.rope_base, config.rope_fraction)
-        branches = [branch for _ in range(config.layers) for branch in _branches(config, self.rotary)]
+        branches = [branch for _ in range(config.layers) for branch in layer_branches(config, self.rotary)]
         # Some peers draw their parameters from torch's generator, which others must find as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -121,16 +120,6 @@ def _hyper(peer: Peer, branches: list[nn.Module], dim: int) -> nn.Sequential:
         wrap(branch=nn.Sequential(RMSNorm(dim), branch), layer_index=index) for index, branch in enumerate(branches)
     )
     return nn.Sequential(expand, *wrapped, reduce)
-
-
-def _branches(config: GPTConfig, rotary: Rotary) -> tuple[nn.Module, nn.Module]:
-    """The attention and the MLP of a layer, as the GPT makes them."""
-    std = config.init_factor / math.sqrt(config.dim)
-    out_std = std / math.sqrt(config.layers)
-    attention = Attention(
-        config.dim, config.heads, config.head_width, rotary, qk_norm=config.qk_norm, std=std, out_std=out_std
-    )
-    return attention, SwiGLU(config.dim, std=std, out_std=out_std)
 
 
 def _package(peer: Peer) -> str:

@@ -269,6 +269,8 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _check_published(config: GPTConfig) -> None:
+    if config.out_norm is not None:
+        raise UserError(f"the published code has no out_norm={config.out_norm} (only None).")
     residual = config.residual
     allowed: dict[str, tuple[Any, ...]] = {
         "rule": ("delta",),

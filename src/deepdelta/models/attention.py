@@ -65,10 +65,22 @@ class KeyValues(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head causal attention without biases; q and k are normed per head after the rotation."""
+    """Multi-head causal attention without biases; q and k are normed per head after the rotation.
+
+    `out_norm` is where the weight of a norm of the result starts; None: the result is as it is.
+    """
 
     def __init__(
-        self, dim: int, heads: int, head_dim: int, rotary: Rotary, *, qk_norm: bool, std: float, out_std: float
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        rotary: Rotary,
+        *,
+        qk_norm: bool,
+        out_norm: float | None,
+        std: float,
+        out_std: float,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
@@ -78,6 +90,7 @@ class Attention(nn.Module):
         self.out = Linear(heads * head_dim, dim, std=out_std)
         self.query_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.key_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.out_norm = nn.Identity() if out_norm is None else RMSNorm(dim, init=out_norm)
         # The tables are the model's: held in a tuple, they are not registered once per layer.
         self._rotary = (rotary,)
 
@@ -94,18 +107,19 @@ class Attention(nn.Module):
             k_BHTE, v_BHTE = memory.extend(k_BHTE, v_BHTE, slots)
             visible, causal = slots.visible, slots.visible is None and slots.last - slots.first > 1
         y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=visible, is_causal=causal)
-        return self.out(y_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.out_norm(self.out(y_BHTE.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
 class SwiGLU(nn.Module):
-    """W_o (silu(W_1 c) * W_2 c) with hidden width floor(8/3 D)."""
+    """W_o (silu(W_1 c) * W_2 c) with hidden width floor(8/3 D); `out_norm` as in `Attention`."""
 
-    def __init__(self, dim: int, *, std: float, out_std: float) -> None:
+    def __init__(self, dim: int, *, out_norm: float | None, std: float, out_std: float) -> None:
         super().__init__()
         hidden = math.floor(8 / 3 * dim)
         self.gate = Linear(dim, hidden, std=std)
         self.up = Linear(dim, hidden, std=std)
         self.out = Linear(hidden, dim, std=out_std)
+        self.out_norm = nn.Identity() if out_norm is None else RMSNorm(dim, init=out_norm)
 
     def forward(self, c_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return self.out(F.silu(self.gate(c_BTD)) * self.up(c_BTD))  # type: ignore[no-any-return]
+        return self.out_norm(self.out(F.silu(self.gate(c_BTD)) * self.up(c_BTD)))  # type: ignore[no-any-return]

@@ -40,6 +40,9 @@ class GPTConfig:
     """Share of each head's features that is rotated."""
     qk_norm: bool = True
     """RMSNorm of q and k per head, after the rotation."""
+    out_norm: float | None = None
+    """RMSNorm of what each branch returns, its weight starting at this number; None: no norm. A control: what
+    normalising h does without a rewrite."""
     embedding_std: float = 0.02
     init_factor: float = 0.5
     """Matrices start N(0, (init_factor / sqrt(dim))^2), output projections further / sqrt(layers)."""
@@ -59,6 +62,8 @@ class GPTConfig:
         for name in ("embedding_std", "init_factor"):
             if not 0 <= getattr(self, name) <= 1e6:
                 raise UserError(f"{name} must lie in [0, 1e6], got {getattr(self, name)}.")
+        if self.out_norm is not None and not 0 < self.out_norm <= 1e6:
+            raise UserError(f"out_norm must be None or lie in (0, 1e6], got {self.out_norm}.")
         if not 0 <= self.rope_fraction <= 1:
             raise UserError(f"rope_fraction must lie in [0, 1], got {self.rope_fraction}.")
 
@@ -89,26 +94,32 @@ class Embedding(Initialised):
         return F.embedding(ids, self.weight)
 
 
+def layer_branches(config: GPTConfig, rotary: Rotary) -> tuple[nn.Module, nn.Module]:
+    """The attention and the MLP of one layer."""
+    std = config.init_factor / math.sqrt(config.dim)
+    out_std = std / math.sqrt(config.layers)
+    attention = Attention(
+        config.dim,
+        config.heads,
+        config.head_width,
+        rotary,
+        qk_norm=config.qk_norm,
+        out_norm=config.out_norm,
+        std=std,
+        out_std=out_std,
+    )
+    return attention, SwiGLU(config.dim, out_norm=config.out_norm, std=std, out_std=out_std)
+
+
 class Layer(nn.Module):
     """An attention residual, and the MLP residual that follows it."""
 
     def __init__(self, config: GPTConfig, stream: DeltaStream, rotary: Rotary) -> None:
         super().__init__()
-        std = config.init_factor / math.sqrt(config.dim)
-        out_std = std / math.sqrt(config.layers)
-        self.attention: DeltaResidual = stream.wrap(
-            Attention(
-                config.dim,
-                config.heads,
-                config.head_width,
-                rotary,
-                qk_norm=config.qk_norm,
-                std=std,
-                out_std=out_std,
-            )
-        )
+        attention, mlp = layer_branches(config, rotary)
+        self.attention: DeltaResidual = stream.wrap(attention)
         self.mlp: DeltaResidual = stream.wrap(
-            SwiGLU(config.dim, std=std, out_std=out_std),
+            mlp,
             share_compression=self.attention if config.residual.compression_sharing == "block" else None,
         )
 

@@ -77,15 +77,15 @@ def precise_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class RMSNorm(Initialised):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the weight starting at 1 (section 3: eps 1e-5)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (section 3: eps 1e-5), the weight starting at `init`."""
 
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, init: float = 1.0) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.init = eps, init
         self.weight = nn.Parameter(torch.empty(dim))
 
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
-        parameter.fill_(1.0)
+        parameter.fill_(self.init)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
