@@ -39,6 +39,14 @@ def test_plain_lines_every_ten_seconds_and_at_the_end(clock: list[float]) -> Non
     assert "\x1b" not in out.getvalue()
 
 
+def test_there_is_no_eta_before_the_first_step(clock: list[float]) -> None:
+    out = io.StringIO()
+    with reporting("run", 100, done=20, console=Console(file=out)) as reporter:
+        clock[0] += 10
+        reporter.update(20, "starting")
+    assert out.getvalue() == "run 20/100  starting  ETA unknown\n"
+
+
 def test_a_live_bar_on_a_terminal() -> None:
     out = io.StringIO()
     with reporting("my run", 10, done=4, console=Console(file=out, force_terminal=True, width=120)) as reporter:

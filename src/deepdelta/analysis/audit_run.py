@@ -20,7 +20,7 @@ from deepdelta.data.tokenizer import FILE_NAME
 from deepdelta.errors import UserError
 from deepdelta.files import write_json
 from deepdelta.training import RunDirectory, load
-from deepdelta.training.environment import choose_device, commit, machine, versions
+from deepdelta.training.environment import choose_device, provenance
 from deepdelta.training.loop import corpus_facts
 from deepdelta.training.progress import reporting
 
@@ -81,10 +81,7 @@ def audit_run(
         corpus=corpus.description,
         corpus_sha256=corpus.sha256,
         contexts=f"{count:,} windows of {context:,} tokens, evenly spread over the held-out part",
-        command=command,
-        commit=commit(),
-        versions=versions(),
-        machine=machine(),
+        **provenance(command),
         device=str(chosen.device),
         started=started,
         finished=_now(),

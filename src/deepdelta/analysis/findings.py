@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from deepdelta.analysis.shortcut import Distribution, Shortcut
 from deepdelta.models import GPTConfig
+from deepdelta.training.environment import Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ class Findings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditResults:
+class AuditResults(Provenance):
     """The findings about a run, with what they depend on: all that audit.json holds."""
 
     run: str
@@ -124,10 +125,6 @@ class AuditResults:
     corpus_sha256: str
     contexts: str
     """How windows were cut from its held-out part."""
-    command: str
-    commit: str | None
-    versions: dict[str, str]
-    machine: dict[str, str]
     device: str
     started: str
     finished: str

@@ -30,7 +30,7 @@ from deepdelta.nn import ResidualConfig, use_backend, use_memory
 from deepdelta.nn.presets import PRESETS
 from deepdelta.nn.replay import Plan
 from deepdelta.ops.step import fused_problem
-from deepdelta.training.environment import Device, choose_device, commit, machine, usable_cores
+from deepdelta.training.environment import Device, Provenance, choose_device, provenance, usable_cores
 from deepdelta.training.progress import reporting
 
 QUESTION = "How far from fp64 are the gradients of a deep model, by backend and by what is saved?"
@@ -87,7 +87,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientResults:
+class GradientResults(Provenance):
     """`results.json` is exactly this."""
 
     format: int = FORMAT
@@ -95,12 +95,8 @@ class GradientResults:
     question: str = QUESTION
     quick: bool
     """Run at reduced sizes: says nothing of a deep model."""
-    command: str
     date: str
     """UTC, ISO 8601, of the beginning."""
-    commit: str | None
-    versions: dict[str, str]
-    machine: dict[str, str]
     threads: int
     trial: Trial
     rows: tuple[Row, ...]
@@ -135,11 +131,8 @@ def run_gradients(
         rows = tuple(measured(trial))
         results = GradientResults(
             quick=quick,
-            command=command,
+            **provenance(command, all_versions()),
             date=began.isoformat(timespec="seconds"),
-            commit=commit(),
-            versions=all_versions(),
-            machine=machine(),
             threads=torch.get_num_threads(),
             trial=trial,
             rows=rows,
@@ -222,12 +215,11 @@ def relative(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
 
 def facts(results: GradientResults) -> str:
     """What the figures depend on, in a sentence."""
-    trial, versions = results.trial, ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    trial = results.trial
     return (
         f"{'QUICK RUN at reduced sizes. ' if results.quick else ''}d {trial.dim}, {trial.layers} layers, one sequence "
         f"of {trial.tokens} tokens, vocabulary {trial.vocab_size}, seeds {', '.join(map(str, trial.seeds))}; "
-        f"{', '.join(results.machine.values())} cores; {results.threads} threads; {versions}; commit "
-        f"{results.commit or 'unknown'}; {results.date}; {results.command}"
+        + results.facts(f"{results.threads} threads", results.date)
     )
 
 

@@ -14,6 +14,7 @@ from deepdelta.benchmarks.config import Bar, Group
 from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
 from deepdelta.files import write_json
+from deepdelta.training.environment import Provenance
 
 FORMAT = 1
 RESAMPLES = 9999
@@ -88,18 +89,14 @@ class GroupResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchResults:
+class BenchResults(Provenance):
     format: int = FORMAT
     suite: str
     question: str
     quick: bool
     """Run at reduced sizes: no measurement of the bar."""
-    command: str
     date: str
     """UTC, ISO 8601, of the beginning."""
-    commit: str | None
-    versions: dict[str, str]
-    machine: dict[str, str]
     device: str
     precision: str
     threads: int

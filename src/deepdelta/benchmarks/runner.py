@@ -19,9 +19,8 @@ from deepdelta.files import write_text
 from deepdelta.training.environment import (
     Device,
     choose_device,
-    commit,
     keep_freed_memory,
-    machine,
+    provenance,
     usable_cores,
     versions,
 )
@@ -74,11 +73,8 @@ def run_suite(
             suite=suite.name,
             question=suite.question,
             quick=quick,
-            command=command,
+            **provenance(command, all_versions()),
             date=began.isoformat(timespec="seconds"),
-            commit=commit(),
-            versions=all_versions(),
-            machine=machine(),
             device=suite.device,
             precision=suite.precision,
             threads=threads,

@@ -43,13 +43,9 @@ def cells(results: BenchResults) -> list[Cells]:
 
 def facts(results: BenchResults) -> str:
     """What the figures depend on, in a sentence."""
-    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    machine = ", ".join(results.machine.values())
-    return (
-        f"{'QUICK RUN at reduced sizes, no measurement. ' if results.quick else ''}{machine} cores; {results.threads} "
-        f"threads, {results.device}, {results.precision}; {results.rounds} interleaved rounds; {versions}; commit "
-        f"{results.commit or 'unknown'}; {results.date}; {results.command}"
-    )
+    how = f"{results.threads} threads, {results.device}, {results.precision}; {results.rounds} interleaved rounds"
+    quick = "QUICK RUN at reduced sizes, no measurement. " if results.quick else ""
+    return quick + results.facts(how, results.date)
 
 
 def render(results: BenchResults) -> list[Table]:

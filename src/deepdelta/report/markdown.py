@@ -11,7 +11,7 @@ from deepdelta.studies.search import SearchResults
 
 def study_markdown(results: StudyResults) -> str:
     """All tables of a study, with what their figures depend on."""
-    facts = _facts(results.command, results.commit, results.versions, results.machine, results.finished)
+    facts = results.facts(results.finished)
     validated = f"validated on {results.validation.tokens:,} tokens, {results.validation.contexts}"
     text = f"{results.corpus.description} (SHA-256 {results.corpus.sha256[:12]}); {validated}"
     seeds = f"Seeds {', '.join(map(str, results.seeds))}. {text}."
@@ -22,7 +22,7 @@ def study_markdown(results: StudyResults) -> str:
 
 def search_markdown(found: SearchResults) -> str:
     """The rungs of a search."""
-    facts = _facts(found.command, found.commit, found.versions, found.machine, found.finished)
+    facts = found.facts(found.finished)
     seeds = "; ".join(f"{rung.steps} steps on seeds {', '.join(map(str, rung.seeds))}" for rung in found.rungs)
     text = f"Rungs: {seeds}. {found.corpus.description} (SHA-256 {found.corpus.sha256[:12]})."
     return _page(f"Search {found.name}", (facts, text), (search_table(found),))
@@ -40,11 +40,3 @@ def _page(title: str, facts: Sequence[str], tables: Sequence[Cells]) -> str:
     return "\n".join(
         [f"# {markdown_text(title)}\n", *(f"{markdown_text(line)}\n" for line in facts), *map(markdown_cells, tables)]
     )
-
-
-def _facts(
-    command: str, commit: str | None, versions: Mapping[str, str], machine: Mapping[str, str], finished: str | None
-) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    ended = finished or "unfinished"
-    return f"{', '.join(machine.values())} cores; {packages}; commit {commit or 'unknown'}; {ended}; {command}"

@@ -25,7 +25,7 @@ from deepdelta.studies.results import (
     Validation,
 )
 from deepdelta.studies.results import Corpus as CorpusResult
-from deepdelta.training.environment import commit, machine, versions
+from deepdelta.training.environment import provenance
 from deepdelta.training.evaluation import CONTEXTS
 from deepdelta.training.progress import reporting
 
@@ -80,10 +80,7 @@ def collect(
         name=config.name,
         description=config.question,
         baseline=config.baseline,
-        command=command,
-        commit=commit(),
-        versions=versions(),
-        machine=machine(),
+        **provenance(command),
         started=started.isoformat(timespec="seconds"),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         corpus=CorpusResult(description=corpus.description, sha256=corpus.sha256),

@@ -14,6 +14,7 @@ from deepdelta.analysis.rewrites import GATE_BINS
 from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
 from deepdelta.files import write_text
+from deepdelta.training.environment import Provenance
 
 BudgetName = Literal["tokens", "flops", "time"]
 """What the runs of a comparison have in common: training tokens, floating-point operations, or seconds."""
@@ -193,16 +194,12 @@ class ConditionResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyResults:
+class StudyResults(Provenance):
     """All of a study. `seeds` are those planned: a condition's missing ones are unfinished. Times are ISO 8601."""
 
     name: str
     description: str
     baseline: str
-    command: str
-    commit: str | None
-    versions: dict[str, str]
-    machine: dict[str, str]
     started: str
     finished: str | None
     corpus: Corpus

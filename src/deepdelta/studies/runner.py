@@ -34,7 +34,7 @@ from deepdelta.studies.results import CostResult, StudyResults, Tuned, save_resu
 from deepdelta.studies.scaling import Scaling, save_scaling, scaling
 from deepdelta.studies.search import RungResult, SearchResults, rank, save_search
 from deepdelta.studies.tuning import chosen
-from deepdelta.training.environment import choose_device, commit, machine, versions
+from deepdelta.training.environment import choose_device, provenance
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,7 @@ def run_search(config: StudyConfig, out: Path, *, workers: int | None = None, co
     found = SearchResults(
         name=config.name,
         baseline=config.baseline,
-        command=command,
-        commit=commit(),
-        versions=versions(),
-        machine=machine(),
+        **provenance(command),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         corpus=CorpusResult(description=study.tail.description, sha256=study.tail.sha256),
         rates=rates,

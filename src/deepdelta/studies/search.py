@@ -11,6 +11,7 @@ from deepdelta.studies.cells import Cell
 from deepdelta.studies.config import StudyConfig
 from deepdelta.studies.results import Corpus as CorpusResult
 from deepdelta.studies.statistics import Comparison, corrected, paired
+from deepdelta.training.environment import Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +42,11 @@ class RungResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchResults:
+class SearchResults(Provenance):
     """All of a search. `winners` are the candidates that the last rung kept."""
 
     name: str
     baseline: str
-    command: str
-    commit: str | None
-    versions: dict[str, str]
-    machine: dict[str, str]
     finished: str
     corpus: CorpusResult
     rates: dict[str, float]

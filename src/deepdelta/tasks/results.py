@@ -10,6 +10,7 @@ from rich.table import Table
 
 from deepdelta.studies.statistics import MINIMUM_SEEDS, Comparison, corrected, paired
 from deepdelta.tasks.task import Task
+from deepdelta.training.environment import Provenance
 
 HEADINGS = ("condition", "seeds", "{primary}", "by seed", "change to {baseline}", "95 %", "change to control", "95 %")
 
@@ -43,7 +44,7 @@ class ConditionMetrics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskResults:
+class TaskResults(Provenance):
     """All of a task's runs. Times are ISO 8601."""
 
     task: str
@@ -53,10 +54,6 @@ class TaskResults:
     higher_is_better: bool
     baseline: str
     seeds: tuple[int, ...]
-    command: str
-    commit: str | None
-    versions: dict[str, str]
-    machine: dict[str, str]
     finished: str
     conditions: tuple[ConditionMetrics, ...]
 
@@ -111,7 +108,7 @@ def markdown(results: TaskResults) -> str:
         [[name, *(_mean(condition, name) for condition in results.conditions)] for name in names],
     )
     return (
-        f"# {title(results)}\n\n{facts(results)}\n\n{_lines(headings(results), rows(results))}\n\n"
+        f"# {title(results)}\n\n{results.facts(results.finished)}\n\n{_lines(headings(results), rows(results))}\n\n"
         f"Everything measured, means over seeds, from {MINIMUM_SEEDS} seeds on with their 95 % t-interval:\n\n{more}\n"
     )
 
@@ -123,12 +120,6 @@ def _lines(heading: list[str], rows: list[list[str]]) -> str:
 def title(results: TaskResults) -> str:
     better = "higher is better" if results.higher_is_better else "lower is better"
     return f"{results.task}: {results.summary} ({results.primary}, {results.unit}, {better})"
-
-
-def facts(results: TaskResults) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    machine = ", ".join(results.machine.values())
-    return f"{machine}; {versions}; commit {results.commit}; {results.finished}; {results.command}"
 
 
 def headings(results: TaskResults) -> list[str]:

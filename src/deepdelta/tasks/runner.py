@@ -21,7 +21,7 @@ from deepdelta.files import write_json, write_text
 from deepdelta.tasks.registry import load_task
 from deepdelta.tasks.results import TaskCell, TaskResults, conditions_of, markdown, table
 from deepdelta.tasks.task import Task
-from deepdelta.training.environment import commit, keep_freed_memory, machine, usable_cores, versions
+from deepdelta.training.environment import commit, keep_freed_memory, machine, provenance, usable_cores, versions
 from deepdelta.training.progress import reporting
 
 POLL_SECONDS = 0.5
@@ -65,10 +65,7 @@ def run_task(
         higher_is_better=task.higher_is_better,
         baseline=task.baseline,
         seeds=tuple(seeds),
-        command=command,
-        commit=commit(),
-        versions=versions(),
-        machine=machine(),
+        **provenance(command),
         finished=_now(),
         conditions=conditions_of(task, cells),
     )

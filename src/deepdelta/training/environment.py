@@ -7,6 +7,7 @@ import platform
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +99,29 @@ def machine() -> dict[str, str]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What the figures in a file depend on besides its settings. Every kind of results inherits it."""
+
+    command: str
+    """As it was typed."""
+    commit: str | None
+    versions: dict[str, str]
+    machine: dict[str, str]
+
+    def facts(self, *more: str | None) -> str:
+        """All of it on one line, `more` before the command; None stands for what is not finished."""
+        packages = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        facts = (f"{', '.join(self.machine.values())} cores", packages, f"commit {self.commit or 'unknown'}")
+        return "; ".join([*facts, *(one or "unfinished" for one in more), self.command])
+
+
+def provenance(command: str, packages: dict[str, str] | None = None) -> dict[str, Any]:
+    """The fields of `Provenance` here and now; `packages` are other versions than `versions()`."""
+    here = Provenance(command=command, commit=commit(), versions=packages or versions(), machine=machine())
+    return vars(here)
 
 
 def commit() -> str | None:

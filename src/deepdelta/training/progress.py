@@ -43,8 +43,12 @@ class _Lines:
         now = time.monotonic()
         if now - self.last >= PLAIN_INTERVAL or (done == self.total and done != self.said):
             self.last, self.said = now, done
-            left = (now - self.began) / max(1, done - self.first) * (self.total - done)
-            self.note(f"{self.label} {done}/{self.total}  {facts}  ETA {duration(left)}")
+            self.note(f"{self.label} {done}/{self.total}  {facts}  ETA {self.left(done, now - self.began)}")
+
+    def left(self, done: int, seconds: float) -> str:
+        """At the pace so far; there is none before the first step is done."""
+        steps = done - self.first
+        return duration(seconds / steps * (self.total - done)) if steps else "unknown"
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
