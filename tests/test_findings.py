@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from deepdelta.report import detail_tables, markdown_cells, markdown_table
+from deepdelta.report import detail_tables, markdown_table
 from deepdelta.studies.config import load_study
 from deepdelta.studies.results import load_results
+from deepdelta.tables import markdown_cells
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")

@@ -180,7 +180,12 @@ def test_files_that_hold_no_results_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     with pytest.raises(UserError, match="no such file"):
         load_results(file)
-    for text, message in (("{", "not JSON"), ("[]", "no JSON object"), ("{}", "command: Field required"), ('{"nam": 1}', "did you mean")):
+    for text, message in (
+        ("{", "not JSON"),
+        ("[]", "no JSON object"),
+        ("{}", "command: Field required"),
+        ('{"nam": 1}', "did you mean"),
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             load_results(file)

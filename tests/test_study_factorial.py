@@ -9,12 +9,13 @@ import pytest
 from scipy import stats
 
 from deepdelta import UserError
-from deepdelta.report import detail_tables, markdown_cells
+from deepdelta.report import detail_tables
 from deepdelta.report.page import render_page
 from deepdelta.studies.config import load_study
 from deepdelta.studies.factorial import design, effects
 from deepdelta.studies.results import ConditionResult, Factorial, Power, RunResult, StudyResults, Tuned
 from deepdelta.studies.statistics import MINIMUM_SEEDS, contrasts, holm, paired
+from deepdelta.tables import markdown_cells
 from report_samples import Page, study
 
 LEVELS = {"write": ["branch", "target"], "erase": ["no", "yes"], "expansion": ["repeat", "conv", "none"]}

@@ -328,7 +328,7 @@ def test_comparisons_are_paired_by_seed_and_corrected_together():
 def test_the_table_holds_every_measure_with_its_interval():
     text = markdown(results_with(VALUES))
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    assert "recall: summary (accuracy_overwritten, fraction, higher is better)" in text
+    assert "recall: summary (accuracy\\_overwritten, fraction, higher is better)" in text
     assert "deepdelta task recall" in text and "commit abc" in text
     row = next(line for line in lines if line[0] == "delta")
     assert row[:4] == ["delta", "5", "0.8360", "0.8000 0.8400 0.7900 0.9000 0.8500"]

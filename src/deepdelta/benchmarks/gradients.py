@@ -21,7 +21,6 @@ from deepdelta.benchmarks.agreement import agreement, loss_and_gradients
 from deepdelta.benchmarks.checks import disturb
 from deepdelta.benchmarks.runner import all_versions
 from deepdelta.benchmarks.suites import GRADIENTS
-from deepdelta.benchmarks.tables import Cells, escaped, section, terminal
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
 from deepdelta.files import write_json, write_text
@@ -30,13 +29,22 @@ from deepdelta.nn import ResidualConfig, use_backend, use_memory
 from deepdelta.nn.presets import PRESETS
 from deepdelta.nn.replay import Plan
 from deepdelta.ops.step import fused_problem
+from deepdelta.tables import Cells, Column, markdown_page, render_cells
 from deepdelta.training.environment import Device, Provenance, choose_device, provenance, usable_cores
 from deepdelta.training.progress import reporting
 
 QUESTION = "How far from fp64 are the gradients of a deep model, by backend and by what is saved?"
 FORMAT = 1
-COLUMNS = ("case", "precision", "plan")
 ALL, PLAIN, WORST = "all gradients", "of PyTorch's own", "worst parameter"
+COLUMNS = (
+    *(Column(title=title, words=True) for title in ("case", "precision", "plan")),
+    Column(title=ALL),
+    Column(title=f"{ALL} least-most", narrow=False),
+    Column(title=PLAIN),
+    Column(title=WORST, narrow=False),
+    Column(title=f"{WORST} least-most", narrow=False),
+    Column(title="bits of save", narrow=False),
+)
 
 CASES: Mapping[str, ResidualConfig] = MappingProxyType(
     {
@@ -142,7 +150,7 @@ def run_gradients(
     write_json(out / "results.json", to_plain(results))
     write_text(out / "table.md", markdown(results))
     for one in cells(results):
-        Console().print(terminal(one))
+        Console().print(render_cells(one))
     print(f"Results and table: {out}")
     return results
 
@@ -224,8 +232,7 @@ def facts(results: GradientResults) -> str:
 
 
 def markdown(results: GradientResults) -> str:
-    lines = [f"# {results.suite}: {escaped(results.question)}", "", escaped(facts(results)), ""]
-    return "\n".join(lines + [line for one in cells(results) for line in section(one)])
+    return markdown_page(f"{results.suite}: {results.question}", (facts(results),), cells(results))
 
 
 def cells(results: GradientResults) -> list[Cells]:
@@ -235,8 +242,7 @@ def cells(results: GradientResults) -> list[Cells]:
     return [
         Cells(
             title=titles[start],
-            columns=(*COLUMNS, ALL, f"{ALL} least-most", PLAIN, WORST, f"{WORST} least-most", "bits of save"),
-            narrow=(*COLUMNS, ALL, PLAIN),
+            columns=COLUMNS,
             rows=tuple(
                 (
                     f"{row.case}, {row.backend}",

@@ -1,13 +1,10 @@
-"""The tables of a benchmark: made here once as text, then shown in the terminal, in Markdown and in the page."""
+"""The tables of a benchmark."""
 
-from dataclasses import dataclass
-
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from deepdelta.benchmarks.config import Bar
 from deepdelta.benchmarks.results import BenchResults, GroupResult, Ratio, Row
+from deepdelta.tables import ABSENT, Cells, Column, markdown_page, render_cells
 
 TITLES = {
     "forward_backward": "forward + backward",
@@ -16,21 +13,8 @@ TITLES = {
     "decoding": "decoding",
     "peak": "peak memory",
 }
-ABSENT = "-"
 RATIO = "[95 %]"
-WORDS = ("case", "work", "what", "precision", "plan")
-"""Columns of words, which stand at the left."""
 MIB = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cells:
-    title: str
-    columns: tuple[str, ...]
-    narrow: tuple[str, ...]
-    """The columns that a terminal shows."""
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
 
 
 def cells(results: BenchResults) -> list[Cells]:
@@ -50,39 +34,12 @@ def facts(results: BenchResults) -> str:
 
 def render(results: BenchResults) -> list[Table]:
     """The tables for a terminal; `table.md` has more columns."""
-    return [terminal(one) for one in cells(results)]
-
-
-def terminal(one: Cells) -> Table:
-    table = Table(
-        title=Text(one.title),
-        caption=Text(" ".join(one.notes)) if one.notes else None,
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title_justify="left",
-        caption_justify="left",
-    )
-    for column in one.narrow:
-        # Folded, not cut, where the terminal is too narrow: no digit may be lost.
-        first = column == one.narrow[0]
-        table.add_column(Text(column), justify="left" if column in WORDS else "right", overflow="fold", no_wrap=first)
-    shown = [one.columns.index(column) for column in one.narrow]
-    for row in one.rows:
-        table.add_row(*(Text(row[index]) for index in shown))
-    return table
+    return [render_cells(one) for one in cells(results)]
 
 
 def markdown(results: BenchResults) -> str:
     """The tables as GitHub-flavoured Markdown."""
-    lines = [f"# {escaped(results.suite)}: {escaped(results.question)}", "", escaped(facts(results)), ""]
-    return "\n".join(lines + [line for one in cells(results) for line in section(one)])
-
-
-def section(one: Cells) -> list[str]:
-    """The lines of a table in Markdown."""
-    lines = [f"## {escaped(one.title)}", "", _line(one.columns), "| --- |" + " ---: |" * (len(one.columns) - 1)]
-    lines += [*map(_line, one.rows), ""]
-    return lines + ([escaped(" ".join(one.notes)), ""] if one.notes else [])
+    return markdown_page(f"{results.suite}: {results.question}", (facts(results),), cells(results))
 
 
 def ratio_text(ratio: Ratio | None) -> str:
@@ -111,13 +68,21 @@ def _bars(results: BenchResults) -> Cells:
         for result in results.groups
         for one in result.bars
     ]
-    columns = ("work", "what", "measure", "code", "ratio [95 %]", "least-most", "must reach", "reached")
+    columns = (
+        Column(title="work"),
+        Column(title="what", words=True),
+        Column(title="measure", narrow=False),
+        Column(title="code", narrow=False),
+        Column(title=f"ratio {RATIO}"),
+        Column(title="least-most", narrow=False),
+        Column(title="must reach"),
+        Column(title="reached"),
+    )
     wanted = sum(len(result.group.bars) for result in results.groups)
     missing = (f"{wanted - len(rows)} of {wanted} bars were not measured, see below.",) if len(rows) < wanted else ()
     return Cells(
         title="The bar",
         columns=columns,
-        narrow=("work", "what", "ratio [95 %]", "must reach", "reached"),
         rows=tuple(rows),
         notes=("Throughput ratios: median over rounds of the times in the same round.", *missing),
     )
@@ -127,8 +92,8 @@ def _group(result: GroupResult) -> Cells:
     group = result.group
     rows = [_row(result, row) for row in result.rows]
     # Alike in every row, the baseline and `triad` included.
-    columns = tuple(rows[0]) if rows else ("case",)
-    shown = [column for column in columns if column == "case" or column.endswith((RATIO, "ms", "peak ratio"))]
+    titles = tuple(rows[0]) if rows else ("case",)
+    shown = ("case", RATIO, "ms", "peak ratio")
     operator = group.work == "operator"
     sizes = f"d {group.dim}, " + (
         f"{group.batch * group.context} tokens"
@@ -145,8 +110,7 @@ def _group(result: GroupResult) -> Cells:
     notes += [f"{name}: skipped, {reason}." for name, reason in result.skipped.items()]
     return Cells(
         title=group.name,
-        columns=columns,
-        narrow=tuple(shown),
+        columns=tuple(Column(title=title, narrow=title.endswith(shown)) for title in titles),
         rows=tuple(tuple(row.values()) for row in rows),
         notes=tuple(notes),
     )
@@ -173,15 +137,3 @@ def _row(result: GroupResult, row: Row) -> dict[str, str]:
 
 def _spread(ratio: Ratio) -> str:
     return f"{ratio.minimum:.2f}-{ratio.maximum:.2f}"
-
-
-def _line(texts: tuple[str, ...]) -> str:
-    return "| " + " | ".join(map(escaped, texts)) + " |"
-
-
-def escaped(text: str) -> str:
-    """Text as Markdown shows it."""
-    # Backslashes before what Markdown would read as a mark, entities for what it would read as HTML.
-    for mark in "\\|*_`[]":
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())

@@ -4,14 +4,12 @@ from deepdelta.report.details import detail_tables, scaling_table, search_table
 from deepdelta.report.markdown import scaling_markdown, search_markdown, study_markdown
 from deepdelta.report.page import write_report
 from deepdelta.report.summary import Summary, summarise
-from deepdelta.report.table import markdown_cells, markdown_table, render_cells, render_table
+from deepdelta.report.table import markdown_table, render_table
 
 __all__ = [
     "Summary",
     "detail_tables",
-    "markdown_cells",
     "markdown_table",
-    "render_cells",
     "render_table",
     "scaling_markdown",
     "scaling_table",

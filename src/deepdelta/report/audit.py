@@ -13,7 +13,7 @@ from deepdelta.files import write_text
 from deepdelta.report import audit_figures as figures
 from deepdelta.report.audit_figures import row_name
 from deepdelta.report.page import Chart, chart, template
-from deepdelta.report.table import ABSENT, Cells, Column, render_cells
+from deepdelta.tables import ABSENT, Cells, Column, render_cells
 
 ALL = "all"
 """The row of what is done to every sublayer at once."""

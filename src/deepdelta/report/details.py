@@ -1,11 +1,12 @@
 """Tables beside a study's main one: comparisons with controls and at other budgets, tuned rates, effects of factors."""
 
-from deepdelta.report.table import ABSENT, Cells, Column, interval_text, notes_of_design
+from deepdelta.report.table import interval_text, notes_of_design
 from deepdelta.studies.factorial import effects
 from deepdelta.studies.results import BudgetName, ConditionResult, StudyResults
 from deepdelta.studies.scaling import Scaling
 from deepdelta.studies.search import SearchResults
 from deepdelta.studies.statistics import MINIMUM_SEEDS, Comparison, contrasts, verdict
+from deepdelta.tables import ABSENT, Cells, Column
 
 COMPARISON = (
     Column(title="change", help="Mean over seeds in nats per token; negative means a lower loss."),

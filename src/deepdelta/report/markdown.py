@@ -1,12 +1,13 @@
 """The tables of studies as a Markdown file each: what stands beside the JSON that they are made from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from deepdelta.report.details import detail_tables, scaling_table, search_table
-from deepdelta.report.table import Cells, markdown_cells, markdown_text, table_cells
+from deepdelta.report.table import table_cells
 from deepdelta.studies.results import StudyResults
 from deepdelta.studies.scaling import Scaling
 from deepdelta.studies.search import SearchResults
+from deepdelta.tables import markdown_page
 
 
 def study_markdown(results: StudyResults) -> str:
@@ -15,7 +16,7 @@ def study_markdown(results: StudyResults) -> str:
     validated = f"validated on {results.validation.tokens:,} tokens, {results.validation.contexts}"
     text = f"{results.corpus.description} (SHA-256 {results.corpus.sha256[:12]}); {validated}"
     seeds = f"Seeds {', '.join(map(str, results.seeds))}. {text}."
-    return _page(
+    return markdown_page(
         f"{results.name}: {results.description}", (facts, seeds), (table_cells(results), *detail_tables(results))
     )
 
@@ -25,7 +26,7 @@ def search_markdown(found: SearchResults) -> str:
     facts = found.facts(found.finished)
     seeds = "; ".join(f"{rung.steps} steps on seeds {', '.join(map(str, rung.seeds))}" for rung in found.rungs)
     text = f"Rungs: {seeds}. {found.corpus.description} (SHA-256 {found.corpus.sha256[:12]})."
-    return _page(f"Search {found.name}", (facts, text), (search_table(found),))
+    return markdown_page(f"Search {found.name}", (facts, text), (search_table(found),))
 
 
 def scaling_markdown(found: Scaling, studies: Mapping[str, StudyResults]) -> str:
@@ -33,10 +34,4 @@ def scaling_markdown(found: Scaling, studies: Mapping[str, StudyResults]) -> str
     pages = [
         study_markdown(results).replace("\n### ", "\n#### ").replace("# ", "## ", 1) for results in studies.values()
     ]
-    return "\n".join([_page(f"Sizes {found.name}", (), (scaling_table(found),)), *pages])
-
-
-def _page(title: str, facts: Sequence[str], tables: Sequence[Cells]) -> str:
-    return "\n".join(
-        [f"# {markdown_text(title)}\n", *(f"{markdown_text(line)}\n" for line in facts), *map(markdown_cells, tables)]
-    )
+    return "\n".join([markdown_page(f"Sizes {found.name}", (), (scaling_table(found),)), *pages])

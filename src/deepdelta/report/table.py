@@ -1,35 +1,12 @@
-"""The one table of a study: its cells are made here once, then shown in the terminal, in Markdown and in the page."""
+"""The main table of a study, a row per condition."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from deepdelta.studies.results import ConditionResult, StudyResults
 from deepdelta.studies.statistics import MINIMUM_SEEDS, Comparison, Interval, compare, seeds_needed
-
-ABSENT = "-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    title: str
-    help: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cells:
-    """A table: column titles with what they mean, rows of text, and remarks. The main one has a row per condition.
-
-    A line break within a title or a cell is where a narrow terminal breaks it; the other forms show a space there.
-    """
-
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...]
-    title: str = ""
+from deepdelta.tables import ABSENT, Cells, Column, markdown_cells, render_cells
 
 
 def table_cells(results: StudyResults) -> Cells:
@@ -79,39 +56,9 @@ def render_table(results: StudyResults) -> Table:
     return render_cells(replace(table_cells(results), title=results.name), bold)
 
 
-def render_cells(cells: Cells, bold: Sequence[int] = ()) -> Table:
-    """Any table for a terminal, some rows in bold type."""
-    table = Table(
-        title=Text(cells.title),
-        caption=Text(" ".join(cells.notes)),
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-        title_justify="left",
-        caption_justify="left",
-    )
-    for number, column in enumerate(cells.columns):
-        # Folded, not cut, where the terminal is too narrow: no digit may be lost.
-        table.add_column(Text(column.title), justify="right" if number else "left", overflow="fold")
-    for number, row in enumerate(cells.rows):
-        table.add_row(*map(Text, row), style="bold" if number in bold else None)
-    return table
-
-
 def markdown_table(results: StudyResults) -> str:
     """The main table as GitHub-flavoured Markdown, with its notes below."""
     return markdown_cells(table_cells(results))
-
-
-def markdown_cells(cells: Cells) -> str:
-    """Any table as GitHub-flavoured Markdown, under its title where it has one."""
-    lines = [
-        *((f"### {markdown_text(cells.title)}", "") if cells.title else ()),
-        _markdown_row(tuple(column.title for column in cells.columns)),
-        "| --- |" + " ---: |" * (len(cells.columns) - 1),
-        *map(_markdown_row, cells.rows),
-    ]
-    return "\n".join([*lines, "", *map(markdown_text, cells.notes)]) + "\n"
 
 
 def si(value: float | int) -> str:
@@ -200,14 +147,3 @@ def notes_of_design(results: StudyResults) -> tuple[str, ...]:
     if results.exploratory and len(results.seeds) < needed:
         return (f"Exploratory: {plan[0].lower()}{plan[1:]}, this study has {len(results.seeds)}.",)
     return (f"{'Exploratory. ' if results.exploratory else ''}{plan} (power 0.8, 5 % level).",)
-
-
-def _markdown_row(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(map(markdown_text, cells)) + " |"
-
-
-def markdown_text(text: str) -> str:
-    # Backslashes before what Markdown would read as a mark, entities for what it would read as HTML.
-    for mark in "\\|*_`[]":
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())

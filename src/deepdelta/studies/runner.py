@@ -15,7 +15,6 @@ from deepdelta.errors import UserError
 from deepdelta.files import write_json, write_text
 from deepdelta.report import (
     detail_tables,
-    render_cells,
     render_table,
     scaling_markdown,
     scaling_table,
@@ -34,6 +33,7 @@ from deepdelta.studies.results import CostResult, StudyResults, Tuned, save_resu
 from deepdelta.studies.scaling import Scaling, save_scaling, scaling
 from deepdelta.studies.search import RungResult, SearchResults, rank, save_search
 from deepdelta.studies.tuning import chosen
+from deepdelta.tables import render_cells
 from deepdelta.training.environment import choose_device, provenance
 
 

@@ -3,12 +3,13 @@
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
 
 from deepdelta.studies.statistics import MINIMUM_SEEDS, Comparison, corrected, paired
+from deepdelta.tables import ABSENT, Cells, Column, markdown_page, render_cells
 from deepdelta.tasks.task import Task
 from deepdelta.training.environment import Provenance
 
@@ -92,29 +93,30 @@ def _compared(task: Task, by_name: Mapping[str, Mapping[int, Mapping[str, float]
 
 def table(results: TaskResults) -> Table:
     """For the terminal."""
-    made = Table(title=title(results))
-    for heading in headings(results):
-        made.add_column(heading)
-    for row in rows(results):
-        made.add_row(*row)
-    return made
+    return render_cells(main_table(results))
 
 
 def markdown(results: TaskResults) -> str:
-    # In the order in which the task gives them: of a sweep, size by size.
+    tables = replace(main_table(results), title=""), measured(results)
+    return markdown_page(title(results), (results.facts(results.finished),), tables)
+
+
+def main_table(results: TaskResults) -> Cells:
+    """A row per condition: the primary number and its comparisons."""
+    names = (heading.format(primary=results.primary, baseline=results.baseline) for heading in HEADINGS)
+    rows = tuple(_row(condition, results.primary) for condition in results.conditions)
+    return Cells(title=title(results), columns=tuple(Column(title=name) for name in names), rows=rows)
+
+
+def measured(results: TaskResults) -> Cells:
+    """A row per number, in the order in which the task gives them: of a sweep, size by size."""
     names = dict.fromkeys(name for one in results.conditions for metrics in one.metrics.values() for name in metrics)
-    more = _lines(
-        ["measured", *(condition.name for condition in results.conditions)],
-        [[name, *(_mean(condition, name) for condition in results.conditions)] for name in names],
+    return Cells(
+        title="Everything measured",
+        columns=tuple(Column(title=name) for name in ("measured", *(one.name for one in results.conditions))),
+        rows=tuple((name, *(_mean(condition, name) for condition in results.conditions)) for name in names),
+        notes=(f"Means over seeds, from {MINIMUM_SEEDS} seeds on with their 95 % t-interval.",),
     )
-    return (
-        f"# {title(results)}\n\n{results.facts(results.finished)}\n\n{_lines(headings(results), rows(results))}\n\n"
-        f"Everything measured, means over seeds, from {MINIMUM_SEEDS} seeds on with their 95 % t-interval:\n\n{more}\n"
-    )
-
-
-def _lines(heading: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [heading, ["---"] * len(heading), *rows])
 
 
 def title(results: TaskResults) -> str:
@@ -122,30 +124,21 @@ def title(results: TaskResults) -> str:
     return f"{results.task}: {results.summary} ({results.primary}, {results.unit}, {better})"
 
 
-def headings(results: TaskResults) -> list[str]:
-    return [heading.format(primary=results.primary, baseline=results.baseline) for heading in HEADINGS]
-
-
-def rows(results: TaskResults) -> list[list[str]]:
-    made = []
-    for condition in results.conditions:
-        values = [one[results.primary] for one in condition.metrics.values()]
-        made.append(
-            [
-                condition.name,
-                str(len(values)),
-                f"{statistics.fmean(values):.4f}" if values else "-",
-                " ".join(f"{value:.4f}" for value in values),
-                *_comparison(condition.against_baseline),
-                *_comparison(condition.against_control),
-            ]
-        )
-    return made
+def _row(condition: ConditionMetrics, primary: str) -> tuple[str, ...]:
+    values = [one[primary] for one in condition.metrics.values()]
+    return (
+        condition.name,
+        str(len(values)),
+        f"{statistics.fmean(values):.4f}" if values else ABSENT,
+        " ".join(f"{value:.4f}" for value in values),
+        *_comparison(condition.against_baseline),
+        *_comparison(condition.against_control),
+    )
 
 
 def _comparison(comparison: Comparison | None) -> tuple[str, str]:
     if comparison is None:
-        return "-", "-"
+        return ABSENT, ABSENT
     change = f"{comparison.mean:+.4f}"
     if comparison.t_interval is None:
         return change, "no interval"
@@ -156,7 +149,7 @@ def _comparison(comparison: Comparison | None) -> tuple[str, str]:
 def _mean(condition: ConditionMetrics, name: str) -> str:
     values = [one[name] for one in condition.metrics.values() if name in one]
     if not values:
-        return "-"
+        return ABSENT
     found = paired(values)
     reach = "" if found.t_interval is None else f" ± {found.t_interval.high - found.mean:.2g}"
     return f"{found.mean:.4g}{reach}"
