@@ -22,7 +22,7 @@ from deepdelta.studies.runner import run_study
 from deepdelta.studies.tuning import choose
 from deepdelta.training import RunDirectory, TrainConfig
 from deepdelta.training.optimizer import learning_rate
-from tiny_runs import quietly, text_file
+from tiny_runs import RUNS, quietly, text_file
 
 STUDY = """
 name = "tiny"
@@ -38,17 +38,12 @@ seeds = [7]
 steps = 12
 [train]
 steps = 24
-batch_size = 2
 warmup = 4
 eval_every = 8
 eval_tokens = 64
 final_eval_tokens = 200
 checkpoint_every = 100
-device = "cpu"
-threads = 1
-backend = "reference"
-data = { source = "SOURCE" }
-model = { context = 16, layers = 1, heads = 2, dim = 16 }
+RUNS
 [conditions.plain]
 summary = "x + h"
 changes.model.residual = { rule = "additive", value_channels = 1, expansion = "repeat" }
@@ -59,7 +54,7 @@ changes.model.residual = { value_channels = 4, expansion = "embedding_conv" }
 [conditions.write]
 summary = "its control"
 changes.model.residual = { rule = "write_only", value_channels = 4, expansion = "embedding_conv" }
-"""
+""".replace("RUNS\n", RUNS)
 CELLS = 3 * 2 + 3 * 2 + 2 * 2 * 2  # tuning; at equal tokens; of the two others at equal FLOPs and at equal time
 
 

@@ -22,7 +22,7 @@ from deepdelta.studies.search import SearchResults
 from deepdelta.training import RunDirectory
 from report_samples import study as sample
 from test_study_cells import Finished
-from tiny_runs import quietly, text_file
+from tiny_runs import RUNS, quietly, text_file
 
 COMPUTE = [1e12, 4e12, 1.5e13, 8e13]
 
@@ -123,15 +123,10 @@ rewrite_tokens = 32
 KIND
 [train]
 steps = 8
-batch_size = 2
 warmup = 2
 eval_every = 100
 final_eval_tokens = 128
-device = "cpu"
-threads = 1
-backend = "reference"
-data = { source = "SOURCE" }
-model = { context = 16, layers = 1, heads = 2, dim = 16 }
+RUNS
 [conditions.plain]
 summary = "x + h"
 changes.model.residual = { rule = "additive", value_channels = 1, expansion = "repeat" }
@@ -144,7 +139,7 @@ changes.lr = 1e-6
 [conditions.diverging]
 summary = "one that does not"
 changes = { lr = 1e30, warmup = 0 }
-"""
+""".replace("RUNS\n", RUNS)
 SEARCH = """
 [search]
 candidates = ["diverging", "slow", "delta"]

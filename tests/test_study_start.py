@@ -25,7 +25,7 @@ from deepdelta.studies.plan import Planner, Run
 from deepdelta.studies.results import StudyResults, load_results
 from deepdelta.studies.runner import run_study
 from deepdelta.training import RunDirectory, TrainConfig, progress
-from tiny_runs import assert_same_run, nats, quietly, rows, text_file
+from tiny_runs import RUNS, assert_same_run, nats, quietly, rows, text_file
 
 STUDY = """
 name = "tiny"
@@ -38,24 +38,19 @@ steps = 10
 lr = 1e-2
 [train]
 steps = 6
-batch_size = 2
 warmup = 2
 eval_every = 4
 eval_tokens = 64
 final_eval_tokens = 200
 checkpoint_every = 100
-device = "cpu"
-threads = 1
-backend = "reference"
-data = { source = "SOURCE" }
-model = { context = 16, layers = 1, heads = 2, dim = 16 }
+RUNS
 [conditions.plain]
 summary = "x + h"
 changes.model.residual = { rule = "additive", value_channels = 1, expansion = "repeat" }
 [conditions.retrofit]
 summary = "V = 4"
 changes.model.residual = { rule = "additive_erase", plain_start = true, gate_per_channel = true, expansion = "repeat" }
-"""
+""".replace("RUNS\n", RUNS)
 STARTS = {f"plain+start-seed{seed + START_SEED}" for seed in (0, 1)}
 OTHERS = {f"{name}-seed{seed}" for name in ("plain", "retrofit") for seed in (0, 1)}
 

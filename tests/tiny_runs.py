@@ -27,6 +27,15 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(Path(deepdelta.__file__).resolve().parents[1]),
 }
 MODEL = {"context": 16, "layers": 1, "heads": 2, "dim": 16}
+RUNS = """
+batch_size = 2
+device = "cpu"
+threads = 1
+backend = "reference"
+data = { source = "SOURCE" }
+model = { context = 16, layers = 1, heads = 2, dim = 16 }
+"""
+"""What the runs of a tiny study share, as lines of its table [train]; SOURCE is to be replaced by a text file."""
 
 
 def text_file(path: Path, words: int = 640) -> Path:
