@@ -43,5 +43,8 @@ def test_the_headline_rests_on_what_the_search_chose() -> None:
     (winner,) = search["winners"]
     residual = candidates.conditions[winner].changes["model"]["residual"]
     assert headline.conditions[winner].changes["model"]["residual"] == residual
+    for tuned in search["tuned"].values():
+        finished = [(loss, rate) for rate, loss in zip(tuned["grid"], tuned["losses"], strict=True) if loss is not None]
+        assert tuned["lr"] == min(finished)[1] and not set(tuned["seeds"]) & set(headline.seeds)
     assert candidates.search is not None
     assert not set(headline.seeds) & {seed for rung in candidates.search.rungs for seed in rung.seeds}

@@ -17,7 +17,7 @@ from deepdelta.studies import pool, runner
 from deepdelta.studies.config import Extrapolate, StudyConfig, load_study
 from deepdelta.studies.plan import Run
 from deepdelta.studies.results import StudyResults, load_results
-from deepdelta.studies.scaling import Law, Scaling, fit, scaling
+from deepdelta.studies.scaling import Estimate, Law, Scaling, fit, scaling
 from deepdelta.studies.search import SearchResults
 from deepdelta.training import RunDirectory
 from report_samples import study as sample
@@ -84,24 +84,54 @@ def at_sizes(exponent: float, noise: float) -> dict[str, StudyResults]:
 
 
 def test_the_gap_is_carried_to_the_stated_compute_with_its_interval() -> None:
-    found = scaling(at_sizes(0.11, 1e-4), "grow", Extrapolate(flops=1e15))
+    studies = at_sizes(0.11, 1e-4)
+    found = scaling(studies, "grow", Extrapolate(flops=1e15))
     base, other = found.fits
-    assert base.gap is None and other.gap is not None and other.gap_interval is not None
+    assert base.gap is None and base.gap_of_largest is None and other.gap is not None and other.gap.interval is not None
     assert base.law.exponent == pytest.approx(0.1, abs=1e-3) and other.law.exponent == pytest.approx(0.11, abs=1e-3)
     mean = np.exp(np.random.default_rng(0).normal(0, 0.05, 6)).mean() * 20
     truth = mean * (1e15**-0.11 - 1e15**-0.1)
-    assert other.gap == pytest.approx(truth, rel=0.01)
-    assert other.gap_interval.low <= truth <= other.gap_interval.high < 0
+    assert other.gap.mean == pytest.approx(truth, rel=0.01)
+    assert other.gap.interval.low <= truth <= other.gap.interval.high < 0
     # The offsets of seeds, 5 %, are shared by both conditions: they widen the loss's interval, not so the gap's.
-    assert other.at_interval.high - other.at_interval.low > 2 * (other.gap_interval.high - other.gap_interval.low)
+    assert width(other.at) > 2 * width(other.gap)
     assert base.flops == pytest.approx([40 * 2048 * 1e6 * 5**number for number in range(3)])
     rows = scaling_table(found).rows
-    assert rows[0][-1] == "-" and rows[1][-1].startswith(f"{other.gap:+.4f}") and len(rows[1][1].split("\n")) == 3
+    assert rows[0][-2:] == ("-", "-") and rows[1][-2].startswith(
+        f"{other.gap.mean:+.4f}\n({other.gap.interval.low:+.4f}"
+    )
+    assert len(rows[1][1].split("\n")) == 3
+    pair = scaling({name: studies[name] for name in ("s1", "s2")}, "grow", Extrapolate(flops=1e15)).fits[1]
+    assert other.gap_of_largest == pair.gap and pair.gap_of_largest is None
+
+
+def width(estimate: Estimate) -> float:
+    assert estimate.interval is not None
+    return estimate.interval.high - estimate.interval.low
+
+
+def test_estimates_are_means_over_laws_of_single_seeds_with_students_interval() -> None:
+    studies = at_sizes(0.11, 0.02)
+    base, other = scaling(studies, "grow", Extrapolate(flops=1e15)).fits
+    gaps, exponents = [], []
+    for seed in other.seeds:
+        lines = {}
+        for one in (base, other):
+            losses = [results.condition(one.condition).losses()[seed] for results in studies.values()]
+            line = lines[one.condition] = stats.linregress(np.log(one.flops), np.log(losses))
+        exponents.append(-line.slope)
+        foretold = {name: math.exp(line.intercept + line.slope * math.log(1e15)) for name, line in lines.items()}
+        gaps.append(foretold["delta"] - foretold["additive"])
+    assert other.gap is not None
+    for estimate, values in ((other.gap, gaps), (other.exponent, exponents)):
+        reach = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+        assert estimate.mean == pytest.approx(np.mean(values), rel=1e-9) and estimate.interval is not None
+        assert (estimate.interval.low, estimate.interval.high) == pytest.approx(reach, rel=1e-9)
 
 
 def test_no_gap_is_found_where_there_is_none() -> None:
-    gap = scaling(at_sizes(0.1, 0.01), "grow", Extrapolate(flops=1e15)).fits[1].gap_interval
-    assert gap is not None and gap.low < 0 < gap.high
+    gap = scaling(at_sizes(0.1, 0.01), "grow", Extrapolate(flops=1e15)).fits[1].gap
+    assert gap is not None and gap.interval is not None and gap.interval.low < 0 < gap.interval.high
 
 
 def test_conditions_without_a_common_seed_have_no_fit() -> None:

@@ -1,9 +1,11 @@
 """Tables beside a study's main one: comparisons with controls and at other budgets, tuned rates, effects of factors."""
 
+from collections.abc import Mapping, Sequence
+
 from deepdelta.report.table import interval_text, notes_of_design
 from deepdelta.studies.factorial import effects
-from deepdelta.studies.results import BudgetName, ConditionResult, StudyResults
-from deepdelta.studies.scaling import Scaling
+from deepdelta.studies.results import BudgetName, ConditionResult, StudyResults, Tuned
+from deepdelta.studies.scaling import Estimate, Scaling
 from deepdelta.studies.search import SearchResults
 from deepdelta.studies.statistics import MINIMUM_SEEDS, Comparison, contrasts, verdict
 from deepdelta.tables import ABSENT, Cells, Column
@@ -18,7 +20,8 @@ COMPARISON = (
 
 def detail_tables(results: StudyResults) -> tuple[Cells, ...]:
     """Those of the tables that this study has something to put in."""
-    tables = (_contrasts(results), _effects(results), _tuning(results))
+    tuned = {one.name: one.tuned for one in results.conditions if one.tuned is not None}
+    tables = (_contrasts(results), _effects(results), tuning_table(tuned, notes_of_design(results)))
     return tuple(table for table in tables if table is not None and table.rows)
 
 
@@ -70,31 +73,38 @@ def _effects(results: StudyResults) -> Cells | None:
     return Cells(title="Effects of factors", columns=columns, rows=rows, notes=notes)
 
 
-def _tuning(results: StudyResults) -> Cells | None:
-    tuned = [(condition.name, condition.tuned) for condition in results.conditions if condition.tuned is not None]
+def tuning_table(tuned: Mapping[str, Tuned], notes_of_study: Sequence[str] = ()) -> Cells | None:
+    """The learning rate of every condition and what it was chosen from; None where nothing was tuned."""
     if not tuned:
         return None
-    grid = tuned[0][1].grid
+    first = next(iter(tuned.values()))
     columns = (
         Column(title="condition", help="What was tuned."),
         Column(title="chosen", help="The learning rate of its reported runs."),
-        *(Column(title=f"lr {rate:g}", help=f"Mean loss at the rate {rate:g}.") for rate in grid),
+        *(Column(title=f"lr {rate:g}", help=f"Mean loss at the rate {rate:g}.") for rate in first.grid),
     )
     rows = tuple(
         (name, rate_text(tune.lr, tune.edge), *("diverged" if x is None else f"{x:.4f}" for x in tune.losses))
-        for name, tune in tuned
+        for name, tune in tuned.items()
     )
     notes = (
-        f"Losses on the last tenth of the training part, seeds {', '.join(map(str, tuned[0][1].seeds))}, which no "
+        f"Losses on the last tenth of the training part, seeds {', '.join(map(str, first.seeds))}, which no "
         "result rests on.",
         *(
             ("A rate at the edge of its grid is marked: a better one may lie beyond.",)
-            if any(t.edge for _, t in tuned)
+            if any(tune.edge for tune in tuned.values())
             else ()
         ),
-        *notes_of_design(results),
+        *notes_of_study,
     )
     return Cells(title="Choice of the learning rate", columns=columns, rows=rows, notes=notes)
+
+
+def _estimate(one: Estimate | None, sign: str = "") -> str:
+    if one is None:
+        return ABSENT
+    reach = one.interval
+    return f"{one.mean:{sign}.4f}" + (f"\n({reach.low:{sign}.4f} to {reach.high:{sign}.4f})" if reach else "")
 
 
 def scaling_table(found: Scaling) -> Cells:
@@ -103,9 +113,10 @@ def scaling_table(found: Scaling) -> Cells:
         Column(title="condition", help="What was trained at every size."),
         Column(title="loss by size", help="Mean over seeds in nats per token, and FLOPs of a run."),
         Column(title="law", help="Loss as a function of training FLOPs C."),
-        Column(title="exponent", help="95 % interval over resampled seeds."),
-        Column(title=f"loss at\n{found.target:.3g} FLOPs", help="Foretold, with its 95 % interval."),
-        Column(title="gap", help="To the baseline at that compute, with its 95 % interval; negative: lower loss."),
+        Column(title="exponent", help="Mean over laws of single seeds, with its 95 % t-interval."),
+        Column(title=f"loss at\n{found.target:.3g} FLOPs", help="Foretold by them, with its 95 % t-interval."),
+        Column(title="gap", help="To the baseline at that compute, with its 95 % t-interval; negative: lower loss."),
+        Column(title="gap by the two\nlargest sizes", help="The same where laws go through these alone."),
     )
     rows = tuple(
         (
@@ -113,11 +124,10 @@ def scaling_table(found: Scaling) -> Cells:
             "\n".join(f"{loss:.4f} ({flops:.3g})" for loss, flops in zip(one.losses, one.flops, strict=True)),
             f"{f'{one.law.floor:.4f} + ' if one.law.floor else ''}{one.law.scale:.4f} "
             f"(C / {one.law.unit:.3g})^-{one.law.exponent:.4f}",
-            f"{one.exponent.low:.4f}\nto {one.exponent.high:.4f}",
-            f"{one.at:.4f}\n({one.at_interval.low:.4f} to {one.at_interval.high:.4f})",
-            ABSENT
-            if one.gap is None or one.gap_interval is None
-            else f"{one.gap:+.4f}\n({one.gap_interval.low:+.4f} to {one.gap_interval.high:+.4f})",
+            _estimate(one.exponent),
+            _estimate(one.at),
+            _estimate(one.gap, "+"),
+            _estimate(one.gap_of_largest, "+"),
         )
         for one in found.fits
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from deepdelta.report.details import detail_tables, scaling_table, search_table
+from deepdelta.report.details import detail_tables, scaling_table, search_table, tuning_table
 from deepdelta.report.table import table_cells
 from deepdelta.studies.results import StudyResults
 from deepdelta.studies.scaling import Scaling
@@ -22,11 +22,12 @@ def study_markdown(results: StudyResults) -> str:
 
 
 def search_markdown(found: SearchResults) -> str:
-    """The rungs of a search."""
+    """The rungs of a search, and the learning rates that its candidates were given."""
     facts = found.facts(found.finished)
     seeds = "; ".join(f"{rung.steps} steps on seeds {', '.join(map(str, rung.seeds))}" for rung in found.rungs)
     text = f"Rungs: {seeds}. {found.corpus.description} (SHA-256 {found.corpus.sha256[:12]})."
-    return markdown_page(f"Search {found.name}", (facts, text), (search_table(found),))
+    tables = (search_table(found), tuning_table(found.tuned))
+    return markdown_page(f"Search {found.name}", (facts, text), [table for table in tables if table is not None])
 
 
 def scaling_markdown(found: Scaling, studies: Mapping[str, StudyResults]) -> str:

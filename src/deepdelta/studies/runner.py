@@ -141,7 +141,7 @@ def run_search(config: StudyConfig, out: Path, *, workers: int | None = None, co
         **provenance(command),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         corpus=CorpusResult(description=study.tail.description, sha256=study.tail.sha256),
-        rates=rates,
+        tuned=dict(tuned),
         rungs=tuple(rungs),
         winners=left,
     )

@@ -1,7 +1,4 @@
-"""Loss against compute: a power law per condition over the sizes of a study, and the gap it foretells.
-
-Legend of shapes: Z sizes, S seeds.
-"""
+"""Loss against compute: a power law per condition over the sizes of a study, and the gap it foretells."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,11 +13,9 @@ from deepdelta.errors import UserError
 from deepdelta.files import write_json
 from deepdelta.studies.config import Extrapolate
 from deepdelta.studies.results import StudyResults
-from deepdelta.studies.statistics import CONFIDENCE, Interval
+from deepdelta.studies.statistics import Interval, paired
 
 Array = NDArray[np.float64]
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +32,22 @@ class Law:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over seeds, and its 95 % t-interval where there are enough of them."""
+
+    mean: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScalingResult:
-    """The fit of one condition. Intervals are 95 % over resampled seeds.
+    """The fit of one condition.
 
     Fields:
         flops, losses: per size, training FLOPs of a run and mean loss in nats per token over `seeds`.
+        law: fitted to these means. Estimates come from a law of its own for every seed.
         at: foretold loss at the stated compute. gap: that minus the baseline's; None for the baseline.
+        gap_of_largest: the gap by laws through the two largest sizes alone; None for the baseline and with two sizes.
     """
 
     condition: str
@@ -50,11 +55,10 @@ class ScalingResult:
     flops: tuple[float, ...]
     losses: tuple[float, ...]
     law: Law
-    exponent: Interval
-    at: float
-    at_interval: Interval
-    gap: float | None
-    gap_interval: Interval | None
+    exponent: Estimate
+    at: Estimate
+    gap: Estimate | None
+    gap_of_largest: Estimate | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +116,8 @@ def fit(flops: Sequence[float] | Array, losses: Sequence[float] | Array, *, floo
 def scaling(studies: Mapping[str, StudyResults], name: str, extrapolate: Extrapolate) -> Scaling:
     """Fits per condition over the sizes, on the seeds that it and the baseline finished at every size.
 
-    Seeds are resampled with replacement (a fixed generator), the same ones for all sizes and for the baseline, whose
-    runs are paired; every resample is fitted anew, and intervals hold the central 95 % of what comes out.
+    Every seed is fitted by itself, and so is the baseline's run of the same seed: what is estimated is a mean over
+    seeds, its interval Student's t. (Resampling so few seeds gives intervals that are too narrow.)
 
     Args:
         studies: the results by size.
@@ -131,44 +135,27 @@ def scaling(studies: Mapping[str, StudyResults], name: str, extrapolate: Extrapo
         )
         if not seeds:
             raise UserError(f"{condition.name} and {baseline} finished no seed at every size, so there is no fit.")
-        compute = {n: [_flops(r, n) for r in results] for n in names}
-        losses_ZS = {n: np.array([[r.condition(n).losses()[s] for s in seeds] for r in results]) for n in names}
-
-        fitted: dict[tuple[int, ...], dict[str, Law]] = {}
-
-        def laws(
-            chosen: tuple[int, ...],
-            compute: Mapping[str, list[float]] = compute,
-            losses_ZS: Mapping[str, Array] = losses_ZS,
-            fitted: dict[tuple[int, ...], dict[str, Law]] = fitted,
-        ) -> dict[str, Law]:
-            # Few seeds have few different resamples: each is fitted once.
-            if chosen not in fitted:
-                fitted[chosen] = {
-                    n: fit(compute[n], losses_ZS[n][:, chosen].mean(1), floor=extrapolate.floor) for n in compute
-                }
-            return fitted[chosen]
-
-        draw = np.random.default_rng(0)
-        samples = [laws(tuple(sorted(draw.integers(len(seeds), size=len(seeds)).tolist()))) for _ in range(RESAMPLES)]
-        whole = laws(tuple(range(len(seeds))))
-        own, other = whole[condition.name], whole[baseline]
-        target = extrapolate.flops
-        is_baseline = condition.name == baseline
+        own, other = (_fits(results, name, seeds, extrapolate.floor) for name in names)
+        foretold = [law.loss(extrapolate.flops) for law in own]
+        gaps = largest = None
+        if condition.name != baseline:
+            gaps = [mine - law.loss(extrapolate.flops) for mine, law in zip(foretold, other, strict=True)]
+            if len(results) > 2:
+                pairs = zip(*(_fits(results[-2:], name, seeds, False) for name in names), strict=True)
+                largest = [mine.loss(extrapolate.flops) - theirs.loss(extrapolate.flops) for mine, theirs in pairs]
+        flops, losses = _points(results, condition.name, seeds)
+        means = [sum(at_size) / len(seeds) for at_size in losses]
         fits.append(
             ScalingResult(
                 condition=condition.name,
                 seeds=seeds,
-                flops=tuple(compute[condition.name]),
-                losses=tuple(losses_ZS[condition.name].mean(1).tolist()),
-                law=own,
-                exponent=_central([sample[condition.name].exponent for sample in samples]),
-                at=own.loss(target),
-                at_interval=_central([sample[condition.name].loss(target) for sample in samples]),
-                gap=None if is_baseline else own.loss(target) - other.loss(target),
-                gap_interval=None
-                if is_baseline
-                else _central([s[condition.name].loss(target) - s[baseline].loss(target) for s in samples]),
+                flops=tuple(flops),
+                losses=tuple(means),
+                law=fit(flops, means, floor=extrapolate.floor),
+                exponent=_estimate([law.exponent for law in own]),
+                at=_estimate(foretold),
+                gap=None if gaps is None else _estimate(gaps),
+                gap_of_largest=None if largest is None else _estimate(largest),
             )
         )
     return Scaling(name=name, baseline=baseline, sizes=tuple(studies), target=extrapolate.flops, fits=tuple(fits))
@@ -179,13 +166,23 @@ def save_scaling(found: Scaling, path: Path) -> None:
     write_json(path, to_plain(found))
 
 
-def _flops(results: StudyResults, name: str) -> float:
-    """Training FLOPs of a run of the condition at the study's first budget."""
-    condition = results.condition(name)
-    steps = condition.runs[0].steps or results.budget.steps
-    return steps * results.budget.tokens_per_step * condition.flops_per_token
+def _points(results: Sequence[StudyResults], name: str, seeds: Sequence[int]) -> tuple[list[float], list[list[float]]]:
+    """Per size, training FLOPs of a run of the condition at the study's first budget, and its losses by seed."""
+    flops, losses = [], []
+    for one in results:
+        condition, by_seed = one.condition(name), one.condition(name).losses()
+        steps = condition.runs[0].steps or one.budget.steps
+        flops.append(steps * one.budget.tokens_per_step * condition.flops_per_token)
+        losses.append([by_seed[seed] for seed in seeds])
+    return flops, losses
 
 
-def _central(values: Sequence[float]) -> Interval:
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(low=float(low), high=float(high))
+def _fits(results: Sequence[StudyResults], name: str, seeds: Sequence[int], floor: bool) -> list[Law]:
+    """A law for every seed."""
+    flops, losses = _points(results, name, seeds)
+    return [fit(flops, of_seed, floor=floor) for of_seed in zip(*losses, strict=True)]
+
+
+def _estimate(by_seed: Sequence[float]) -> Estimate:
+    found = paired(by_seed)
+    return Estimate(mean=found.mean, interval=found.t_interval)

@@ -10,6 +10,7 @@ from deepdelta.files import write_json
 from deepdelta.studies.cells import Cell
 from deepdelta.studies.config import StudyConfig
 from deepdelta.studies.results import Corpus as CorpusResult
+from deepdelta.studies.results import Tuned
 from deepdelta.studies.statistics import Comparison, corrected, paired
 from deepdelta.training.environment import Provenance
 
@@ -49,7 +50,7 @@ class SearchResults(Provenance):
     baseline: str
     finished: str
     corpus: CorpusResult
-    rates: dict[str, float]
+    tuned: dict[str, Tuned]
     rungs: tuple[RungResult, ...]
     winners: tuple[str, ...]
 
