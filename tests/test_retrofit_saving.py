@@ -55,6 +55,21 @@ def test_saved_and_loaded(name, trainable, tmp_path):
     ]
 
 
+def test_statistics_of_batch_norms_are_saved_with_what_was_added(tmp_path):
+    x = FAMILIES["basic"].x
+    model = retrofit(made("basic"), trainable="residual")
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    model.train()
+    for _ in range(3):
+        output(model, x).square().mean().backward()
+        optimizer.step()
+    save_retrofit(model, tmp_path)
+    again = load_retrofit(made("basic"), tmp_path)
+    plain, counts = made("basic").state_dict(), again.state_dict()
+    assert int(counts["bn1.num_batches_tracked"]) == int(plain["bn1.num_batches_tracked"]) + 3
+    assert output(again.eval(), x).equal(output(model.eval(), x))
+
+
 def test_a_second_save_replaces_the_first_and_an_interrupted_one_does_not(tmp_path, monkeypatch):
     model = moved("llama", trainable="residual")
     save_retrofit(model, tmp_path)
@@ -155,6 +170,12 @@ def twice() -> nn.Module:
     return model
 
 
+def stageless() -> nn.Module:
+    model = made("basic")
+    model.layer4 = nn.Identity()
+    return model
+
+
 def hooked(part: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """With a forward on the object, as libraries that spread a model over devices set it."""
     model = llama()
@@ -177,6 +198,7 @@ def hooked(part: Callable[[nn.Module], nn.Module]) -> nn.Module:
         (lambda: nn.TransformerDecoderLayer(8, 2), "TransformerDecoderLayer .*also attends to a memory"),
         (lambda: OwnForward(models.resnet.BasicBlock, [1] * 4), "OwnForward has a forward of its own in place of Res"),
         (lambda: models.ResNet(OwnBlock, [1] * 4), "knows the blocks BasicBlock, Bottleneck in ResNet, got OwnBlock"),
+        (stageless, "nn.Sequential of blocks, and layer4 is a Identity; wrap the branches"),
         (twice, "blocks that each stand in one place, and this TransformerEncoder runs one of them several times"),
         (lambda: deepdelta.GPT(deepdelta.GPTConfig(vocab_size=9, dim=8, heads=2)), "rule='delta' and value_channels=4"),
         (lambda: retrofit(llama()), "the model has been retrofitted already; call deepdelta.undo_retrofit"),

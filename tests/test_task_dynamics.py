@@ -12,7 +12,7 @@ from deepdelta import DeltaStream, UserError
 from deepdelta.tasks import load_task
 from deepdelta.tasks.dynamics import DynamicsNet, DynamicsSettings, dynamics_data, rollout
 from deepdelta.tasks.refinement import flowed, refined, rewriting, spectrum
-from deepdelta.tasks.trajectories import SYSTEMS, trajectories
+from deepdelta.tasks.trajectories import RESTITUTION, SYSTEMS, trajectories
 from helpers import near, outer, perturb, randn
 
 TASK = load_task("dynamics")
@@ -44,6 +44,21 @@ def test_the_ball_flies_in_parabolas():
         np.testing.assert_allclose(path, expected, atol=1e-5)
         turned += sum(b[1] - a[1] > 0.5 for a, b in itertools.pairwise(path))
     assert turned > 20
+
+
+def test_a_ball_bounces_ever_lower_and_comes_to_rest():
+    found = trajectories("bouncing", 4, 500, seed=0)
+    assert found.shape == (4, 501, 2) and found.isfinite().all() and found[..., 0].min() > -1e-8
+    energy = found[..., 0] + found[..., 1].square() / 2
+    assert (energy.diff(dim=1) < 1e-6).all()
+    assert found[:, -1].abs().max() == 0 and (energy[:, 0] > 0.5).all()
+    # The time of a flight is twice the speed of its start: the last bounce comes after a geometric series of them.
+    for path in found.tolist():
+        fall = path[0][1] + math.sqrt(path[0][1] ** 2 + 2 * path[0][0])
+        speed = RESTITUTION * (fall - path[0][1])
+        rest = fall + 2 * speed / (1 - RESTITUTION)
+        moving = sum(height > 0 for height, _ in path)
+        assert abs(moving * 0.1 - rest) < 0.1 + 1e-2
 
 
 def test_prey_and_predators_keep_their_integral():
@@ -181,7 +196,9 @@ def _sorted(eigenvalues: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "options", [{"rule": "two_gate"}, {"rule": "additive", "value_channels": 2}, {"direction_norm": "bounded"}], ids=str
+    "options",
+    [{"rule": "two_gate"}, {"rule": "additive", "value_channels": 2}, {"direction_norm": "bounded"}, {"rank": 2}],
+    ids=str,
 )
 def test_other_residuals_are_no_step_of_the_equation(options):
     residuals, state = layers(1, **options)
@@ -190,6 +207,11 @@ def test_other_residuals_are_no_step_of_the_equation(options):
 
 
 # The task
+
+
+def test_nets_that_are_no_step_of_the_equation_are_measured_without_it():
+    settings = TASK.settings_of("delta", TINY | {"systems": ["pendulum"], "residual": {"rank": 2}})
+    assert set(TASK.run(settings, 0, quiet)) == {"rollout", "one_step", "rollout_pendulum", "one_step_pendulum"}
 
 
 def test_rollouts_feed_on_themselves_and_are_cut_off():

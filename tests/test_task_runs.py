@@ -253,6 +253,14 @@ def test_settings_as_typed():
             read_overrides([wrong])
 
 
+def test_what_conditions_differ_in_is_not_set_for_all():
+    recall = load_task("recall")
+    assert recall.settings_of("delta", {"residual": {"gate_init": 0.5}}).residual.gate_init == 0.5
+    for name in ("rule", "value_channels"):
+        with pytest.raises(UserError, match=f"residual.{name} is what condition delta of task recall sets itself"):
+            recall.settings_of("delta", {"residual": {name: 8, "gate_init": 0.5}})
+
+
 def test_other_settings_go_to_other_folders():
     assert default_folder("words") == Path("runs/task-words")
     assert default_folder("words", ["group=S3"]) == Path("runs/task-words-group-S3")

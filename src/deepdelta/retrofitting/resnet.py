@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deepdelta.errors import UserError
 from deepdelta.retrofitting.blocks import DeltaBlock, Deltas, Job, check_blocks
 
 
@@ -75,7 +76,14 @@ BLOCKS: dict[str, type[DeltaBlock]] = {
 
 def retrofit_resnet(network: nn.Module, job: Job) -> None:
     """Convert every block of a torchvision ResNet."""
-    blocks = [block for i in range(1, 5) for block in cast(nn.Sequential, network.get_submodule(f"layer{i}"))]
+    stages = [network.get_submodule(f"layer{i}") for i in range(1, 5)]
+    for number, stage in enumerate(stages, 1):
+        if not isinstance(stage, nn.Sequential):
+            raise UserError(
+                f"retrofit needs layer1 to layer4 of a ResNet to be nn.Sequential of blocks, and layer{number} is a "
+                f"{type(stage).__name__}; wrap the branches with deepdelta.DeltaStream."
+            )
+    blocks = [block for stage in stages for block in cast(nn.Sequential, stage)]
     check_blocks(network, blocks, BLOCKS)
     entry = stream = job.stream(_convolution(blocks[0], "conv1").in_channels, **OPTIONS)
     for i, block in enumerate(blocks):

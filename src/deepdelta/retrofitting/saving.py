@@ -26,17 +26,15 @@ TENSORS = re.compile(r"retrofit-[0-9a-f]{16}\.safetensors")
 def save_retrofit(model: nn.Module, folder: str | Path) -> None:
     """Write a retrofitted model's options and tensors to `folder`.
 
-    With trainable='all' every tensor of the model is written, with 'residual' those that the retrofit added: the
-    others are the plain model's still.
+    With trainable='all' every tensor of the model is written, with 'residual' those that the retrofit added and the
+    buffers, which training changes too (the statistics of batch norms): the other parameters are the plain model's.
 
     Raises:
         UserError: the model was not retrofitted.
     """
     record, folder = record_of(model), Path(folder)
     config = record.job.config
-    own = distinct(model)
-    kept = own if config.trainable == "all" else {key: own[key] for key in record.keys}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in _kept(model).items()}
     name = f"retrofit-{secrets.token_hex(8)}.safetensors"
     with atomic_path(folder / name) as temporary:
         save_file(contiguous, temporary)
@@ -65,10 +63,8 @@ def load_retrofit(model: Model, folder: str | Path) -> Model:
         raise UserError(f"{file} is missing or damaged ({error}); restore a copy, or save the model anew.") from None
     retrofit(model, **settings["options"])
     try:
-        record = record_of(model)
-        own = distinct(model)
-        expected = own if record.job.config.trainable == "all" else {key: own[key] for key in record.keys}
-        _check(file, tensors, expected)
+        own = _kept(model)
+        _check(file, tensors, own)
     except BaseException:
         undo_retrofit(model)
         raise
@@ -84,6 +80,15 @@ def distinct(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())
+
+
+def _kept(model: nn.Module) -> dict[str, Tensor]:
+    """What is written of a retrofitted model."""
+    record, own = record_of(model), distinct(model)
+    if record.job.config.trainable == "all":
+        return own
+    frozen = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(record.keys)
+    return {name: tensor for name, tensor in own.items() if name not in frozen}
 
 
 def _settings(folder: Path) -> dict[str, Any]:

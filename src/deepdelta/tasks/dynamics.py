@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from deepdelta.errors import UserError, nearest
 from deepdelta.nn import DeltaResidual, ResidualConfig
 from deepdelta.tasks.fitting import CONDITIONS, check_settings, fit, part_of, seeded, stream_of
-from deepdelta.tasks.refinement import flowed, refined, spectrum
+from deepdelta.tasks.refinement import can_refine, flowed, refined, spectrum
 from deepdelta.tasks.task import Progress, Task, Variant
 from deepdelta.tasks.trajectories import SYSTEMS, trajectories
 
@@ -179,7 +179,7 @@ def _tested(settings: DynamicsSettings, net: DynamicsNet, data: Data) -> dict[st
         "one_step": error(_as_trained),
     }
     config = settings.residual
-    if not (config.rule in ("delta", "write_only") or (config.rule, config.value_channels) == ("additive", 1)):
+    if not can_refine(config):
         return found
     for substeps in SUBSTEPS:
         found[f"refined_{substeps}"] = error(_in(substeps, follow=False))

@@ -3,7 +3,10 @@
 Shapes: N images, C channels, H height, W width.
 """
 
+import fcntl
+import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +79,7 @@ def split_images(images: Images, test_share: float, seed: int) -> tuple[Images, 
         UserError: one of them is empty.
     """
     count = len(images.labels)
-    tests = round(count * test_share)
+    tests = round(count * test_share) if math.isfinite(test_share) else 0
     if not 0 < tests < count:
         raise UserError(f"test_share must leave images on both sides, got {test_share} of {count} images.")
     order = torch.randperm(count, generator=Generator().manual_seed(seed))
@@ -141,7 +144,13 @@ def _torchvision(name: str, root: str, download: bool) -> Images:
             f"({error}): install both as PyTorch's install page says, or give a folder of images."
         ) from None
     try:
-        parts = [getattr(datasets, name)(root, train=train, download=download) for train in (True, False)]
+        with ExitStack() as held:
+            if download:
+                # Of several runs side by side one fetches; the others find what is there.
+                Path(root).mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context((Path(root) / f".{name}.lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            parts = [getattr(datasets, name)(root, train=train, download=download) for train in (True, False)]
     except (RuntimeError, OSError) as error:
         raise UserError(
             f"torchvision's {name} cannot be had from root '{root}' ({error}); it is fetched only with download=true."

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deepdelta.errors import UserError
-from deepdelta.nn import DeltaResidual, RewriteRecord, recording
+from deepdelta.nn import DeltaResidual, ResidualConfig, RewriteRecord, recording
 from deepdelta.operator import DeltaOperator
 from deepdelta.ops import rewrite
 
@@ -35,6 +35,13 @@ class Rewriting(NamedTuple):
         return rewrite(state, self.direction, share * self.write, erase)[0]
 
 
+def can_refine(config: ResidualConfig) -> bool:
+    """Whether a layer is one step of the depth equation along the unit direction of its branch, or a plain addition."""
+    plain = config.rule == "additive" and config.value_channels == 1
+    gated = config.rule in ("delta", "write_only", "erase_only")
+    return (plain or gated) and (config.direction, config.direction_norm, config.rank) == ("branch", "unit", 1)
+
+
 @torch.no_grad()
 def rewriting(residual: DeltaResidual, state: Float[Tensor, "B V D"]) -> Rewriting:
     """The rewrite that a residual would make of this state.
@@ -43,9 +50,7 @@ def rewriting(residual: DeltaResidual, state: Float[Tensor, "B V D"]) -> Rewriti
         UserError: not one rewrite along the unit direction of its branch.
     """
     config = residual.config
-    plain = config.rule == "additive" and config.value_channels == 1
-    gated = config.rule in ("delta", "write_only", "erase_only")
-    if not (plain or gated) or (config.direction, config.direction_norm, config.rank) != ("branch", "unit", 1):
+    if not can_refine(config):
         raise UserError(
             "a layer is a step of the depth equation for the rules delta, write_only, erase_only, or additive with one "
             f"value channel, along the unit direction of its branch, got {config}."
@@ -53,7 +58,7 @@ def rewriting(residual: DeltaResidual, state: Float[Tensor, "B V D"]) -> Rewriti
     c, close = residual.open(state)
     assert residual.branch is not None
     h = residual.branch(c)
-    if plain:
+    if config.rule == "additive":
         return Rewriting(h, 1.0, None)
     records: list[RewriteRecord] = []
     with recording(residual, lambda _, record: records.append(record)):

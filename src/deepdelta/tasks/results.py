@@ -150,6 +150,8 @@ def _mean(condition: ConditionMetrics, name: str) -> str:
     values = [one[name] for one in condition.metrics.values() if name in one]
     if not values:
         return ABSENT
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     found = paired(values)
     reach = "" if found.t_interval is None else f" ± {found.t_interval.high - found.mean:.2g}"
     return f"{found.mean:.4g}{reach}"

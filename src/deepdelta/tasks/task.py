@@ -47,13 +47,26 @@ class Task:
         """The settings of a condition, with some replaced in all conditions.
 
         Raises:
-            UserError: no such condition, an unknown setting, or a value that it cannot have.
+            UserError: no such condition, an unknown setting, one that the condition sets itself, or a value that it
+                cannot have.
         """
         if condition not in self.conditions:
             raise UserError(f"task {self.name} has no condition '{condition}'; {nearest(condition, self.conditions)}")
-        plain = merged(to_plain(self.settings), overrides or {})
-        plain = merged(plain, self.conditions[condition].changes)
+        changes = self.conditions[condition].changes
+        if both := sorted(_leaves(overrides or {}) & _leaves(changes)):
+            raise UserError(
+                f"{both[0]} is what condition {condition} of task {self.name} sets itself, so it cannot be set for all."
+            )
+        plain = merged(merged(to_plain(self.settings), overrides or {}), changes)
         return from_plain(type(self.settings), plain, where=f"task {self.name}")
+
+
+def _leaves(plain: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """The dotted names of all that stands in it."""
+    found: set[str] = set()
+    for key, value in plain.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}"}
+    return found
 
 
 def read_overrides(given: Sequence[str]) -> Plain:

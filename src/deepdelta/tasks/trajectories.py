@@ -22,6 +22,8 @@ DAMPING = 0.1
 """Of the pendulum, per unit of time."""
 RESTITUTION = 0.9
 """Share of its speed that the ball keeps at the floor."""
+REST = 1e-4
+"""Speed at the floor below which the ball stays there: its bounces, ever shorter, would have no end."""
 TOLERANCE = 1e-8
 """Relative and absolute, of the integrator."""
 
@@ -83,7 +85,7 @@ def _trajectory(system: System, start: Floats, times: Floats) -> Floats:
     found: list[Floats] = []
     state, now = start, 0.0
     while True:
-        ahead = times[times >= now] if not found else times[times > now]
+        ahead = times[times >= now] if now == 0 else times[times > now]
         solved = solve_ivp(
             lambda _, y: system.flow(y),
             (now, float(times[-1])),
@@ -95,12 +97,15 @@ def _trajectory(system: System, start: Floats, times: Floats) -> Floats:
         )
         if not solved.success:
             raise UserError(f"the integrator gave up at time {solved.t[-1]}: {solved.message}")
-        found.append(solved.y.T.reshape(-1, 2))
+        if len(solved.t):
+            found.append(solved.y.T)
         if solved.status == 0:
             return np.concatenate(found)
-        now = float(solved.t_events[0][0])
+        now, speed = float(solved.t_events[0][0]), -RESTITUTION * solved.y_events[0][0][1]
+        if speed < REST:
+            return np.concatenate((*found, np.zeros(((times > now).sum(), 2))))
         # A hair above the floor: from height 0 itself the next fall would not be seen as a crossing.
-        state = np.array([1e-12, -RESTITUTION * solved.y_events[0][0][1]])
+        state = np.array([1e-12, speed])
 
 
 def _floor(time: float, y: Floats) -> Any:

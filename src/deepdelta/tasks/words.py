@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deepdelta.errors import UserError
 from deepdelta.ops import delta_rewrite
 from deepdelta.tasks.fitting import check_loss, check_settings
 from deepdelta.tasks.groups import group, reflections
@@ -139,6 +140,8 @@ class WordsSettings:
     def __post_init__(self) -> None:
         names = ("rank", "dim", "value_channels", "length", "steps", "batch_size", "test_words")
         check_settings(self, dict.fromkeys(names, 1) | {"noise": 0})
+        if self.rank > 2:
+            raise UserError(f"rank must be 1 or 2, the rewrites per symbol that the groups need, got {self.rank}.")
 
 
 class Tracker(nn.Module):
