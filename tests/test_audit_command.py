@@ -15,7 +15,8 @@ from deepdelta.cli import main
 from deepdelta.config import from_plain
 from deepdelta.data import load_corpus
 from deepdelta.interop import import_published
-from deepdelta.report.audit import audit_tables, render_audit
+from deepdelta.report.audit import audit_summary, audit_tables, render_audit
+from deepdelta.tables import markdown_cells, markdown_text
 from deepdelta.training import RunDirectory
 from report_samples import Page
 from test_interop_import import byte_model, checkpoint, ids_file
@@ -66,7 +67,7 @@ def test_a_trained_run(capsys: pytest.CaptureFixture[str], run: Path, source: Pa
     main(["audit", str(run), "--tokens", "70", "--batch-size", "3", *FAST])
     said = capsys.readouterr()
     results = audited(run / "audit")
-    assert sorted(path.name for path in (run / "audit").iterdir()) == ["audit.html", "audit.json"]
+    assert sorted(path.name for path in (run / "audit").iterdir()) == ["audit.html", "audit.json", "table.md"]
     # Four windows of 16 tokens, evenly spread over the validation split.
     directory = RunDirectory(run)
     corpus = load_corpus(directory.config().data)
@@ -100,6 +101,10 @@ def test_the_page(run: Path, tmp_path: Path) -> None:
     results = audited(tmp_path / "new" / "out")
     text = (tmp_path / "new" / "out" / "audit.html").read_text(encoding="utf-8")
     assert text == render_audit(results), "the page comes from the JSON alone"
+    written = (tmp_path / "new" / "out" / "table.md").read_text(encoding="utf-8")
+    assert all(markdown_cells(table) in written for table in audit_tables(results))
+    assert all(markdown_text(sentence) in written for sentence in audit_summary(results))
+    assert markdown_text(results.facts(results.finished)) in written and "<b>bold" not in written
     page = Page(text)
     assert page.loads == [] and page.policy.startswith("default-src 'none'") and "connect-src" not in page.policy
     assert HOSTILE in page.visible and "<b>bold" not in text.replace("&lt;b&gt;", "")

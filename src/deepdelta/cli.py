@@ -145,7 +145,7 @@ class Audit:
     """Windows per forward pass."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     out: Path | None = None
-    """Where audit.json and audit.html go; RUN/audit by default."""
+    """Where audit.json, table.md and audit.html go; RUN/audit by default."""
 
     def __call__(self) -> None:
         # Here, since it needs the packages of the extra `study`, which the other commands do without.
@@ -164,9 +164,9 @@ class Audit:
             command=shlex.join(["deepdelta", *sys.argv[1:]]),
             say=lambda text: print(text, file=sys.stderr),
         )
-        write_audit(results, out / "audit.html")
+        write_audit(results, out)
         print_audit(results, Console())
-        print(f"Numbers: {out / 'audit.json'}\nPage:    {out / 'audit.html'}")
+        print(f"Numbers: {out / 'audit.json'}\nTables:  {out / 'table.md'}\nPage:    {out / 'audit.html'}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The results of an audit as terminal tables and as one self-contained page; no number that is not in audit.json."""
+"""The results of an audit as tables and as one self-contained page; no number that is not in audit.json."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from deepdelta.files import write_text
 from deepdelta.report import audit_figures as figures
 from deepdelta.report.audit_figures import row_name
 from deepdelta.report.page import Chart, chart, template
-from deepdelta.tables import ABSENT, Cells, Column, render_cells
+from deepdelta.tables import ABSENT, Cells, Column, markdown_page, render_cells
 
 ALL = "all"
 """The row of what is done to every sublayer at once."""
@@ -57,13 +57,23 @@ def audit_summary(results: AuditResults) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def write_audit(results: AuditResults, path: Path) -> None:
-    """Write the page atomically. It loads nothing: its content security policy forbids the browser to.
+def write_audit(results: AuditResults, folder: Path) -> None:
+    """Write audit.html and table.md to `folder`, each whole or not at all.
+
+    The page loads nothing: its content security policy forbids the browser to.
 
     Raises:
         UserError: the extra `study` (Jinja2, plotly) is not installed.
     """
-    write_text(path, render_audit(results))
+    write_text(folder / "audit.html", render_audit(results))
+    write_text(folder / "table.md", audit_markdown(results))
+
+
+def audit_markdown(results: AuditResults) -> str:
+    """The sentences and the tables, with what they depend on."""
+    text = f"{results.corpus} (SHA-256 {results.corpus_sha256[:12]}); {results.contexts}."
+    facts = (results.facts(results.finished), text, *audit_summary(results))
+    return markdown_page(f"Audit of {results.run}, step {results.step}", facts, audit_tables(results))
 
 
 def print_audit(results: AuditResults, console: Console) -> None:
