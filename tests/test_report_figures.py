@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import plotly.graph_objects as go
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from deepdelta.analysis.rewrites import GATE_BINS
 from deepdelta.report import figures as pictures
 from deepdelta.report.page import render_page
+from deepdelta.report.plot import plot
 from deepdelta.studies.results import (
     RewriteSummary,
 )
@@ -38,6 +40,34 @@ def test_differences_show_every_seed_the_mean_and_the_interval() -> None:
     assert (comparison.t_interval.low, comparison.t_interval.high) in spans
     assert comparison.smallest_resolvable is not None
     assert (-comparison.smallest_resolvable, comparison.smallest_resolvable) in spans
+
+
+def test_the_plot_shows_every_seed_the_mean_the_interval_and_every_condition() -> None:
+    results = many_seeds()
+    comparisons = compare(results)
+    tree = ElementTree.fromstring(plot(results))  # no markup of a name ends an element
+    name = "{http://www.w3.org/2000/svg}"
+    texts = [element.text for element in tree.iter(f"{name}text")]
+    for condition in results.conditions:
+        assert texts.count(condition.name) == (2 if condition.name == results.baseline else 3)
+    rows = [group for group in tree.iter(f"{name}g") if group.find(f"{name}circle") is not None]
+    (zero,) = [
+        float(path.attrib["d"][1:].split()[0]) for path in tree.iter(f"{name}path") if path.get("class") == "zero"
+    ]
+    for row, (condition, comparison) in zip(rows, comparisons.items(), strict=True):
+        losses, base = results.condition(condition).losses(), results.conditions[0].losses()
+        dots = [float(circle.attrib["cx"]) - zero for circle in row.iter(f"{name}circle")]
+        changes = [losses[seed] - base[seed] for seed in losses]
+        scale = dots[0] / changes[0]
+        assert dots == pytest.approx([scale * change for change in changes], abs=0.2)
+        assert comparison.t_interval is not None
+        bar, mean = [path.attrib["d"] for path in row.iter(f"{name}path")]
+        ends = [float(number) - zero for number in (bar[1:].split()[0], bar.partition("H")[2])]
+        assert ends == pytest.approx([scale * comparison.t_interval.low, scale * comparison.t_interval.high], abs=0.2)
+        assert float(mean[1:].split()[0]) - zero == pytest.approx(scale * comparison.mean, abs=0.2)
+    curves = list(tree.iter(f"{name}polyline"))
+    assert [curve.find(f"{name}title").text for curve in curves] == 2 * [one.name for one in results.conditions]
+    assert not any(element.tag.endswith(("script", "image")) for element in tree.iter())
 
 
 def test_loss_curves_lie_on_steps_flops_and_seconds() -> None:

@@ -3,6 +3,7 @@
 from deepdelta.report.details import detail_tables, scaling_table, search_table
 from deepdelta.report.markdown import scaling_markdown, search_markdown, study_markdown
 from deepdelta.report.page import write_report
+from deepdelta.report.plot import plot
 from deepdelta.report.summary import Summary, summarise
 from deepdelta.report.table import markdown_table, render_table
 
@@ -10,6 +11,7 @@ __all__ = [
     "Summary",
     "detail_tables",
     "markdown_table",
+    "plot",
     "render_table",
     "scaling_markdown",
     "scaling_table",

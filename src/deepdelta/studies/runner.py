@@ -15,6 +15,7 @@ from deepdelta.errors import UserError
 from deepdelta.files import write_json, write_text
 from deepdelta.report import (
     detail_tables,
+    plot,
     render_table,
     scaling_markdown,
     scaling_table,
@@ -94,6 +95,7 @@ def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, com
     )
     save_results(results, out / "results.json")
     write_text(out / "table.md", study_markdown(results))
+    write_text(out / "plot.svg", plot(results))
     write_report(results, out / "report.html")
     for table in (render_table(results), *map(render_cells, detail_tables(results))):
         study.console.print(table)
