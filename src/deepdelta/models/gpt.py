@@ -44,6 +44,7 @@ class GPTConfig:
     """RMSNorm of what each branch returns, its weight starting at this number; None: no norm. A control: what
     normalising h does without a rewrite."""
     embedding_std: float = 0.02
+    """Of the reference. At widths far below its 768 the plain residual needs more: 1 / sqrt(dim)."""
     init_factor: float = 0.5
     """Matrices start N(0, (init_factor / sqrt(dim))^2), output projections further / sqrt(layers)."""
     residual: ResidualConfig = field(default_factory=lambda: PRESETS["ddl"])
