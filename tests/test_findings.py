@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,23 @@ def test_a_study_s_tables(name: str) -> None:
     # Without its heading, which the page has of its own.
     assert markdown_cells(contrasts).split("\n", 2)[2].strip() in FINDINGS
     assert all(len(condition.runs) >= 5 for condition in results.conditions)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"results/([\w-]+)/table\.md#effects-of-factors", FINDINGS))))
+def test_effects_of_factors(name: str) -> None:
+    results = load_results(ROOT / "results" / name / "results.json")
+    effects = next(table for table in detail_tables(results) if table.title == "Effects of factors")
+    assert markdown_cells(effects).split("\n", 2)[2].strip() in FINDINGS
+
+
+def test_the_means_of_the_control_matrix() -> None:
+    results = load_results(ROOT / "results" / "control-matrix" / "results.json")
+    states = ("", "-4-repeat-channel", "-4-repeat-token", "-4-conv-channel", "-4-conv-token")
+    for rule in ("additive", "additive-erase", "write-only", "delta", "erase-only"):
+        losses = [list(results.condition(rule + state).losses().values()) for state in states]
+        cells = [f"{statistics.fmean(own):.3f} ± {statistics.stdev(own):.3f}" for own in losses]
+        assert all(len(own) == 5 for own in losses)
+        assert f"| {rule} | {' | '.join(cells)} |" in FINDINGS
 
 
 @pytest.mark.parametrize("name", AUDITS)
