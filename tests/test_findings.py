@@ -1,5 +1,6 @@
 """The tables of the findings are those of the committed results."""
 
+import dataclasses
 import json
 import re
 import statistics
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from deepdelta.config import from_plain
 from deepdelta.report import detail_tables, markdown_table
 from deepdelta.studies.config import load_study
 from deepdelta.studies.results import load_results
 from deepdelta.tables import markdown_cells
+from deepdelta.tasks.results import TaskResults, main_table
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
@@ -43,6 +46,14 @@ def test_the_means_of_the_control_matrix() -> None:
         cells = [f"{statistics.fmean(own):.3f} ± {statistics.stdev(own):.3f}" for own in losses]
         assert all(len(own) == 5 for own in losses)
         assert f"| {rule} | {' | '.join(cells)} |" in FINDINGS
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"results/task-(recall|digits|dynamics)/table\.md", FINDINGS))))
+def test_a_task_s_table(name: str) -> None:
+    file = ROOT / "results" / f"task-{name}" / "results.json"
+    results = from_plain(TaskResults, json.loads(file.read_text(encoding="utf-8")), where=str(file))
+    assert markdown_cells(dataclasses.replace(main_table(results), title="")).strip() in FINDINGS
+    assert all(len(condition.metrics) >= 5 for condition in results.conditions)
 
 
 @pytest.mark.parametrize("name", AUDITS)
