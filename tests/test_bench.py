@@ -329,6 +329,8 @@ def test_the_command_end_to_end(
     assert "The bar" in said and max(map(len, said.splitlines())) <= 80
     ElementTree.fromstring((out / "plot.svg").read_text())
     page = (out / "plot.html").read_text()
+    for one in tables.cells(results):
+        assert all(f'<th scope="col">{column.title}</th>' in page for column in one.columns)
     assert "Does &lt;all&gt; of it run &amp; fit?" in page and "<all>" not in page
     assert "throughput against layers, additive = 1" in page and "default-src 'none'" in page
     assert not re.search(r"(?:src|href)=|https?://(?!www\.w3\.org/2000/svg)", page)

@@ -74,7 +74,7 @@ def plot(results: StudyResults) -> str:
             panels.append(curves)
             y = curves.bottom + HEAD + GAP
     sizes = {"width": WIDTH, "label": LABEL, "plot": PLOT, "height": y - GAP, "key": KEY}
-    return template("plot.svg")(results=results, panels=panels, looks=looks(results), **sizes)
+    return template("plot.svg")(results=results, panels=panels, **sizes)
 
 
 def _changes(results: StudyResults, y: float) -> Panel | None:
