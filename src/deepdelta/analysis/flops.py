@@ -16,7 +16,6 @@ Conventions:
 Symbols: D width, V value channels, T context, r rank, K taps.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -86,7 +85,7 @@ def training_flops_per_token(config: GPTConfig) -> Flops:
         "rotary": rotary(config),
         "query-key norm": rms_norm(config.head_width) * (2 * config.heads if config.qk_norm else 0),
         "attention scores": attention_scores(config),
-        "mlp": swiglu(width),
+        "mlp": swiglu(width, config.mlp_width),
         "output norm": (Work() if config.out_norm is None else norm) * 2,
         "direction": direction(residual, width) * 2,
         "target": target(residual, width) * 2,
@@ -126,9 +125,8 @@ def attention_scores(config: GPTConfig) -> Work:
     return Work(matrix=2 * 2 * pairs * config.head_width, elementwise=(1 + SOFTMAX) * pairs)
 
 
-def swiglu(width: int) -> Work:
+def swiglu(width: int, hidden: int) -> Work:
     """W_o (silu(W_1 c) * W_2 c)."""
-    hidden = math.floor(8 / 3 * width)
     return linear(width, hidden) * 3 + Work(elementwise=(SILU + 1) * hidden)
 
 

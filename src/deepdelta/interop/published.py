@@ -271,6 +271,8 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def _check_published(config: GPTConfig) -> None:
     if config.out_norm is not None:
         raise UserError(f"the published code has no out_norm={config.out_norm} (only None).")
+    if config.mlp_dim is not None:
+        raise UserError(f"the published code has no mlp_dim={config.mlp_dim} (only None, floor(8/3 dim)).")
     residual = config.residual
     allowed: dict[str, tuple[Any, ...]] = {
         "rule": ("delta",),

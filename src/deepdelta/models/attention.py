@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens, D model width, H heads, E width of a head, F hidden width of the MLP.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -111,11 +110,10 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W_o (silu(W_1 c) * W_2 c) with hidden width floor(8/3 D); `out_norm` as in `Attention`."""
+    """W_o (silu(W_1 c) * W_2 c) of hidden width F; `out_norm` as in `Attention`."""
 
-    def __init__(self, dim: int, *, out_norm: float | None, std: float, out_std: float) -> None:
+    def __init__(self, dim: int, hidden: int, *, out_norm: float | None, std: float, out_std: float) -> None:
         super().__init__()
-        hidden = math.floor(8 / 3 * dim)
         self.gate = Linear(dim, hidden, std=std)
         self.up = Linear(dim, hidden, std=std)
         self.out = Linear(hidden, dim, std=out_std)

@@ -35,6 +35,8 @@ class GPTConfig:
     """Width of a head; None: dim / heads."""
     dim: int = 128
     """D, the model width."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP; None: floor(8/3 dim)."""
     rope_base: float = 10000.0
     rope_fraction: float = 1.0
     """Share of each head's features that is rotated."""
@@ -50,7 +52,7 @@ class GPTConfig:
     residual: ResidualConfig = field(default_factory=lambda: PRESETS["ddl"])
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "layers", "heads", "head_dim", "dim"):
+        for name in ("vocab_size", "context", "layers", "heads", "head_dim", "dim", "mlp_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}.")
@@ -71,6 +73,10 @@ class GPTConfig:
     @property
     def head_width(self) -> int:
         return self.head_dim or self.dim // self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        return self.mlp_dim or math.floor(8 / 3 * self.dim)
 
 
 class GPTOutput(NamedTuple):
@@ -109,7 +115,13 @@ def layer_branches(config: GPTConfig, rotary: Rotary) -> tuple[nn.Module, nn.Mod
         std=std,
         out_std=out_std,
     )
-    return attention, SwiGLU(config.dim, out_norm=config.out_norm, std=std, out_std=out_std)
+    return attention, SwiGLU(config.dim, config.mlp_width, out_norm=config.out_norm, std=std, out_std=out_std)
+
+
+def parameter_count(config: GPTConfig) -> int:
+    """Numbers that a GPT learns, counted without making them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPT(config).parameters())
 
 
 class Layer(nn.Module):

@@ -11,7 +11,7 @@ from deepdelta.analysis.flops import training_flops_per_token
 from deepdelta.config import from_plain, to_plain
 from deepdelta.data import Corpus
 from deepdelta.files import write_json
-from deepdelta.models import GPT
+from deepdelta.models import parameter_count
 from deepdelta.studies.cells import Cell, merged_rewrites
 from deepdelta.studies.config import StudyConfig
 from deepdelta.studies.results import (
@@ -119,7 +119,7 @@ def _condition(
         summary=config.conditions[name].summary,
         rule=model.residual.rule,
         value_channels=model.residual.value_channels,
-        parameters=sum(parameter.numel() for parameter in GPT(model).parameters()),
+        parameters=parameter_count(model),
         flops_per_token=float(training_flops_per_token(model).training),
         cost=cost,
         runs=tuple(_run(cell, points) for cell in own),

@@ -11,6 +11,7 @@ from typing import Any
 
 from deepdelta.config import from_plain, merged, to_plain
 from deepdelta.errors import UserError, nearest
+from deepdelta.models import GPTConfig, parameter_count
 from deepdelta.studies.factorial import design
 from deepdelta.studies.results import BudgetName, Factorial, Power
 from deepdelta.studies.statistics import seeds_needed
@@ -117,6 +118,8 @@ class StudyConfig:
     extrapolate: Extrapolate | None = None
     start: dict[str, Any] | None = None
     """Changes of the baseline's settings for a run per seed that is trained first; others go on from its weights."""
+    match_parameters: bool = False
+    """Give every condition's MLP the width (`mlp_dim`) that brings its parameters nearest to the baseline's."""
     keep_checkpoints: bool = True
     """Keep the trained weights of finished runs; results need their cells alone."""
 
@@ -245,13 +248,38 @@ class StudyConfig:
         """The run of one condition and seed."""
         common = merged(to_plain(TrainConfig()), self.train)
         plain = merged(common, self.conditions[condition].changes) | {"seed": seed}
-        return from_plain(TrainConfig, plain, where=f"study {self.name}, condition {condition}")
+        run = from_plain(TrainConfig, plain, where=f"study {self.name}, condition {condition}")
+        if self.match_parameters and condition != self.baseline:
+            model = as_large_as(self.train_config(self.baseline, seed).model, run.model, condition)
+            return replace(run, model=model)
+        return run
 
     def start_config(self, seed: int) -> TrainConfig:
         """The run that those of a seed start from."""
         assert self.start is not None
         plain = merged(to_plain(self.train_config(self.baseline, seed)), self.start) | {"seed": seed + START_SEED}
         return from_plain(TrainConfig, plain, where=f"study {self.name}, start")
+
+
+def as_large_as(baseline: GPTConfig, model: GPTConfig, condition: str) -> GPTConfig:
+    """The model with the MLP width that brings its parameters nearest to the baseline's.
+
+    Raises:
+        UserError: `mlp_dim` is set, no width does it, or the size of the vocabulary would have to be known.
+    """
+    if model.mlp_dim != baseline.mlp_dim:
+        raise UserError(f"mlp_dim is decided by match_parameters: remove it from the changes of {condition}.")
+    if None in (baseline.vocab_size, model.vocab_size) and model.dim != baseline.dim:
+        raise UserError(f"match_parameters needs vocab_size where dim differs, as it does for {condition}: set it.")
+
+    def size(one: GPTConfig, mlp_dim: int) -> int:
+        return parameter_count(replace(one, mlp_dim=mlp_dim, vocab_size=one.vocab_size or 1))
+
+    wanted, own, width = size(baseline, baseline.mlp_width), size(model, model.mlp_width), model.mlp_width
+    matched = width + round((wanted - own) / (size(model, width + 1) - own))
+    if matched < 1:
+        raise UserError(f"{condition} has more parameters than the baseline even with an MLP of width 1; shrink it.")
+    return replace(model, mlp_dim=matched)
 
 
 def named_studies() -> list[str]:
