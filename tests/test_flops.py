@@ -138,6 +138,7 @@ def test_matrix_products_are_those_that_torch_counts(part: int) -> None:
         {"heads": 3, "head_dim": 8},
         {"qk_norm": False},
         {"out_norm": 1.0},
+        {"mlp_dim": 7},
         {"rope_fraction": 0.5},
         {"rope_fraction": 0.0},
         {"dim": 20, "vocab_size": 31},

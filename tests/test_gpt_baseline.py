@@ -68,6 +68,7 @@ CONFIGS = {
     "no qk norm": {"qk_norm": False},
     "not rotated": {"rope_fraction": 0.0},
     "normed branches": {"out_norm": 0.25},
+    "narrow MLP": {"mlp_dim": 5},
 }
 
 

@@ -213,6 +213,12 @@ def test_exporting_normed_branches_is_refused_by_name():
         to_published(GPT(normed))
 
 
+def test_exporting_another_width_of_the_mlp_is_refused_by_name():
+    narrow = GPTConfig(vocab_size=11, context=8, layers=1, heads=2, dim=8, mlp_dim=5)
+    with pytest.raises(UserError, match=r"the published code has no mlp_dim=5"):
+        to_published(GPT(narrow))
+
+
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("published")])
 def test_no_other_preset_is_exported(name):
     settings = PRESETS[name]

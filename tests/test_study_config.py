@@ -69,6 +69,39 @@ def test_overrides_replace_keys(tmp_path: Path) -> None:
     assert (settings.steps, settings.data.source, settings.model.dim) == (9, "x", 16)
 
 
+def learned_numbers(config: StudyConfig, condition: str) -> int:
+    model = replace(config.train_config(condition, config.seeds[0]).model, vocab_size=257)
+    return sum(parameter.numel() for parameter in GPT(model).parameters())
+
+
+def test_matched_parameters_come_as_near_as_the_width_of_the_mlp_lets_them() -> None:
+    free, matched = (load_study("parameterization", {"match_parameters": match}) for match in (False, True))
+    wanted = learned_numbers(free, free.baseline)
+    assert matched.train_config(free.baseline, 0) == free.train_config(free.baseline, 0)
+    for condition in ("delta-rank-2", "delta-pooled", "delta-8", "delta-token", "delta-scalar", "expanded-additive"):
+        one, other = (study.train_config(condition, 0) for study in (free, matched))
+        assert replace(other, model=replace(other.model, mlp_dim=None)) == one
+        # Three matrices per layer have one row or column of width D more for every further hidden feature.
+        step = 3 * one.model.dim * one.model.layers
+        assert abs(learned_numbers(matched, condition) - wanted) <= step / 2, condition
+
+
+def test_parameters_that_cannot_be_matched_are_refused(tmp_path: Path) -> None:
+    refused("match_parameters needs vocab_size where dim differs", tmp_path, match_parameters=True)
+    sized = {"train": {"model": {"vocab_size": 9}}, "match_parameters": True}
+    config = study(tmp_path, ("{ dim = 32 }", "{ dim = 20 }"), **sized)
+    assert config.train_config("delta", 1).model.vocab_size == 9
+    refused(
+        "mlp_dim is decided by match_parameters: remove it from the changes of delta",
+        tmp_path,
+        ("{ dim = 32 }", "{ mlp_dim = 32 }"),
+        **sized,
+    )
+    refused(
+        "delta has more parameters than the baseline even with", tmp_path, ("{ dim = 32 }", "{ dim = 512 }"), **sized
+    )
+
+
 def test_the_quick_study() -> None:
     assert "quick" in named_studies()
     config = load_study("quick")

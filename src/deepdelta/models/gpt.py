@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, V value channels, D model width.
 
 import math
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -118,6 +119,7 @@ def layer_branches(config: GPTConfig, rotary: Rotary) -> tuple[nn.Module, nn.Mod
     return attention, SwiGLU(config.dim, config.mlp_width, out_norm=config.out_norm, std=std, out_std=out_std)
 
 
+@cache
 def parameter_count(config: GPTConfig) -> int:
     """Numbers that a GPT learns, counted without making them."""
     with torch.device("meta"):
