@@ -16,7 +16,7 @@ from deepdelta.tables import markdown_cells
 from deepdelta.tasks.results import TaskResults, main_table
 
 ROOT = Path(__file__).parents[1]
-FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+FINDINGS = "\n".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("findings", "small-embeddings"))
 STUDIES = sorted(set(re.findall(r"\.\./results/([\w-]+)/results\.json", FINDINGS)) - {"quick"})
 AUDITS = sorted(set(re.findall(r"\.\./results/([\w-]+)/audit\.json", FINDINGS)))
 
@@ -39,7 +39,7 @@ def test_effects_of_factors(name: str) -> None:
 
 
 def test_the_means_of_the_control_matrix() -> None:
-    results = load_results(ROOT / "results" / "control-matrix" / "results.json")
+    results = load_results(ROOT / "results" / "small-embeddings-matrix" / "results.json")
     states = ("", "-4-repeat-channel", "-4-repeat-token", "-4-conv-channel", "-4-conv-token")
     for rule in ("additive", "additive-erase", "write-only", "delta", "erase-only"):
         losses = [list(results.condition(rule + state).losses().values()) for state in states]
@@ -66,9 +66,12 @@ def test_an_audit_s_rows(name: str) -> None:
         assert any(line.startswith(row) and line.endswith(end) for line in FINDINGS.splitlines()), residual["name"]
 
 
-def test_the_headline_rests_on_what_the_search_chose() -> None:
-    search = json.loads((ROOT / "results" / "parameterization" / "search.json").read_text(encoding="utf-8"))
-    headline, candidates = load_study("headline"), load_study("parameterization")
+@pytest.mark.parametrize(
+    ("found", "confirmed"), [("parameterization", "headline"), ("small-embeddings-search", "small-embeddings")]
+)
+def test_a_headline_rests_on_what_its_search_chose(found: str, confirmed: str) -> None:
+    search = json.loads((ROOT / "results" / found / "search.json").read_text(encoding="utf-8"))
+    headline, candidates = load_study(confirmed), load_study(found)
     (winner,) = search["winners"]
     residual = candidates.conditions[winner].changes["model"]["residual"]
     assert headline.conditions[winner].changes["model"]["residual"] == residual
