@@ -139,10 +139,10 @@ def expansion(config: ResidualConfig, width: int) -> Work:
 def compression(config: ResidualConfig, width: int) -> Work:
     """channel and channel_conv: a weighted sum over V; token: a convolution that sums over taps and V."""
     size = config.value_channels * width
-    if config.value_channels == 1:
-        return Work()
     if config.compression == "token":
         return Work(matrix=2 * config.compression_kernel * size)
+    if config.value_channels == 1:
+        return Work()
     return Work(elementwise=2 * size)
 
 

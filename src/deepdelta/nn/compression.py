@@ -13,7 +13,7 @@ from deepdelta.nn.linear import Initialised
 
 
 class Squeeze(nn.Module):
-    """V = 1: the one value channel is the vector."""
+    """`channel` at V = 1: the one value channel is the vector."""
 
     def forward(self, state_VD: Tensor) -> Tensor:
         return state_VD.squeeze(-2)
@@ -164,7 +164,7 @@ class FoldedTokens(nn.Module):
 
 
 def build_compression(config: ResidualConfig, dim: int, std: float) -> nn.Module:
-    if config.value_channels == 1:
+    if config.value_channels == 1 and config.compression == "channel":
         return Squeeze()
     if config.compression == "channel":
         return ChannelCompression(config, dim)

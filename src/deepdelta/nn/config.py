@@ -161,9 +161,10 @@ ILLEGAL: tuple[Illegal, ...] = (
         lambda c: c.value_channels == 1 and c.expansion != "repeat",
     ),
     Illegal(
-        "value_channels=1 with a compression other than 'channel'",
-        "one value channel has nothing to compress; use compression='channel', which then does nothing.",
-        lambda c: c.value_channels == 1 and c.compression != "channel",
+        "value_channels=1 with compression='channel_conv'",
+        "one value channel has nothing to compress; use compression='channel', which then does nothing, or 'token', "
+        "which is a short convolution before every branch.",
+        lambda c: c.value_channels == 1 and c.compression == "channel_conv",
     ),
     Illegal(
         "compression='channel_conv' with compression_kernel > value_channels",
