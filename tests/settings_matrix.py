@@ -130,7 +130,7 @@ def effective(combination: Combination) -> Combination:
         irrelevant |= {"gate", "gate_hidden_bias"}
     if config.direction == "branch":
         irrelevant |= {"direction_pool"}
-    if config.value_channels == 1:
+    if config.value_channels == 1 and config.compression == "channel":
         irrelevant |= {"compression_sharing"}
     if config.gate != "two_layer":
         irrelevant |= {"gate_hidden_bias"}

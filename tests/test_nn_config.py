@@ -13,8 +13,7 @@ from deepdelta.nn.config import ILLEGAL, RANGES
 # For every entry of the table, settings that break this rule and no other.
 TRIGGERS: dict[str, list[dict[str, Any]]] = {
     "value_channels=1 with expansion='embedding_conv'": [{"value_channels": 1, "expansion": "embedding_conv"}],
-    "value_channels=1 with a compression other than 'channel'": [
-        {"value_channels": 1, "compression": "token"},
+    "value_channels=1 with compression='channel_conv'": [
         {"value_channels": 1, "compression": "channel_conv", "compression_kernel": 1},
     ],
     "compression='channel_conv' with compression_kernel > value_channels": [

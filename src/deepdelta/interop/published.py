@@ -224,6 +224,10 @@ def _residual(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
     token = any(name.endswith("compress.shortconv.weight") for name in names)
     channel = any(name.endswith("compress.weight") for name in names)
     channels = setting.ddl_value_channels if token or channel else 1
+    if token and channels < 2:
+        raise UserError(
+            f"published models with token compression have ddl_value_channels of at least 2, got {channels}."
+        )
     constant, value = setting.ddl_v_constant, setting.ddl_v_constant_value
     if channels == 1:
         constant, value = setting.ddl_v_dim1_constant, setting.ddl_v_dim1_constant_value
