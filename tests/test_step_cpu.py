@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deepdelta import GPT, PRESETS, GPTConfig, UserError, use_backend
-from deepdelta.ops.convolution import expand_tokens
+from deepdelta.ops.convolution import compress_tokens, expand_tokens
 from deepdelta.ops.step import Gating, Normalise, fused_problem, fused_step, rewrite_step
 from helpers import perturb, randn
 from step_cases import CASES, EPS, Case, compare, differentiated, fused_and_replayed, in_dtype, inputs
@@ -97,23 +97,41 @@ def test_the_operator_is_registered_rightly() -> None:
         torch.library.opcheck(torch.ops.deepdelta.step.default, arguments)
     x, taps = randn(2, 5, 7).requires_grad_(), randn(3, 4, 7).requires_grad_()
     torch.library.opcheck(torch.ops.deepdelta.expand_tokens.default, (x, taps))
+    expanded = randn(2, 5, 3, 7, seed=1).requires_grad_()
+    torch.library.opcheck(torch.ops.deepdelta.compress_tokens.default, (expanded, taps))
+
+
+def expansion_by_torch(x_BTD: Tensor, weight_VDK: Tensor) -> Tensor:
+    channels, width, taps = weight_VDK.shape
+    padded = torch.nn.functional.pad(x_BTD.transpose(1, 2), (taps - 1, 0))
+    kernels = weight_VDK.transpose(0, 1).reshape(width * channels, 1, taps)
+    return torch.conv1d(padded, kernels, groups=width).unflatten(1, (width, channels)).permute(0, 3, 2, 1)
+
+
+def compression_by_torch(x_BTVD: Tensor, weight_VDK: Tensor) -> Tensor:
+    """Every value channel on its own, then their sum."""
+    width, taps = weight_VDK.shape[1:]
+    padded = torch.nn.functional.pad(x_BTVD.permute(2, 0, 3, 1), (taps - 1, 0))
+    each = [torch.conv1d(x, w[:, None], groups=width) for x, w in zip(padded, weight_VDK, strict=True)]
+    return torch.stack(each).sum(0).transpose(1, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(8, 5, 3, 33, 4), (1, 1, 2, 5, 3), (2, 3, 2, 1, 6), (2, 9, 5, 100, 1)], ids=str)
-def test_the_embedding_convolution(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("expands", [True, False], ids=["expansion", "compression"])
+def test_convolutions_over_tokens(expands: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Against torch's convolution in fp64: values and gradients; texts shorter than the taps too."""
     batch, tokens, channels, width, taps = shape
-    x, weight = randn(batch, tokens, width).to(dtype), randn(channels, width, taps, seed=1)
-    cotangent = randn(batch, tokens, channels, width, seed=2).to(dtype)
+    vectors, states = (batch, tokens, width), (batch, tokens, channels, width)
+    given, made = (vectors, states) if expands else (states, vectors)
+    x, weight = randn(*given).to(dtype), randn(channels, width, taps, seed=1)
+    cotangent = randn(*made, seed=2).to(dtype)
     a, w = x.double().clone().requires_grad_(), weight.clone().requires_grad_()
-    padded = torch.nn.functional.pad(a.transpose(1, 2), (taps - 1, 0))
-    kernels = w.transpose(0, 1).reshape(width * channels, 1, taps)
-    expected = torch.conv1d(padded, kernels, groups=width).unflatten(1, (width, channels)).permute(0, 3, 2, 1)
+    expected = (expansion_by_torch if expands else compression_by_torch)(a, w)
     expected.backward(cotangent.double())
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     ours, ours_weight = x.clone().requires_grad_(), weight.to(wide).requires_grad_()
-    y = expand_tokens(ours, ours_weight)
+    y = (expand_tokens if expands else compress_tokens)(ours, ours_weight)
     y.backward(cotangent)
     assert a.grad is not None and w.grad is not None and ours.grad is not None and ours_weight.grad is not None
     tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from deepdelta.errors import UserError, nearest
+from deepdelta.nn.compression import TokenConvolution
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.expansion import EmbeddingConvolution
 from deepdelta.nn.residual import DeltaResidual
@@ -26,8 +27,9 @@ def use_backend(module: nn.Module, backend: Backend = "auto", *, compiled: bool 
     - reference: plain PyTorch; differentiable any number of times and by torch.func, and what a new residual has.
     - fused: one pass over the state per sublayer, with the next sublayer's compression and norm in it where the model
       hands it on; compiled by numba on the CPU and by Triton on CUDA. First derivatives.
-    - auto: reference where the rewrite is a plain addition (rule additive, V = 1), and at V = 1 on the CPU in a module
-      that is compiled: there the compiler does as well or better. Elsewhere fused where it can run, else reference.
+    - auto: where nothing works over tokens, reference at V = 1 with rule additive, a plain addition, and at V = 1 on
+      the CPU in a module that is compiled: there the compiler does as well or better. Elsewhere fused where it can run,
+      else reference.
 
     Args:
         compiled: whether `module` will run under torch.compile; for `auto` alone.
@@ -54,7 +56,7 @@ def use_backend(module: nn.Module, backend: Backend = "auto", *, compiled: bool 
         problem = _better_as_it_is([part.config for part in residuals], device, compiled)
     chosen = "fused" if backend != "reference" and problem is None else "reference"
     for part in module.modules():
-        if isinstance(part, DeltaResidual | EmbeddingConvolution):
+        if isinstance(part, DeltaResidual | EmbeddingConvolution | TokenConvolution):
             part.fused = chosen == "fused"
     if backend != "auto":
         return Chosen(chosen, "asked for")
@@ -63,7 +65,7 @@ def use_backend(module: nn.Module, backend: Backend = "auto", *, compiled: bool 
 
 def _better_as_it_is(configs: Sequence[ResidualConfig], device: str, compiled: bool) -> str | None:
     """Why plain PyTorch is at least as fast as a fused step that could run; None where it is not."""
-    if any(config.value_channels > 1 for config in configs):
+    if any(config.value_channels > 1 or config.compression == "token" for config in configs):
         return None
     if all(config.rule == "additive" for config in configs):
         return "the rewrite is a plain addition"

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.history import History
 from deepdelta.nn.linear import Initialised
+from deepdelta.ops.convolution import compress_tokens
 
 
 class Squeeze(nn.Module):
@@ -103,6 +104,8 @@ class TokenConvolution(ConvolutionCompression):
     def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
         taps = config.compression_kernel
         super().__init__(config, (config.value_channels, dim, taps), taps - 1, std)
+        self.fused = False
+        """Whether `ops.convolution` does it, on the CPU; see `use_backend`."""
 
     def folded(self) -> Tensor:
         """r_j weight[j, :, :], (V, D, K)."""
@@ -111,6 +114,9 @@ class TokenConvolution(ConvolutionCompression):
     def forward(self, state_BTVD: Tensor) -> Tensor:
         channels, width, taps = self.weight.shape
         batch, tokens = state_BTVD.shape[:-3], state_BTVD.shape[-3]
+        if self.fused and state_BTVD.device.type == "cpu":
+            state_NTVD = state_BTVD.reshape(-1, tokens, channels, width)
+            return compress_tokens(state_NTVD, self.folded()).view(*batch, tokens, width)
         x_NCT = F.pad(_by_feature(state_BTVD.reshape(-1, tokens, channels, width)), (taps - 1, 0))
         return _convolved(x_NCT, self.folded()).view(*batch, tokens, width)
 

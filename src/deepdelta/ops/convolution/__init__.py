@@ -1,5 +1,5 @@
-"""The embedding convolution as one pass."""
+"""The convolutions over tokens, of the expansion and of the compression, each as one pass."""
 
-from deepdelta.ops.convolution.interface import expand_tokens
+from deepdelta.ops.convolution.interface import compress_tokens, expand_tokens
 
-__all__ = ["expand_tokens"]
+__all__ = ["compress_tokens", "expand_tokens"]

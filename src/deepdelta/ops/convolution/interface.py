@@ -1,4 +1,4 @@
-"""The embedding convolution on the CPU as an operator that torch.compile and autograd know.
+"""The convolutions over tokens on the CPU as operators that torch.compile and autograd know.
 
 Shapes: B batch, T tokens, V value channels, D width, K taps.
 """
@@ -19,9 +19,21 @@ def expand_tokens(x: Float[Tensor, "B T D"], weight: Float[Tensor, "V D K"]) -> 
     x and y have one dtype; weights and sums are fp32, or fp64 for an fp64 x. On the CPU, by numba: ask
     `ops.step.fused_problem` first whether that can run.
     """
-    weight_VKD = weight.to(accumulation_dtype(x.dtype)).transpose(1, 2).contiguous()
-    y: Tensor = convolve(x.contiguous(), weight_VKD)
+    y: Tensor = expand(x.contiguous(), _by_tap(weight, x))
     return y
+
+
+def compress_tokens(x: Float[Tensor, "B T V D"], weight: Float[Tensor, "V D K"]) -> Float[Tensor, "B T D"]:
+    """y_t = sum_k sum_j W_kj * x_{t-K+1+k,j}, W_kj (D), tokens before the first being 0: section 2, token compression.
+
+    Dtypes and code as for `expand_tokens`, whose transpose it is.
+    """
+    y: Tensor = compress(x.contiguous(), _by_tap(weight, x))
+    return y
+
+
+def _by_tap(weight_VDK: Tensor, x: Tensor) -> Tensor:
+    return weight_VDK.to(accumulation_dtype(x.dtype)).transpose(1, 2).contiguous()
 
 
 def _code() -> Any:
@@ -29,24 +41,43 @@ def _code() -> Any:
 
 
 @torch.library.custom_op("deepdelta::expand_tokens", mutates_args=(), device_types="cpu")
-def convolve(x: Tensor, weight: Tensor) -> Tensor:
+def expand(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(*x.shape[:-1], weight.shape[0], x.shape[-1])
-    _code().forward(x, weight, y)
+    _code().expand(x, weight, y)
     return y
 
 
 @torch.library.custom_op("deepdelta::expand_tokens_backward", mutates_args=(), device_types="cpu")
-def convolve_backward(x: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+def expand_backward(x: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
     d_x = torch.empty_like(x)
-    return d_x, _code().backward(x, weight, d_y, d_x)
+    return d_x, _code().expand_backward(x, weight, d_y, d_x)
 
 
-@convolve.register_fake
+@torch.library.custom_op("deepdelta::compress_tokens", mutates_args=(), device_types="cpu")
+def compress(x: Tensor, weight: Tensor) -> Tensor:
+    y = x.new_empty(*x.shape[:-2], x.shape[-1])
+    _code().compress(x, weight, y)
+    return y
+
+
+@torch.library.custom_op("deepdelta::compress_tokens_backward", mutates_args=(), device_types="cpu")
+def compress_backward(x: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+    d_x = torch.empty_like(x)
+    return d_x, _code().compress_backward(x, weight, d_y, d_x)
+
+
+@expand.register_fake
 def _(x, weight):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], weight.shape[0], x.shape[-1])
 
 
-@convolve_backward.register_fake
+@compress.register_fake
+def _(x, weight):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-2], x.shape[-1])
+
+
+@expand_backward.register_fake
+@compress_backward.register_fake
 def _(x, weight, d_y):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), torch.empty_like(weight)
 
@@ -55,8 +86,13 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx, d_y):  # type: ignore[no-untyped-def]
-    return convolve_backward(*ctx.saved_tensors, d_y.contiguous())
+def _expand_gradients(ctx, d_y):  # type: ignore[no-untyped-def]
+    return expand_backward(*ctx.saved_tensors, d_y.contiguous())
 
 
-convolve.register_autograd(_gradients, setup_context=_save)
+def _compress_gradients(ctx, d_y):  # type: ignore[no-untyped-def]
+    return compress_backward(*ctx.saved_tensors, d_y.contiguous())
+
+
+expand.register_autograd(_expand_gradients, setup_context=_save)
+compress.register_autograd(_compress_gradients, setup_context=_save)
