@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepdelta import GPT, PRESETS, GPTConfig, UserError, use_backend
+from deepdelta import GPT, PRESETS, GPTConfig, ResidualConfig, UserError, use_backend
+from deepdelta.nn.compression import TokenConvolution
 from deepdelta.ops.convolution import compress_tokens, expand_tokens
 from deepdelta.ops.step import Gating, Normalise, fused_problem, fused_step, rewrite_step
 from helpers import perturb, randn
@@ -210,6 +211,15 @@ def test_auto_takes_what_is_faster(preset: str, compiled: bool, backend: str, re
     model = GPT(GPTConfig(vocab_size=31, dim=16, heads=2, layers=1, context=8, residual=residual))
     assert use_backend(model, "auto", compiled=compiled) == (backend, reason)
     assert all(part.fused == (backend == "fused") for part in model.residuals())
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_auto_takes_the_convolution_over_tokens_that_is_faster(channels: int) -> None:
+    residual = ResidualConfig(rule="additive", value_channels=channels, compression="token", compression_init="random")
+    model = GPT(GPTConfig(vocab_size=31, dim=16, heads=2, layers=2, context=8, residual=residual))
+    assert use_backend(model).backend == "fused"
+    convolutions = [part for part in model.modules() if isinstance(part, TokenConvolution)]
+    assert len(convolutions) == 5 and all(part.fused for part in convolutions)
 
 
 def test_the_same_bits_wherever_memory_lies():
