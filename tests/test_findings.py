@@ -39,8 +39,9 @@ def test_effects_of_factors(name: str) -> None:
     assert markdown_cells(effects).split("\n", 2)[2].strip() in FINDINGS
 
 
-def test_the_means_of_the_control_matrix() -> None:
-    results = load_results(ROOT / "results" / "small-embeddings-matrix" / "results.json")
+@pytest.mark.parametrize("name", ["control-matrix", "small-embeddings-matrix"])
+def test_the_means_of_a_control_matrix(name: str) -> None:
+    results = load_results(ROOT / "results" / name / "results.json")
     states = ("", "-4-repeat-channel", "-4-repeat-token", "-4-conv-channel", "-4-conv-token")
     for rule in ("additive", "additive-erase", "write-only", "delta", "erase-only"):
         losses = [list(results.condition(rule + state).losses().values()) for state in states]
