@@ -75,7 +75,7 @@ def perturb(module: nn.Module, seed: int = 0, size: float = 0.3) -> None:
 
 def compressed(config: object, p: Mapping[str, Tensor], state: Tensor, prefix: str = "compression.") -> Tensor:
     channels = config.value_channels
-    if channels == 1:
+    if channels == 1 and config.compression == "channel":
         return state[..., 0, :]
     weight = p[prefix + "weight"]
     if config.compression == "channel":

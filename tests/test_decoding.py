@@ -44,6 +44,10 @@ VARIANTS: dict[str, ResidualConfig] = {
     },
     **{f"taps-{k}": dataclasses.replace(TC, compression_kernel=k, expansion_kernel=k) for k in (1, 3, 5, 12)},
     "shared-token": dataclasses.replace(TC, compression_sharing="block", compression_init="random"),
+    **{
+        f"{rule}-1-token": dataclasses.replace(TC, rule=rule, value_channels=1, expansion="repeat")
+        for rule in ("delta", "additive")
+    },
     "shared-channel": dataclasses.replace(PRESETS["ddl"], compression_sharing="block"),
     "rank-2": dataclasses.replace(PRESETS["ddl"], rank=2),
     "rank-2-token": dataclasses.replace(TC, rank=2),
@@ -173,14 +177,12 @@ def test_memory(backend):
     keys_values = 2 * 2 * batch * 2 * CONTEXT * 6 * number
     for channels in (1, 2, 8):
         for compression in ("channel", "token"):
-            if channels == 1 and compression == "token":
-                continue
             cache = DecodingCache(
                 small(ResidualConfig(value_channels=channels, compression=compression), backend), batch
             )
             pointers = [tensor.data_ptr() for layer in cache.layers for tensor in layer]
             taps = {"channel": 1, "token": 4}[compression]
-            states = 5 * channels * width if channels > 1 else 0
+            states = 5 * channels * width if channels > 1 or compression == "token" else 0
             expected = (keys_values, batch * states * (taps - 1) * number, states * taps * number)
             assert cache.memory() == expected
             assert held(cache) == sum(expected)

@@ -58,6 +58,7 @@ KINDS: list[dict[str, Any]] = [
     *({"direction": "pooled", "target": "branch", "direction_pool": pool} for pool in ("mean", "flatten", "attention")),
     {"direction": "pooled", "target": "branch", "direction_pool": "attention", "direction_norm": "operator", "rank": 2},
     {"direction": "pooled", "target": "branch", "value_channels": 1},
+    *({"compression": "token", "value_channels": 1, "rule": rule} for rule in ("delta", "additive")),
     {"gate": "two_layer"},
     {"gate": "two_layer", "gate_hidden_bias": False, "value_channels": 1},
     {"gate": "constant", "gate_init": 1.7},

@@ -201,6 +201,17 @@ def hooked(part: Callable[[nn.Module], nn.Module]) -> nn.Module:
         (stageless, "nn.Sequential of blocks, and layer4 is a Identity; wrap the branches"),
         (twice, "blocks that each stand in one place, and this TransformerEncoder runs one of them several times"),
         (lambda: deepdelta.GPT(deepdelta.GPTConfig(vocab_size=9, dim=8, heads=2)), "rule='delta' and value_channels=4"),
+        (
+            lambda: deepdelta.GPT(
+                deepdelta.GPTConfig(
+                    vocab_size=9,
+                    dim=8,
+                    heads=2,
+                    residual=deepdelta.ResidualConfig(rule="additive", value_channels=1, compression="token"),
+                )
+            ),
+            "retrofit takes a GPT with compression='channel', got 'token'",
+        ),
         (lambda: retrofit(llama()), "the model has been retrofitted already; call deepdelta.undo_retrofit"),
         (lambda: Wrapped(retrofit(gpt2())), "its module 'inside' has been retrofitted already"),
         (lambda: retrofit(Wrapped(llama())).inside, "its module 'model.layers.0.delta' has been retrofitted already"),

@@ -118,7 +118,9 @@ def compression_by_torch(x_BTVD: Tensor, weight_VDK: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(8, 5, 3, 33, 4), (1, 1, 2, 5, 3), (2, 3, 2, 1, 6), (2, 9, 5, 100, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8, 5, 3, 33, 4), (1, 1, 2, 5, 3), (2, 3, 2, 1, 6), (2, 9, 5, 100, 1), (3, 6, 1, 7, 4)], ids=str
+)
 @pytest.mark.parametrize("expands", [True, False], ids=["expansion", "compression"])
 def test_convolutions_over_tokens(expands: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Against torch's convolution in fp64: values and gradients; texts shorter than the taps too."""

@@ -87,12 +87,17 @@ def test_matched_parameters_come_as_near_as_the_width_of_the_mlp_lets_them() -> 
 
 
 def test_parameters_that_cannot_be_matched_are_refused(tmp_path: Path) -> None:
-    refused("match_parameters needs vocab_size where dim differs", tmp_path, match_parameters=True)
+    refused("match_parameters needs vocab_size where it or dim differs, as for delta", tmp_path, match_parameters=True)
+    refused("need its mlp_dim: remove match_parameters", tmp_path, start={"steps": 2}, match_parameters=True)
+    one = ("{ dim = 32 }", "{ vocab_size = 300 }")
+    refused(
+        "match_parameters needs vocab_size where it or dim differs, as for delta", tmp_path, one, match_parameters=True
+    )
     sized = {"train": {"model": {"vocab_size": 9}}, "match_parameters": True}
     config = study(tmp_path, ("{ dim = 32 }", "{ dim = 20 }"), **sized)
     assert config.train_config("delta", 1).model.vocab_size == 9
     refused(
-        "mlp_dim is decided by match_parameters: remove it from the changes of delta",
+        "match_parameters decides mlp_dim: .* None for the baseline and 32 for delta",
         tmp_path,
         ("{ dim = 32 }", "{ mlp_dim = 32 }"),
         **sized,

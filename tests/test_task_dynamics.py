@@ -197,7 +197,13 @@ def _sorted(eigenvalues: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "options",
-    [{"rule": "two_gate"}, {"rule": "additive", "value_channels": 2}, {"direction_norm": "bounded"}, {"rank": 2}],
+    [
+        {"rule": "two_gate"},
+        {"rule": "additive", "value_channels": 2},
+        {"direction_norm": "bounded"},
+        {"rank": 2},
+        {"rule": "additive", "value_channels": 1, "compression": "token"},
+    ],
     ids=str,
 )
 def test_other_residuals_are_no_step_of_the_equation(options):

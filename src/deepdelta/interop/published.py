@@ -5,7 +5,7 @@ transposed on the way. The variant is not in their configuration; it is recognis
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -275,7 +275,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def _check_published(config: GPTConfig) -> None:
     if config.out_norm is not None:
         raise UserError(f"the published code has no out_norm={config.out_norm} (only None).")
-    if config.mlp_dim is not None:
+    if config.mlp_width != replace(config, mlp_dim=None).mlp_width:
         raise UserError(f"the published code has no mlp_dim={config.mlp_dim} (only None, floor(8/3 dim)).")
     residual = config.residual
     allowed: dict[str, tuple[Any, ...]] = {

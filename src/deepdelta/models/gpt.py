@@ -24,7 +24,8 @@ from deepdelta.ops import accumulation_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Sizes and settings of the GPT; the additive baseline is rule 'additive' at V = 1, everything else equal."""
+    """Sizes and settings of the GPT; the additive baseline is rule 'additive' at V = 1 with compression 'channel',
+    everything else equal."""
 
     vocab_size: int | None = None
     """Rows of the embedding; None takes the corpus's vocabulary."""

@@ -27,9 +27,9 @@ def use_backend(module: nn.Module, backend: Backend = "auto", *, compiled: bool 
     - reference: plain PyTorch; differentiable any number of times and by torch.func, and what a new residual has.
     - fused: one pass over the state per sublayer, with the next sublayer's compression and norm in it where the model
       hands it on; compiled by numba on the CPU and by Triton on CUDA. First derivatives.
-    - auto: where nothing works over tokens, reference at V = 1 with rule additive, a plain addition, and at V = 1 on
-      the CPU in a module that is compiled: there the compiler does as well or better. Elsewhere fused where it can run,
-      else reference.
+    - auto: at V = 1, unless a token compression gains from being fused on the CPU, reference with rule additive, a
+      plain addition, and on the CPU in a module that is compiled: there the compiler does as well or better. Elsewhere
+      fused where it can run, else reference.
 
     Args:
         compiled: whether `module` will run under torch.compile; for `auto` alone.
@@ -65,7 +65,8 @@ def use_backend(module: nn.Module, backend: Backend = "auto", *, compiled: bool 
 
 def _better_as_it_is(configs: Sequence[ResidualConfig], device: str, compiled: bool) -> str | None:
     """Why plain PyTorch is at least as fast as a fused step that could run; None where it is not."""
-    if any(config.value_channels > 1 or config.compression == "token" for config in configs):
+    # The convolutions over tokens are in one pass on the CPU alone.
+    if any(config.value_channels > 1 or (device == "cpu" and config.compression == "token") for config in configs):
         return None
     if all(config.rule == "additive" for config in configs):
         return "the rewrite is a plain addition"

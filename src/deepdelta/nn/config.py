@@ -163,7 +163,7 @@ ILLEGAL: tuple[Illegal, ...] = (
     Illegal(
         "value_channels=1 with compression='channel_conv'",
         "one value channel has nothing to compress; use compression='channel', which then does nothing, or 'token', "
-        "which is a short convolution before every branch.",
+        "which is a short convolution before every branch and the readout.",
         lambda c: c.value_channels == 1 and c.compression == "channel_conv",
     ),
     Illegal(

@@ -31,10 +31,15 @@ def keyed_generator(seed: int, name: str) -> Generator:
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
-    """Start every parameter of `module` whose owner is `Initialised`; others (a user's own layers) stay as they are."""
+    """Start every parameter of `module` whose owner is `Initialised`; others (a user's own layers) stay as they are.
+
+    Parameters on the device 'meta' have no values to start.
+    """
     for owner_name, owner in module.named_modules(prefix=prefix):
         if isinstance(owner, Initialised):
             for name, parameter in owner.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    continue
                 value = torch.empty_like(parameter, device="cpu")
                 owner.start(name, value, keyed_generator(seed, f"{owner_name}.{name}"))
                 parameter.copy_(value)

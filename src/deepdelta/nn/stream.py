@@ -32,7 +32,8 @@ class DeltaStream(nn.Module):
     Args:
         dim: D, the width of the vectors that the branches see.
         value_channels: V, how many such vectors the state holds; 1 keeps the network's state as it is. None stands for
-            4, and for 1 with rule 'additive', which then is the plain residual x + branch(norm(x)).
+            4, and for 1 with rule 'additive', which then is the plain residual x + branch(norm(x)) (with compression
+            'channel').
         channel_first: vectors are (N, C, *space) and states (N, V, C, *space), as convolutional networks have them,
             instead of (..., D) and (..., V, D).
         seed: what the parameters are drawn from, together with their names; None takes it from torch's generator.

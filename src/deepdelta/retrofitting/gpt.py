@@ -13,7 +13,7 @@ def retrofit_gpt(model: nn.Module, job: Job) -> None:
     """Convert a GPT of rule 'additive' at V = 1; it stays a GPT in all that it can do.
 
     Raises:
-        UserError: it has delta residuals already.
+        UserError: it has delta residuals already, or convolutions before its branches.
     """
     assert isinstance(model, GPT)
     plain = model.config.residual
@@ -21,6 +21,11 @@ def retrofit_gpt(model: nn.Module, job: Job) -> None:
         raise UserError(
             "retrofit takes a GPT with plain residuals, rule='additive' and value_channels=1, got "
             f"rule='{plain.rule}' and value_channels={plain.value_channels}: it has delta residuals already."
+        )
+    if plain.compression != "channel":
+        raise UserError(
+            f"retrofit takes a GPT with compression='channel', got '{plain.compression}': delta residuals would take "
+            "the place of its convolutions."
         )
     stream = job.stream(
         model.config.dim, init_factor=model.config.init_factor, norm=plain.norm, norm_eps=plain.norm_eps

@@ -227,6 +227,8 @@ class StudyConfig:
             return
         if self.tune or self.search or self.sizes:
             raise UserError("runs that are tuned, searched among or fitted over sizes have no start: remove start.")
+        if self.match_parameters:
+            raise UserError("runs that go on from the baseline's weights need its mlp_dim: remove match_parameters.")
         for key in sorted(COMMON & set(self.start)):
             raise UserError(f"the start must share '{key}' with the runs that go on from it: move it to train.")
         if "seed" in self.start:
@@ -268,9 +270,15 @@ def as_large_as(baseline: GPTConfig, model: GPTConfig, condition: str) -> GPTCon
         UserError: `mlp_dim` is set, no width does it, or the size of the vocabulary would have to be known.
     """
     if model.mlp_dim != baseline.mlp_dim:
-        raise UserError(f"mlp_dim is decided by match_parameters: remove it from the changes of {condition}.")
-    if None in (baseline.vocab_size, model.vocab_size) and model.dim != baseline.dim:
-        raise UserError(f"match_parameters needs vocab_size where dim differs, as it does for {condition}: set it.")
+        raise UserError(
+            "match_parameters decides mlp_dim: remove it from the changes of conditions, got "
+            f"{baseline.mlp_dim} for the baseline and {model.mlp_dim} for {condition}."
+        )
+    sizes = {(one.vocab_size, one.dim) for one in (baseline, model)}
+    if len(sizes) > 1 and None in (baseline.vocab_size, model.vocab_size):
+        raise UserError(
+            f"match_parameters needs vocab_size where it or dim differs, as for {condition}: set it in train."
+        )
 
     def size(one: GPTConfig, mlp_dim: int) -> int:
         return parameter_count(replace(one, mlp_dim=mlp_dim, vocab_size=one.vocab_size or 1))
@@ -279,7 +287,7 @@ def as_large_as(baseline: GPTConfig, model: GPTConfig, condition: str) -> GPTCon
     matched = width + round((wanted - own) / (size(model, width + 1) - own))
     if matched < 1:
         raise UserError(f"{condition} has more parameters than the baseline even with an MLP of width 1; shrink it.")
-    return replace(model, mlp_dim=matched)
+    return model if matched == width else replace(model, mlp_dim=matched)
 
 
 def named_studies() -> list[str]:

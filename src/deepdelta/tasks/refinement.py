@@ -39,7 +39,8 @@ def can_refine(config: ResidualConfig) -> bool:
     """Whether a layer is one step of the depth equation along the unit direction of its branch, or a plain addition."""
     plain = config.rule == "additive" and config.value_channels == 1
     gated = config.rule in ("delta", "write_only", "erase_only")
-    return (plain or gated) and (config.direction, config.direction_norm, config.rank) == ("branch", "unit", 1)
+    parts = (config.direction, config.direction_norm, config.rank, config.needs_tokens)
+    return (plain or gated) and parts == ("branch", "unit", 1, False)
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def rewriting(residual: DeltaResidual, state: Float[Tensor, "B V D"]) -> Rewriti
     if not can_refine(config):
         raise UserError(
             "a layer is a step of the depth equation for the rules delta, write_only, erase_only, or additive with one "
-            f"value channel, along the unit direction of its branch, got {config}."
+            f"value channel, along the unit direction of its branch, nothing working over tokens, got {config}."
         )
     c, close = residual.open(state)
     assert residual.branch is not None
