@@ -1,6 +1,6 @@
 # make study   set up, then train the quick study and write its report
 # make test    set up, then run the whole test suite
-# make matrix  set up, then try all 26,214 combinations of the residual's settings (about 20 minutes)
+# make matrix  set up, then try all 29,298 combinations of the residual's settings (about 20 minutes)
 # make check   lint, format and types, without running anything
 # make fresh-clone   both README commands in a fresh clone of the last commit
 PYTHON ?= python3
