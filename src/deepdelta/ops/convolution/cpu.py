@@ -19,10 +19,7 @@ def expand(x: Tensor, weight: Tensor, y: Tensor) -> None:
 
 def expand_backward(x: Tensor, weight: Tensor, d_y: Tensor, d_x: Tensor) -> Tensor:
     """Fill d_x; the gradient of the weight is returned."""
-    team = _team(x)
-    sums = weight.new_zeros(team, *weight.shape)
-    run(_expansion_backward(*kinds(x.dtype)), _table(x, weight, x, weight, d_y, d_x, sums), team)
-    return sums.sum(0)
+    return _gradients(_expansion_backward(*kinds(x.dtype)), x, x, weight, d_y, d_x)
 
 
 def compress(x: Tensor, weight: Tensor, y: Tensor) -> None:
@@ -32,9 +29,14 @@ def compress(x: Tensor, weight: Tensor, y: Tensor) -> None:
 
 def compress_backward(x: Tensor, weight: Tensor, d_y: Tensor, d_x: Tensor) -> Tensor:
     """Fill d_x; the gradient of the weight is returned."""
-    team = _team(d_y)
+    return _gradients(_compression_backward(*kinds(x.dtype)), d_y, x, weight, d_y, d_x)
+
+
+def _gradients(backward: Loop, vectors: Tensor, x: Tensor, weight: Tensor, d_y: Tensor, d_x: Tensor) -> Tensor:
+    """Every thread adds up a gradient of the weight of its own; `vectors` is which of x and d_y is (B, T, D)."""
+    team = _team(vectors)
     sums = weight.new_zeros(team, *weight.shape)
-    run(_compression_backward(*kinds(x.dtype)), _table(d_y, weight, x, weight, d_y, d_x, sums), team)
+    run(backward, _table(vectors, weight, x, weight, d_y, d_x, sums), team)
     return sums.sum(0)
 
 
