@@ -96,10 +96,10 @@ def test_the_operator_is_registered_rightly() -> None:
     for how in ((None, 0, False, given["write"], given["erase"]), (numbers, 1, True, None, None)):
         arguments = (state, h, *how, 1e-6, 1, compression, weight, EPS, True)
         torch.library.opcheck(torch.ops.deepdelta.step.default, arguments)
-    x, taps = randn(2, 5, 7).requires_grad_(), randn(3, 4, 7).requires_grad_()
-    torch.library.opcheck(torch.ops.deepdelta.expand_tokens.default, (x, taps))
-    expanded = randn(2, 5, 3, 7, seed=1).requires_grad_()
-    torch.library.opcheck(torch.ops.deepdelta.compress_tokens.default, (expanded, taps))
+    taps = randn(3, 4, 7).requires_grad_()
+    for channels, outputs in ((1, 3), (3, 1)):
+        x = randn(2, 5, channels, 7).requires_grad_()
+        torch.library.opcheck(torch.ops.deepdelta.convolve_tokens.default, (x, taps, outputs))
 
 
 def expansion_by_torch(x_BTD: Tensor, weight_VDK: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The convolutions over tokens on the CPU as operators that torch.compile and autograd know.
 
-Shapes: B batch, T tokens, V value channels, D width, K taps.
+Shapes: B batch, T tokens, V value channels, D width, K taps. Within the operators x is (B, T, P, D) and y
+(B, T, Q, D), one of P and Q being 1 and the other V; weights are (V, K, D).
 """
 
 import importlib
@@ -19,7 +20,7 @@ def expand_tokens(x: Float[Tensor, "B T D"], weight: Float[Tensor, "V D K"]) -> 
     x and y have one dtype; weights and sums are fp32, or fp64 for an fp64 x. On the CPU, by numba: ask
     `ops.step.fused_problem` first whether that can run.
     """
-    y: Tensor = expand(x.contiguous(), _by_tap(weight, x))
+    y: Tensor = convolve(x.unsqueeze(2).contiguous(), _by_tap(weight, x), weight.shape[0])
     return y
 
 
@@ -28,8 +29,8 @@ def compress_tokens(x: Float[Tensor, "B T V D"], weight: Float[Tensor, "V D K"])
 
     Dtypes and code as for `expand_tokens`, whose transpose it is.
     """
-    y: Tensor = compress(x.contiguous(), _by_tap(weight, x))
-    return y
+    y: Tensor = convolve(x.contiguous(), _by_tap(weight, x), 1)
+    return y.squeeze(2)
 
 
 def _by_tap(weight_VDK: Tensor, x: Tensor) -> Tensor:
@@ -40,59 +41,35 @@ def _code() -> Any:
     return importlib.import_module("deepdelta.ops.convolution.cpu")
 
 
-@torch.library.custom_op("deepdelta::expand_tokens", mutates_args=(), device_types="cpu")
-def expand(x: Tensor, weight: Tensor) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], weight.shape[0], x.shape[-1])
-    _code().expand(x, weight, y)
+@torch.library.custom_op("deepdelta::convolve_tokens", mutates_args=(), device_types="cpu")
+def convolve(x: Tensor, weight: Tensor, outputs: int) -> Tensor:
+    y = x.new_empty(*x.shape[:2], outputs, x.shape[3])
+    _code().forward(x, weight, y)
     return y
 
 
-@torch.library.custom_op("deepdelta::expand_tokens_backward", mutates_args=(), device_types="cpu")
-def expand_backward(x: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("deepdelta::convolve_tokens_backward", mutates_args=(), device_types="cpu")
+def convolve_backward(x: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
     d_x = torch.empty_like(x)
-    return d_x, _code().expand_backward(x, weight, d_y, d_x)
+    return d_x, _code().backward(x, weight, d_y, d_x)
 
 
-@torch.library.custom_op("deepdelta::compress_tokens", mutates_args=(), device_types="cpu")
-def compress(x: Tensor, weight: Tensor) -> Tensor:
-    y = x.new_empty(*x.shape[:-2], x.shape[-1])
-    _code().compress(x, weight, y)
-    return y
+@convolve.register_fake
+def _(x, weight, outputs):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:2], outputs, x.shape[3])
 
 
-@torch.library.custom_op("deepdelta::compress_tokens_backward", mutates_args=(), device_types="cpu")
-def compress_backward(x: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
-    d_x = torch.empty_like(x)
-    return d_x, _code().compress_backward(x, weight, d_y, d_x)
-
-
-@expand.register_fake
-def _(x, weight):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:-1], weight.shape[0], x.shape[-1])
-
-
-@compress.register_fake
-def _(x, weight):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:-2], x.shape[-1])
-
-
-@expand_backward.register_fake
-@compress_backward.register_fake
+@convolve_backward.register_fake
 def _(x, weight, d_y):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), torch.empty_like(weight)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:2])
 
 
-def _expand_gradients(ctx, d_y):  # type: ignore[no-untyped-def]
-    return expand_backward(*ctx.saved_tensors, d_y.contiguous())
+def _gradients(ctx, d_y):  # type: ignore[no-untyped-def]
+    return *convolve_backward(*ctx.saved_tensors, d_y.contiguous()), None
 
 
-def _compress_gradients(ctx, d_y):  # type: ignore[no-untyped-def]
-    return compress_backward(*ctx.saved_tensors, d_y.contiguous())
-
-
-expand.register_autograd(_expand_gradients, setup_context=_save)
-compress.register_autograd(_compress_gradients, setup_context=_save)
+convolve.register_autograd(_gradients, setup_context=_save)
