@@ -6,12 +6,12 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
+from deepdelta.analysis.cost import Cost
 from deepdelta.analysis.rewrites import GATE_BINS
 from deepdelta.studies.results import (
     Budget,
     ConditionResult,
     Corpus,
-    CostResult,
     CurvePoint,
     RewriteSummary,
     RunResult,
@@ -56,7 +56,7 @@ def condition(name: str, losses: list[float], number: int) -> ConditionResult:
         value_channels=4 if number else 1,
         parameters=805_000 + number,
         flops_per_token=4.9e6 * (1 + number / 10),
-        cost=CostResult(
+        cost=Cost(
             tokens_per_second=24_000.0,
             speed_ratio=1 - number / 7,
             speed_ratio_low=0.97 - number / 7,
@@ -101,7 +101,7 @@ def bare() -> StudyResults:
     """Nothing but the plan: no finished run, no costs, no rewrites."""
     results = study()
     empty = [dataclasses.replace(c, cost=None, runs=(), rewrites=()) for c in results.conditions]
-    return dataclasses.replace(results, conditions=tuple(empty), commit=None, finished=None)
+    return dataclasses.replace(results, conditions=tuple(empty), commit=None, finished="2026-01-01T00:00:00+00:00")
 
 
 class Page(HTMLParser):

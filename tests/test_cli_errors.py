@@ -235,3 +235,24 @@ def test_a_reader_that_goes_away_and_an_interruption(monkeypatch: pytest.MonkeyP
             main(["generate", str(finished), "--prompt", "a"])
         assert ended.value.code == code
     assert sys.exc_info() == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("study", "quick", "--source", "SOURCE"),
+        ("task", "tabular"),
+        ("bench", "bar", "--quick"),
+        ("bench", "gradients"),
+    ],
+    ids=" ".join,
+)
+def test_results_where_there_can_be_no_folder(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """Refused before anything is run."""
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    arguments = [str(source) if word == "SOURCE" else word for word in command]
+    assert f"{taken} cannot be a folder for results" in error(capsys, *arguments, "--out", taken)
+    assert taken.read_text() == "mine"

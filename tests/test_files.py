@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deepdelta import files
+from deepdelta import UserError, files
 from deepdelta.files import atomic_path, remove_temporaries, write_json, write_text
 
 
@@ -73,3 +73,22 @@ def test_what_a_killed_writer_leaves_is_removed_and_nothing_else(tmp_path: Path)
     assert len(listing(tmp_path)) == len(kept) + 1 and (tmp_path / "file.txt").read_text() == "old"
     remove_temporaries(tmp_path)
     assert listing(tmp_path) == sorted(kept)
+
+
+def test_what_holds_no_object_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "file.json"
+    with pytest.raises(FileNotFoundError):
+        files.read_object(file, "mend it")
+    for data, message in (
+        (b"{", "must hold a JSON object, but is damaged"),
+        (b"\xff", "must hold a JSON object, but is damaged"),
+        (b"[1]", "must hold a JSON object, got list; mend it."),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            files.read_object(file, "mend it")
+    write_json(file, {"a": 1})
+    assert files.read_object(file, "mend it") == {"a": 1}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(file, {"a": float("nan")})
+    assert files.read_object(file, "mend it") == {"a": 1}

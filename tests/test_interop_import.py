@@ -292,9 +292,9 @@ def test_damaged_files_are_refused_or_read_never_a_crash(tmp_path, form):
     ("content", "message"),
     [
         (None, "must hold the model's config.json"),
-        (b"{", "cannot be read as JSON"),
-        (b"\xff\xfe", "cannot be read as JSON"),
-        (b"[1]", "must hold an object of settings, got list"),
+        (b"{", "config.json must hold a JSON object, but is damaged"),
+        (b"\xff\xfe", "config.json must hold a JSON object, but is damaged"),
+        (b"[1]", "config.json must hold a JSON object, got list"),
         (b'{"n_layer": 2}', "unknown configuration key 'n_layer'"),
     ],
 )

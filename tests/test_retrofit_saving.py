@@ -113,8 +113,8 @@ OPENING = "model.layers.0.delta.mlp.erase_gate.opening"
         (lambda f: tensors_file(f).write_bytes(b"short"), "missing or damaged"),
         (lambda f: tensors_file(f).unlink(), "missing or damaged"),
         (lambda f: (f / "retrofit.json").unlink(), "holds no retrofit: it has no retrofit.json"),
-        (lambda f: (f / "retrofit.json").write_text("{"), "not valid JSON"),
-        (lambda f: (f / "retrofit.json").write_text("[]"), "must hold the options and the tensors' file name"),
+        (lambda f: (f / "retrofit.json").write_text("{"), "must hold a JSON object, but is damaged"),
+        (lambda f: (f / "retrofit.json").write_text("[]"), "must hold a JSON object, got list"),
         (
             lambda f: (f / "retrofit.json").write_text(json.dumps({"options": {}, "tensors": "../../secret"})),
             "must hold the options and the tensors' file name",

@@ -220,6 +220,9 @@ def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
             "context must be smaller than the number of tokens in each split; it is 128",
         ),
         (("quick", "--sedes", "1"), "--seeds"),
+        (("sizes", "--steps", "7"), "the steps of sizes are set by small, medium, large, so --steps cannot"),
+        (("parameterization", "--steps", "7"), "set by the rungs of the search, so --steps cannot"),
+        (("parameterization", "--seeds", "7"), "parameterization searches on the seeds of its rungs"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

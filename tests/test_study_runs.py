@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from deepdelta import load
 from deepdelta.cli import main
+from deepdelta.config import merged
 from deepdelta.files import write_text
 from deepdelta.studies import pool, runner
 from deepdelta.studies.config import load_study
@@ -289,3 +291,12 @@ def test_costs_belong_to_their_baseline(tmp_path: Path, monkeypatch: pytest.Monk
     assert asked == ["additive", "ddl-1.5"]
     assert first["additive"].speed_ratio == second["ddl-1.5"].speed_ratio == 1.0
     assert json.loads((tmp_path / "costs.json").read_text())["baseline"] == "ddl-1.5"
+    # Another baseline, another vocabulary, another model of one condition: what rests on them is measured again.
+    collection.measure(load_study(str(tmp_path / "study.toml")), 300, tmp_path / "costs.json")
+    config = load_study(str(tmp_path / "study.toml"))
+    deeper = merged(config.conditions["additive"].changes, {"model": {"layers": 2}})
+    changed = replace(config.conditions["additive"], changes=deeper)
+    wider = replace(config, conditions=config.conditions | {"additive": changed})
+    before = collection.measure(config, 256, tmp_path / "costs.json")
+    after = collection.measure(wider, 256, tmp_path / "costs.json")
+    assert after["ddl-1.5"] == before["ddl-1.5"] and after["additive"] != before["additive"] and len(asked) == 5

@@ -85,7 +85,7 @@ def at_sizes(exponent: float, noise: float) -> dict[str, StudyResults]:
 
 def test_the_gap_is_carried_to_the_stated_compute_with_its_interval() -> None:
     studies = at_sizes(0.11, 1e-4)
-    found = scaling(studies, "grow", Extrapolate(flops=1e15))
+    found = scaling(studies, "grow", Extrapolate(flops=1e15), command="")
     base, other = found.fits
     assert base.gap is None and base.gap_of_largest is None and other.gap is not None and other.gap.interval is not None
     assert base.law.exponent == pytest.approx(0.1, abs=1e-3) and other.law.exponent == pytest.approx(0.11, abs=1e-3)
@@ -101,8 +101,12 @@ def test_the_gap_is_carried_to_the_stated_compute_with_its_interval() -> None:
         f"{other.gap.mean:+.4f}\n({other.gap.interval.low:+.4f}"
     )
     assert len(rows[1][1].split("\n")) == 3
-    pair = scaling({name: studies[name] for name in ("s1", "s2")}, "grow", Extrapolate(flops=1e15)).fits[1]
+    pair = scaling({name: studies[name] for name in ("s1", "s2")}, "grow", Extrapolate(flops=1e15), command="").fits[1]
     assert other.gap_of_largest == pair.gap and pair.gap_of_largest is None
+    shuffled = scaling(
+        {name: studies[name] for name in ("s2", "s0", "s1")}, "grow", Extrapolate(flops=1e15), command=""
+    )
+    assert shuffled.fits[1].gap_of_largest == other.gap_of_largest
 
 
 def width(estimate: Estimate) -> float:
@@ -112,7 +116,7 @@ def width(estimate: Estimate) -> float:
 
 def test_estimates_are_means_over_laws_of_single_seeds_with_students_interval() -> None:
     studies = at_sizes(0.11, 0.02)
-    base, other = scaling(studies, "grow", Extrapolate(flops=1e15)).fits
+    base, other = scaling(studies, "grow", Extrapolate(flops=1e15), command="").fits
     gaps, exponents = [], []
     for seed in other.seeds:
         lines = {}
@@ -130,7 +134,7 @@ def test_estimates_are_means_over_laws_of_single_seeds_with_students_interval() 
 
 
 def test_no_gap_is_found_where_there_is_none() -> None:
-    gap = scaling(at_sizes(0.1, 0.01), "grow", Extrapolate(flops=1e15)).fits[1].gap
+    gap = scaling(at_sizes(0.1, 0.01), "grow", Extrapolate(flops=1e15), command="").fits[1].gap
     assert gap is not None and gap.interval is not None and gap.interval.low < 0 < gap.interval.high
 
 
@@ -140,7 +144,7 @@ def test_conditions_without_a_common_seed_have_no_fit() -> None:
     gone = dataclasses.replace(last.conditions[1], runs=())
     studies["s2"] = dataclasses.replace(last, conditions=(last.conditions[0], gone))
     with pytest.raises(UserError, match="delta and additive finished no seed at every size"):
-        scaling(studies, "grow", Extrapolate(flops=1e15))
+        scaling(studies, "grow", Extrapolate(flops=1e15), command="")
 
 
 STUDY = """

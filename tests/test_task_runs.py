@@ -1,6 +1,8 @@
 """Runs of a task as processes, what is kept of them, what is refused, and the tables; `deepdelta task` as typed."""
 
+import dataclasses
 import json
+import math
 import multiprocessing
 import shutil
 import statistics
@@ -159,9 +161,25 @@ def test_cells_that_are_damaged_or_of_other_settings(finished, tmp_path, ran):
     with pytest.raises(UserError, match=r"gate-0-2-seed0.json: metrics: Field required"):
         run_task("words", (0, 1), out, overrides=TINY)
     cell.write_text(whole[:-20], encoding="utf-8")
-    with pytest.raises(UserError, match=r"gate-0-2-seed0.json is damaged .*delete it to run that cell again"):
+    damaged = r"gate-0-2-seed0.json must hold a JSON object, but is damaged .*delete it to run that cell again"
+    with pytest.raises(UserError, match=damaged):
         run_task("words", (0, 1), out, overrides=TINY)
     assert not ran
+
+
+def test_a_number_that_is_not_finite_is_kept_and_compared_with_nothing(tmp_path, ran, monkeypatch):
+    def measured(settings: Any, seed: int, progress: Any) -> dict[str, float]:
+        failed = (settings.gate_range, settings.target, seed) == ("0-1", "symbol", 1)
+        return {"accuracy": math.inf if failed else 0.5 + seed / 10, "other": 2.0}
+
+    task = dataclasses.replace(load_task("words"), run=measured)
+    monkeypatch.setattr(runner, "load_task", lambda name: task)
+    results = run_task("words", (0, 1), tmp_path, overrides=TINY)
+    assert results == results_of(tmp_path) == run_task("words", (0, 1), tmp_path, overrides=TINY)
+    by_name = {one.name: one for one in results.conditions}
+    assert by_name["gate-0-1"].metrics == {0: {"accuracy": 0.5, "other": 2.0}, 1: {"accuracy": None, "other": 2.0}}
+    assert by_name["gate-0-2"].against_baseline is None
+    assert "not finite" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 def test_finished_runs_are_kept_when_one_fails(tmp_path, ran, monkeypatch):

@@ -202,7 +202,7 @@ class Study:
     seeds: tuple[int, ...] | None = None
     """Other seeds than the study's."""
     steps: int | None = None
-    """Another number of steps per run than the study's."""
+    """Another number of steps per run than the study's; the warm-up keeps its share."""
     source: str | None = None
     """Another corpus than the study's: a file, a folder or a .bin file."""
     workers: int | None = None
@@ -215,11 +215,13 @@ class Study:
         overrides: dict[str, Any] = {}
         if self.seeds is not None:
             overrides["seeds"] = list(self.seeds)
-        if self.steps is not None:
-            overrides["train"] = {"steps": self.steps}
         if self.source is not None:
-            overrides = merged(overrides, {"train": {"data": {"source": self.source}}})
+            overrides["train"] = {"data": {"source": self.source}}
         config = load_study(self.study, overrides)
+        if self.seeds is not None and config.search is not None:
+            raise UserError(f"{config.name} searches on the seeds of its rungs; leave --seeds out.")
+        if self.steps is not None:
+            config = config.lasting(self.steps)
         command = shlex.join(["deepdelta", *sys.argv[1:]])
         run(config, self.out or Path("runs") / f"study-{config.name}", workers=self.workers, command=command)
 

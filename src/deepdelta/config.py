@@ -22,8 +22,8 @@ _adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 
 
 def to_plain(config: Any) -> Plain:
-    """The configuration as data that JSON can hold."""
-    return json.loads(_adapter(type(config)).dump_json(config))  # type: ignore[no-any-return]
+    """The configuration as JSON's own types; NaN and infinity stay what they are, for `write_json` to refuse."""
+    return _adapter(type(config)).dump_python(config, mode="json")  # type: ignore[no-any-return]
 
 
 def from_plain(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:

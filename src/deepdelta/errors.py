@@ -16,3 +16,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     options = sorted(known)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(options)}."
+
+
+def without_extra(what: str, extra: str, error: ModuleNotFoundError) -> UserError:
+    """What to raise where a package of an optional extra is absent; `what`, in the plural, needs it."""
+    return UserError(
+        f"{what} need the extra '{extra}', but the package {error.name} is absent: "
+        f"install it with pip install 'deep-delta-learning[{extra}]'"
+    )

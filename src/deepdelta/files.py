@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deepdelta.errors import UserError
+
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
@@ -37,3 +39,36 @@ def write_text(target: Path, text: str) -> None:
 
 def write_json(target: Path, data: Any) -> None:
     write_text(target, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def read_object(source: Path, mend: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        mend: what to do if the file does not hold one, for the message.
+
+    Raises:
+        UserError: it holds something else.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        data = json.loads(source.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{source} must hold a JSON object, but is damaged ({error}); {mend}.") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{source} must hold a JSON object, got {type(data).__name__}; {mend}.")
+    return data
+
+
+def make_folder(out: Path) -> None:
+    """A folder for results, made before the work that leads to them.
+
+    Raises:
+        UserError: there can be none, or nothing can be written there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be a folder for results: {error.strerror}. Give another --out.") from None
+    if not os.access(out, os.W_OK):
+        raise UserError(f"{out} cannot be written. Give another --out.")

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from deepdelta.analysis.findings import Effect, Findings
 from deepdelta.analysis.shortcut import shortcut
 from deepdelta.analysis.tally import Sampler, Tally
-from deepdelta.errors import UserError
+from deepdelta.errors import UserError, without_extra
 from deepdelta.models import GPT
 from deepdelta.nn import DeltaResidual, Intervention, ResidualConfig, RewriteRecord, intervening, recording
 
@@ -83,7 +83,7 @@ def audit(
         sampler.advance(inputs.numel())
         return recording(model, record)
 
-    def losses(doing: str, context: Callable[[Tensor], AbstractContextManager[None]]) -> Float64[np.ndarray, "N"]:
+    def losses(doing: str, context: Callable[[Tensor], AbstractContextManager[None]]) -> Float64[np.ndarray, " N"]:
         nonlocal done
         found = []
         for inputs, labels in _batches(windows, batch_size, model.embedding.weight.device):
@@ -149,14 +149,14 @@ def _batches(
         yield here[:, :-1], here[:, 1:]
 
 
-def _window_losses(model: GPT, inputs: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]) -> Float64[np.ndarray, "B"]:
+def _window_losses(model: GPT, inputs: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]) -> Float64[np.ndarray, " B"]:
     """Nats per token of each window."""
     logits = model(inputs).logits
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
     return losses.view(labels.shape).cpu().double().mean(1).numpy()
 
 
-def _effect(label: str, changes: Float64[np.ndarray, "N"], t_quantile: float | None) -> Effect:
+def _effect(label: str, changes: Float64[np.ndarray, " N"], t_quantile: float | None) -> Effect:
     if not np.isfinite(changes).all():
         return Effect(intervention=label, loss_change=None, low=None, high=None, remark="the loss is not finite")
     mean = float(changes.mean())
@@ -171,8 +171,5 @@ def _t_quantile(freedom: int) -> float | None:
     try:
         from scipy.special import stdtrit
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"an audit's intervals need the extra 'study', but the package {error.name} is absent: "
-            "install it with pip install 'deep-delta-learning[study]'"
-        ) from None
+        raise without_extra("an audit's intervals", "study", error) from None
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) if freedom else None

@@ -1,7 +1,5 @@
 """From a run directory, trained or imported, to the results of its audit."""
 
-import datetime
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +16,9 @@ from deepdelta.data import Corpus, DataConfig, load_corpus, load_tokenizer
 from deepdelta.data.sources import list_source
 from deepdelta.data.tokenizer import FILE_NAME
 from deepdelta.errors import UserError
-from deepdelta.files import write_json
+from deepdelta.files import make_folder, write_json
 from deepdelta.training import RunDirectory, load
-from deepdelta.training.environment import choose_device, provenance
+from deepdelta.training.environment import choose_device, now, provenance
 from deepdelta.training.loop import corpus_facts
 from deepdelta.training.progress import reporting
 
@@ -62,7 +60,7 @@ def audit_run(
         UserError: no run; no text, or one that cannot be put into the model's ids or is too short; `out` cannot be
             written; see also `audit`.
     """
-    started = _now()
+    started = now()
     directory = RunDirectory(run)
     config = directory.config()
     chosen = choose_device(device, "fp32")
@@ -71,7 +69,7 @@ def audit_run(
     model = load(run).model.to(chosen.device)
     count, context = windows.shape[0], config.model.context
     total = count * passes(config.model.residual, len(model.residuals()))
-    _make_folder(out)
+    make_folder(out)
     with reporting(f"Auditing {run}", total) as reporter:
         findings = audit(model, windows, sample=sample, batch_size=batch_size, progress=reporter.update)
     results = AuditResults(
@@ -84,14 +82,14 @@ def audit_run(
         **provenance(command),
         device=str(chosen.device),
         started=started,
-        finished=_now(),
+        finished=now(),
         findings=findings,
     )
     write_json(out / "audit.json", to_plain(results))
     return results
 
 
-def spread_windows(split: UInt[np.ndarray, "tokens"], context: int, tokens: int) -> Int64[Tensor, "windows context1"]:
+def spread_windows(split: UInt[np.ndarray, " tokens"], context: int, tokens: int) -> Int64[Tensor, "windows context1"]:
     """Whole windows of `context` inputs and the label after them, evenly spread, without overlap of their inputs.
 
     Raises:
@@ -150,17 +148,3 @@ def _other_corpus(directory: RunDirectory, source: str, tokenizer: str | None, s
             "model was trained with by --tokenizer."
         )
     return corpus
-
-
-def _make_folder(out: Path) -> None:
-    # Before the audit, not after it, when there is something to lose.
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be a folder for results: {error.strerror}. Give another --out.") from None
-    if not os.access(out, os.W_OK):
-        raise UserError(f"{out} cannot be written. Give another --out.")
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -7,6 +7,7 @@ from typing import Any
 from deepdelta.benchmarks import tables
 from deepdelta.benchmarks.config import MEASURES
 from deepdelta.benchmarks.results import BenchResults, GroupResult, Row
+from deepdelta.templates import templates
 
 WIDTH, LABEL, PLOT = 860, 250, 520
 """Of the picture, of the names at the left, and of what is drawn, in pixels."""
@@ -94,17 +95,8 @@ def page(results: BenchResults) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    # torch needs Jinja2, so it is always there.
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("deepdelta.benchmarks"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(**values)
+    text: str = templates("deepdelta.benchmarks").get_template(template).render(**values)
+    return text
 
 
 def _panel(result: GroupResult, y: int) -> Panel | None:

@@ -4,7 +4,6 @@ No timing: what each figure says is an error, relative to the fp64 reference wit
 """
 
 import copy
-import datetime
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,18 +22,17 @@ from deepdelta.benchmarks.runner import all_versions
 from deepdelta.benchmarks.suites import GRADIENTS
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import write_json, write_text
+from deepdelta.files import make_folder, write_json, write_text
 from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import ResidualConfig, use_backend, use_memory
 from deepdelta.nn.presets import PRESETS
 from deepdelta.nn.replay import Plan
 from deepdelta.ops.step import fused_problem
 from deepdelta.tables import Cells, Column, markdown_page, render_cells
-from deepdelta.training.environment import Device, Provenance, choose_device, provenance, usable_cores
+from deepdelta.training.environment import Device, Provenance, choose_device, now, provenance, usable_cores
 from deepdelta.training.progress import reporting
 
 QUESTION = "How far from fp64 are the gradients of a deep model, by backend and by what is saved?"
-FORMAT = 1
 ALL, PLAIN, WORST = "all gradients", "of PyTorch's own", "worst parameter"
 COLUMNS = (
     *(Column(title=title, words=True) for title in ("case", "precision", "plan")),
@@ -98,7 +96,6 @@ class Row:
 class GradientResults(Provenance):
     """`results.json` is exactly this."""
 
-    format: int = FORMAT
     suite: str = GRADIENTS
     question: str = QUESTION
     quick: bool
@@ -132,15 +129,16 @@ def run_gradients(
         raise UserError(f"threads must be at least 1, got {threads}.")
     if problem := fused_problem(torch.device("cpu"), torch.float32):
         raise UserError(f"{problem}; it is what `deepdelta bench {GRADIENTS}` measures.")
+    make_folder(out)
     trial = trial or (SMALL if quick else DEEP)
-    began, before = datetime.datetime.now(datetime.UTC), torch.get_num_threads()
+    began, before = now(), torch.get_num_threads()
     torch.set_num_threads(threads or usable_cores())
     try:
         rows = tuple(measured(trial))
         results = GradientResults(
             quick=quick,
             **provenance(command, all_versions()),
-            date=began.isoformat(timespec="seconds"),
+            date=began,
             threads=torch.get_num_threads(),
             trial=trial,
             rows=rows,
@@ -202,6 +200,11 @@ def _errors(
             use_memory(model, plan)
             found = _gradients(model, ids, replace(plain, precision="bf16") if precision == "bf16" else plain)
             saved = saved or found
+            if not all(bool(tensor.isfinite().all()) for tensor in (*found.values(), *truth.values())):
+                raise UserError(
+                    f"gradients must be finite to be compared, got others for {case}, {start}, {precision}, {backend}, "
+                    f"{plan}; please report it."
+                )
             same = all(torch.equal(found[name], saved[name]) for name in found)
             yield (backend, plan), (relative(found, truth), agreement(found, truth), same)
 

@@ -7,7 +7,6 @@ Shapes: B batch, T tokens, S streams, D model width; peers hold streams as (B * 
 """
 
 import importlib
-import importlib.metadata
 import importlib.util
 import warnings
 from types import ModuleType
@@ -45,11 +44,6 @@ def peer_problem(peer: Peer) -> str | None:
     if importlib.util.find_spec(_package(peer).replace("-", "_")) is None:
         return f"the package {_package(peer)} is not installed (extra 'bench')"
     return None
-
-
-def peer_version(peer: Peer) -> tuple[str, str]:
-    """The name and version of a peer's package."""
-    return _package(peer), importlib.metadata.version(_package(peer))
 
 
 class PeerGPT(nn.Module):

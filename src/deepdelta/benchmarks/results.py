@@ -3,7 +3,6 @@
 Times in seconds, memory in bytes; a ratio above 1 is faster (or, for memory, larger) than what it refers to.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from deepdelta.benchmarks.config import Bar, Group
 from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import write_json
+from deepdelta.files import read_object, write_json
 from deepdelta.training.environment import Provenance
 
 FORMAT = 1
@@ -165,10 +164,7 @@ def load_results(path: Path) -> BenchResults:
     """
     if not path.is_file():
         raise UserError(f"there are no benchmark results at {path}; deepdelta bench writes them.")
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+    plain = read_object(path, "run deepdelta bench again")
+    if plain.get("format") != FORMAT:
         raise UserError(f"{path} must hold benchmark results of format {FORMAT}; run deepdelta bench again.")
     return from_plain(BenchResults, plain, where=str(path))

@@ -1,6 +1,5 @@
 """Run a suite: check everything, then time group after group, then write what was found."""
 
-import datetime
 import gc
 import importlib.metadata
 from pathlib import Path
@@ -15,11 +14,12 @@ from deepdelta.benchmarks.config import MEASURES, Case, Group, Suite
 from deepdelta.benchmarks.results import BenchResults, GroupResult, Row, bars_of, save_results, timing_of
 from deepdelta.benchmarks.subjects import Subject, build, code_of, problem, triad
 from deepdelta.errors import UserError
-from deepdelta.files import write_text
+from deepdelta.files import make_folder, write_text
 from deepdelta.training.environment import (
     Device,
     choose_device,
     keep_freed_memory,
+    now,
     provenance,
     usable_cores,
     versions,
@@ -59,7 +59,8 @@ def run_suite(
             raise UserError(f"{name} must be at least 1, got {value}.")
     rounds, threads = rounds or suite.rounds, threads or usable_cores()
     chosen = choose_device(suite.device, suite.precision)
-    console, began = Console(), datetime.datetime.now(datetime.UTC)
+    console, began = Console(), now()
+    make_folder(out)
     skipped = {group.name: _skipped(group, suite) for group in suite.groups}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -74,7 +75,7 @@ def run_suite(
             question=suite.question,
             quick=quick,
             **provenance(command, all_versions()),
-            date=began.isoformat(timespec="seconds"),
+            date=began,
             device=suite.device,
             precision=suite.precision,
             threads=threads,
@@ -180,7 +181,7 @@ def _measure(
             {name: subject.stages for name, subject in subjects.items()},
             rounds=rounds,
             device=chosen.device,
-            progress=lambda now, _: reporter.update(prepared + now * len(group.cases), group.name),
+            progress=lambda rounds, _: reporter.update(prepared + rounds * len(group.cases), group.name),
         )
     codes = {case.name: code_of(case, chosen.device.type) for case in group.cases} | {"triad": "PyTorch"}
     rows = tuple(_row(group, name, codes[name], subjects, times, peaks) for name in subjects)

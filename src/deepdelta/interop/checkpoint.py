@@ -1,6 +1,5 @@
 """From a folder with a published checkpoint to a run directory that every other command takes."""
 
-import json
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from deepdelta.data import DataConfig, load_corpus
 from deepdelta.errors import UserError
+from deepdelta.files import read_object
 from deepdelta.interop.published import load_published
 from deepdelta.models import GPT
 from deepdelta.training import RunDirectory, TrainConfig
@@ -93,12 +93,7 @@ def read_published(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise UserError(f"{folder} must hold the model's tensors as one of {', '.join(WEIGHTS)}, but does not.")
-    try:
-        keys = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{config} cannot be read as JSON: {error}.") from None
-    if not isinstance(keys, dict):
-        raise UserError(f"{config} must hold an object of settings, got {type(keys).__name__}.")
+    keys = read_object(config, "restore the checkpoint's own")
     try:
         if weights.suffix == ".safetensors":
             return keys, load_file(weights)

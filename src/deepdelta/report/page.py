@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from deepdelta.errors import UserError
+from deepdelta.errors import without_extra
 from deepdelta.files import write_text
 from deepdelta.report import figures
 from deepdelta.report.details import detail_tables
@@ -13,6 +13,7 @@ from deepdelta.report.drawing import Figure
 from deepdelta.report.summary import summarise
 from deepdelta.report.table import si, table_cells
 from deepdelta.studies.results import ConditionResult, StudyResults
+from deepdelta.templates import templates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,23 +63,13 @@ def template(name: str) -> Callable[..., str]:
         UserError: the extra `study` (Jinja2, plotly) is not installed.
     """
     try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
         from markupsafe import Markup
         from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"the report needs the extra 'study', but the package {error.name} is absent: "
-            "install it with pip install 'deep-delta-learning[study]'"
-        ) from None
+        raise without_extra("reports", "study", error) from None
     library = get_plotlyjs()
     assert "</script" not in library, "plotly.js would end the element that holds it"
-    environment = Environment(
-        loader=PackageLoader("deepdelta.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("deepdelta.report")
     environment.filters["si"] = si
     return partial(environment.get_template(name).render, plotly=Markup(library))
 

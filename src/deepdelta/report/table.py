@@ -128,8 +128,6 @@ def _notes(results: StudyResults, intervals: bool, costs: bool) -> tuple[str, ..
         notes.append("Speed and memory were not measured.")
     if any(run.validation_loss is None for condition in results.conditions for run in condition.runs):
         notes.append("A diverged run is in no mean and no change.")
-    if any(len(condition.runs) < len(results.seeds) for condition in results.conditions):
-        notes.append(f"Unfinished runs are shown as {ABSENT}.")
     if results.budgets != ("tokens",):
         notes.append(f"All conditions at equal {results.budgets[0]}.")
     if (steps := results.budget.start_steps) is not None:

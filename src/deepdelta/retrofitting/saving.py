@@ -3,7 +3,6 @@
 The JSON file names the tensors' file and is written last, so that who loads finds the old pair or the whole new one.
 """
 
-import json
 import re
 import secrets
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import atomic_path, write_json
+from deepdelta.files import atomic_path, read_object, write_json
 from deepdelta.retrofitting.core import Model, record_of, retrofit, undo_retrofit
 
 SETTINGS = "retrofit.json"
@@ -95,14 +94,11 @@ def _settings(folder: Path) -> dict[str, Any]:
     file = folder / SETTINGS
     if not file.exists():
         raise UserError(f"{folder} holds no retrofit: it has no {SETTINGS}; write one with deepdelta.save_retrofit.")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON ({error}).") from None
-    whole = isinstance(settings, dict) and isinstance(settings.get("options"), dict)
+    settings = read_object(file, "save the model anew")
+    whole = isinstance(settings.get("options"), dict)
     if not whole or not TENSORS.fullmatch(str(settings.get("tensors"))):
         raise UserError(f"{file} must hold the options and the tensors' file name of a retrofit; save the model anew.")
-    return settings  # type: ignore[no-any-return]
+    return settings
 
 
 def _check(file: Path, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ A cell belongs to its fingerprint: everything that decides the numbers of a run 
 written the moment its run ends, so a study's `cells/` folder, committed, is all that a fresh clone needs.
 """
 
-import datetime
 import hashlib
 import json
 from collections.abc import Sequence
@@ -17,9 +16,10 @@ from deepdelta.analysis.rewrites import RewriteTotals, rewrite_totals
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.data import Corpus, windows
 from deepdelta.errors import UserError
-from deepdelta.files import write_json
+from deepdelta.files import read_object, write_json
 from deepdelta.studies.results import CurvePoint, RewriteSummary
 from deepdelta.training import RunDirectory, TrainConfig, load
+from deepdelta.training.environment import now
 from deepdelta.training.loop import resolve
 
 CURVE_POINTS = 60
@@ -27,6 +27,8 @@ CURVE_POINTS = 60
 
 PLACES = {"device", "threads", "checkpoint_every"}
 """Settings that say where and how a run is made, not what comes out of it."""
+
+MEND = "restore it, or delete it to run that cell again"
 
 SOURCES = {"source", "pattern", "tokenizer"}
 """Settings of the data that the hashes of corpus and tokenizer stand for."""
@@ -91,13 +93,9 @@ def read_cell(path: Path, settings: TrainConfig, corpus: Corpus, start: TrainCon
     Raises:
         UserError: the cell is damaged, or was made with other settings, on another corpus or from another start.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it, or delete it to run that cell again.") from None
-    cell = from_plain(Cell, data, where=str(path))
+    cell = from_plain(Cell, read_object(path, MEND), where=str(path))
     stored = from_plain(TrainConfig, cell.settings, where=f"{path}: settings")
     began = None if cell.start is None else from_plain(TrainConfig, cell.start, where=f"{path}: start")
     wanted, tokenizer = resolve(settings, corpus), tokenizer_hash(corpus)
@@ -170,7 +168,7 @@ def make_cell(
         versions=environment["versions"],
         machine=environment["machine"],
         threads=environment["threads"],
-        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        finished=now(),
         start=None if start is None else canonical(start),
     )
 

@@ -1,16 +1,16 @@
 """From cells to the results of a study, and what its conditions cost."""
 
-import datetime
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deepdelta.analysis.cost import measure_costs
+from deepdelta.analysis.cost import Cost, measure_costs
 from deepdelta.analysis.flops import training_flops_per_token
 from deepdelta.config import from_plain, to_plain
 from deepdelta.data import Corpus
-from deepdelta.files import write_json
+from deepdelta.files import read_object, write_json
 from deepdelta.models import parameter_count
 from deepdelta.studies.cells import Cell, merged_rewrites
 from deepdelta.studies.config import StudyConfig
@@ -18,14 +18,14 @@ from deepdelta.studies.results import (
     Budget,
     BudgetName,
     ConditionResult,
-    CostResult,
     RunResult,
     StudyResults,
     Tuned,
     Validation,
 )
 from deepdelta.studies.results import Corpus as CorpusResult
-from deepdelta.training.environment import provenance
+from deepdelta.training import TrainConfig
+from deepdelta.training.environment import now, provenance
 from deepdelta.training.evaluation import CONTEXTS
 from deepdelta.training.progress import reporting
 
@@ -35,22 +35,37 @@ Cells = Mapping[tuple[str, int, BudgetName], Cell]
 CURVE_POINTS, FEWEST_POINTS = 4000, 12
 """Points of all curves together besides validations, and of each at least: what keeps results.json small."""
 
+COSTLY = ("model", "batch_size", "accumulate", "device", "precision", "backend", "memory", "compile", "threads")
+"""Settings that decide what a training step costs."""
 
-def measure(config: StudyConfig, vocab_size: int, file: Path) -> dict[str, CostResult]:
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What conditions cost, and a hash of what each was when that was measured."""
+
+    baseline: str
+    made_of: dict[str, str]
+    costs: dict[str, Cost]
+
+
+def measure(config: StudyConfig, vocab_size: int, file: Path) -> dict[str, Cost]:
     """The costs of every condition, each measured once in turns with the baseline and then kept in `file`.
 
-    Budgets of equal time rest on these numbers, so what was measured stays as it was when conditions are added.
+    Budgets of equal time rest on these numbers, so what was measured stays as it was when conditions are added; it is
+    measured anew where a condition is another one now, and all of it where the baseline is.
     """
-    known: dict[str, CostResult] = {}
+    plans = {name: config.train_config(name, config.seeds[0]) for name in config.conditions}
+    made_of = {name: _made_of(plan, vocab_size) for name, plan in plans.items()}
+    known: dict[str, Cost] = {}
     if file.exists():
-        there = json.loads(file.read_text(encoding="utf-8"))
-        if there["baseline"] == config.baseline:
-            known = {name: from_plain(CostResult, cost) for name, cost in there["costs"].items()}
+        there = from_plain(Costs, read_object(file, "delete it to measure costs again"), where=str(file))
+        if there.baseline == config.baseline and there.made_of.get(there.baseline) == made_of[config.baseline]:
+            known = {name: cost for name, cost in there.costs.items() if there.made_of.get(name) == made_of.get(name)}
     if missing := [name for name in config.conditions if name not in known]:
-        plans = {
-            name: config.train_config(name, config.seeds[0]) for name in dict.fromkeys((config.baseline, *missing))
+        settings = {
+            name: replace(plans[name], threads=plans[name].threads or 1)
+            for name in dict.fromkeys((config.baseline, *missing))
         }
-        settings = {name: replace(plan, threads=plan.threads or 1) for name, plan in plans.items()}
         with reporting("Costs", config.cost_rounds) as reporter:
             measured = measure_costs(
                 settings,
@@ -59,20 +74,28 @@ def measure(config: StudyConfig, vocab_size: int, file: Path) -> dict[str, CostR
                 baseline=config.baseline,
                 progress=lambda done, total: reporter.update(done, "rounds of training steps, all conditions in turn"),
             )
-        known = {name: CostResult(**asdict(cost)) for name, cost in measured.items()} | known
-        write_json(file, {"baseline": config.baseline, "costs": {name: to_plain(cost) for name, cost in known.items()}})
+        known = measured | known
+        costs = {name: known[name] for name in config.conditions}
+        write_json(file, to_plain(Costs(baseline=config.baseline, made_of=made_of, costs=costs)))
     return {name: known[name] for name in config.conditions}
+
+
+def _made_of(plan: TrainConfig, vocab_size: int) -> str:
+    """SHA-256 of what decides the cost of a training step."""
+    plain = {key: value for key, value in to_plain(plan).items() if key in COSTLY}
+    plain["model"]["vocab_size"] = plain["model"]["vocab_size"] or vocab_size
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def collect(
     config: StudyConfig,
     cells: Cells,
-    costs: Mapping[str, CostResult],
+    costs: Mapping[str, Cost],
     tuned: Mapping[str, Tuned],
     corpus: Corpus,
     *,
     command: str,
-    started: datetime.datetime,
+    started: str,
 ) -> StudyResults:
     """The results of a study: its cells put together, and what is computed from configurations alone."""
     settings = config.train_config(config.baseline, config.seeds[0])
@@ -81,8 +104,8 @@ def collect(
         description=config.question,
         baseline=config.baseline,
         **provenance(command),
-        started=started.isoformat(timespec="seconds"),
-        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        started=started,
+        finished=now(),
         corpus=CorpusResult(description=corpus.description, sha256=corpus.sha256),
         validation=Validation(
             tokens=min(settings.final_eval_tokens or len(corpus.validation), len(corpus.validation) - 1),
@@ -106,7 +129,7 @@ def collect(
 
 
 def _condition(
-    config: StudyConfig, name: str, cells: Cells, corpus: Corpus, cost: CostResult | None, tuned: Tuned | None
+    config: StudyConfig, name: str, cells: Cells, corpus: Corpus, cost: Cost | None, tuned: Tuned | None
 ) -> ConditionResult:
     settings = config.train_config(name, config.seeds[0])
     model = replace(settings.model, vocab_size=settings.model.vocab_size or corpus.vocab_size)

@@ -148,8 +148,13 @@ class StudyConfig:
         if "seed" in self.train or any("seed" in condition.changes for condition in self.conditions.values()):
             raise UserError("the seed of a run comes from the study's seeds; remove 'seed' from train and changes.")
         self._check_plan()
+        own = self.train_config(self.baseline, self.seeds[0]).tokens_per_step
         for name in self.conditions:
-            self.train_config(name, self.seeds[0])
+            if (other := self.train_config(name, self.seeds[0]).tokens_per_step) != own:
+                raise UserError(
+                    f"all conditions must make steps of as many tokens, got {own:,} for {self.baseline} and {other:,} "
+                    f"for {name}: set batch_size, accumulate and context in train."
+                )
 
     def _check_plan(self) -> None:
         """What budgets, tuning, controls, factors and the number of seeds ask of the conditions and of each other."""
@@ -234,6 +239,20 @@ class StudyConfig:
         if "seed" in self.start:
             raise UserError("the seed of a start comes from the study's seeds; remove 'seed' from start.")
         self.start_config(self.seeds[0])
+
+    def lasting(self, steps: int) -> "StudyConfig":
+        """The study with another number of steps per run; its warm-up keeps its share.
+
+        Raises:
+            UserError: another part of the study than `train` says how long runs are.
+        """
+        changed = (*self.sizes.items(), *((name, one.changes) for name, one in self.conditions.items()))
+        setting = [name for name, changes in changed if "steps" in changes]
+        if self.search is not None or setting:
+            by = ", ".join(setting) or "the rungs of the search"
+            raise UserError(f"the steps of {self.name} are set by {by}, so --steps cannot; change a copy of its file.")
+        run = self.train_config(self.baseline, self.seeds[0]).stretched(steps)
+        return replace(self, train=merged(self.train, {"steps": steps, "warmup": run.warmup}))
 
     def candidates(self) -> tuple[str, ...]:
         """The conditions that the search chooses among."""

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from deepdelta.analysis.cost import Cost
 from deepdelta.analysis.flops import training_flops_per_token
 from deepdelta.data import Corpus
 from deepdelta.studies.config import StudyConfig
-from deepdelta.studies.results import BudgetName, CostResult
+from deepdelta.studies.results import BudgetName
 from deepdelta.training import RunDirectory, TrainConfig
 from deepdelta.training.rundir import CHECKPOINT
 
@@ -73,24 +74,23 @@ class Planner:
 
     config: StudyConfig
     corpus: Corpus
-    costs: Mapping[str, CostResult]
+    costs: Mapping[str, Cost]
     out: Path
     _read: dict[str, TrainConfig] = field(default_factory=dict)
 
     def steps(self, condition: str, budget: BudgetName) -> int:
         """Optimiser steps of a condition that spend what the baseline's spend.
 
-        With F FLOPs and S seconds per token and B tokens per step, 0 marking the baseline: the study's steps n for
-        `tokens`, n (F_0 B_0) / (F B) for `flops` and n (S_0 B_0) / (S B) for `time`, rounded, at least 1.
+        With F FLOPs and S seconds per token, 0 marking the baseline: the study's steps n for `tokens`, n F_0 / F for
+        `flops` and n S_0 / S for `time`, rounded, at least 1.
         """
-        settings, base = self._settings(condition), self._settings(self.config.baseline)
         if budget == "tokens" or condition == self.config.baseline:
-            return settings.steps
+            return self._settings(condition).steps
         if budget == "flops":
             ratio = self.flops_per_token(self.config.baseline) / self.flops_per_token(condition)
         else:
             ratio = self.costs[condition].speed_ratio
-        return max(1, round(base.steps * ratio * base.tokens_per_step / settings.tokens_per_step))
+        return max(1, round(self._settings(self.config.baseline).steps * ratio))
 
     def runs(self, rates: Mapping[str, float]) -> dict[tuple[str, int, BudgetName], Run]:
         """The reported runs; budgets at which a condition makes the same number of steps share theirs.
@@ -107,7 +107,7 @@ class Planner:
                     steps = self.steps(condition, budget)
                     if steps not in by_steps:
                         tag = "" if budget == "tokens" else f"+{budget}"
-                        settings = stretched(self._settings(condition, seed), steps)
+                        settings = self._settings(condition, seed).stretched(steps)
                         settings = replace(settings, lr=rates.get(condition, settings.lr))
                         by_steps[steps] = replace(self.run(f"{condition}{tag}", condition, settings), start=start)
                     found[condition, seed, budget] = by_steps[steps]
@@ -129,7 +129,7 @@ class Planner:
                 f"{condition}+tune-lr{rate}",
                 condition,
                 replace(
-                    stretched(settings, tune.steps or settings.steps),
+                    settings.stretched(tune.steps or settings.steps),
                     lr=rate,
                     data=replace(settings.data, held_out="train_tail"),
                 ),
@@ -150,7 +150,7 @@ class Planner:
         found = {}
         for seed in rung.seeds:
             for condition in conditions:
-                settings = stretched(self._settings(condition, seed), rung.steps)
+                settings = self._settings(condition, seed).stretched(rung.steps)
                 settings = replace(
                     settings,
                     lr=rates.get(condition, settings.lr),
@@ -202,11 +202,3 @@ def untrained(runs: Iterable[Run]) -> list[Run]:
     """
     needed = starts(run for run in runs if not (run.cell.exists() or run.begun)).values()
     return [one for one in needed if not (one.cell.exists() and one.ended and one.weights.exists())]
-
-
-def stretched(settings: TrainConfig, steps: int) -> TrainConfig:
-    """The same schedule over another number of steps: the warm-up keeps its share."""
-    if steps == settings.steps:
-        return settings
-    warmup = round(settings.warmup * steps / settings.steps)
-    return replace(settings, steps=steps, warmup=max(min(1, settings.warmup), warmup))

@@ -3,7 +3,6 @@
 Every run is an ordinary run directory, so what was interrupted goes on from its checkpoint; what has a cell is done.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ import torch
 
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import write_json
+from deepdelta.files import read_object, write_json
 from deepdelta.studies.cells import Cell, canonical, make_cell, read_cell, write_cell
 from deepdelta.studies.config import StudyConfig
 from deepdelta.studies.plan import Run, starts, untrained
@@ -44,9 +43,8 @@ def claim(runs: Iterable[Run]) -> dict[str, Cell]:
         if cell is not None:
             cells[run.name] = cell
         elif run.launched.exists():
-            there = from_plain(
-                TrainConfig, json.loads(run.launched.read_text(encoding="utf-8")), where=str(run.launched)
-            )
+            launched = read_object(run.launched, "delete it and its run to run it again")
+            there = from_plain(TrainConfig, launched, where=str(run.launched))
             different = differences(to_plain(there), to_plain(run.settings))
             if run.begun:
                 here = None if start is None else canonical(resolve(start, run.corpus))

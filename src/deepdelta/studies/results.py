@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from deepdelta.analysis.cost import Cost
 from deepdelta.analysis.rewrites import GATE_BINS
 from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import write_text
+from deepdelta.files import read_object, write_text
 from deepdelta.training.environment import Provenance
 
 BudgetName = Literal["tokens", "flops", "time"]
@@ -69,23 +70,6 @@ class RunResult:
             raise UserError(
                 f"validation_loss must be finite, got {self.validation_loss}; a run that diverged has null there"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostResult:
-    """Speed and memory of a training step, measured alone, all conditions in turn, over several rounds.
-
-    `speed_ratio` is the median over rounds of tokens/s divided by the baseline's tokens/s in the same round,
-    `speed_ratio_low` and `speed_ratio_high` are the extremes of the rounds. `peak_bytes` are allocated tensors.
-    """
-
-    tokens_per_second: float
-    speed_ratio: float
-    speed_ratio_low: float
-    speed_ratio_high: float
-    rounds: int
-    peak_bytes: int
-    peak_ratio: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +153,7 @@ class ConditionResult:
     value_channels: int
     parameters: int
     flops_per_token: float
-    cost: CostResult | None = None
+    cost: Cost | None = None
     runs: tuple[RunResult, ...] = ()
     rewrites: tuple[RewriteSummary, ...] = ()
     control: str | None = None
@@ -195,13 +179,13 @@ class ConditionResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResults(Provenance):
-    """All of a study. `seeds` are those planned: a condition's missing ones are unfinished. Times are ISO 8601."""
+    """All of a study. Times are ISO 8601."""
 
     name: str
     description: str
     baseline: str
     started: str
-    finished: str | None
+    finished: str
     corpus: Corpus
     validation: Validation
     budget: Budget
@@ -237,12 +221,6 @@ def load_results(path: Path) -> StudyResults:
     Raises:
         UserError: the file is absent, is no JSON object, or does not hold the results of a study.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} must be the results.json of a study, but there is no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} must be the results.json of a study, but is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must be the results.json of a study, but holds no JSON object")
-    return from_plain(StudyResults, data, where=str(path))
+    if not path.is_file():
+        raise UserError(f"{path} must be the results.json of a study, but there is no such file.")
+    return from_plain(StudyResults, read_object(path, "run the study's command again"), where=str(path))

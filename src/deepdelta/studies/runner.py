@@ -1,18 +1,16 @@
 """Run a study: costs, then the runs that tune, then those that are reported, then results and report."""
 
-import datetime
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
+from deepdelta.analysis.cost import Cost
 from deepdelta.config import to_plain
 from deepdelta.data import Corpus, check_context, load_corpus, train_tail
 from deepdelta.errors import UserError
-from deepdelta.files import write_json, write_text
+from deepdelta.files import make_folder, read_object, write_json, write_text
 from deepdelta.report import (
     detail_tables,
     plot,
@@ -30,12 +28,12 @@ from deepdelta.studies.config import StudyConfig
 from deepdelta.studies.plan import Planner
 from deepdelta.studies.pool import Pool, claim, pool
 from deepdelta.studies.results import Corpus as CorpusResult
-from deepdelta.studies.results import CostResult, StudyResults, Tuned, save_results
+from deepdelta.studies.results import StudyResults, Tuned, save_results
 from deepdelta.studies.scaling import Scaling, save_scaling, scaling
 from deepdelta.studies.search import RungResult, SearchResults, rank, save_search
 from deepdelta.studies.tuning import chosen
 from deepdelta.tables import render_cells
-from deepdelta.training.environment import choose_device, provenance
+from deepdelta.training.environment import choose_device, now, provenance, usable_cores
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Prepared:
     config: StudyConfig
     corpus: Corpus
     tail: Corpus
-    costs: Mapping[str, CostResult]
+    costs: Mapping[str, Cost]
     planner: Planner
     workers: int
     console: Console
@@ -72,7 +70,7 @@ def run(config: StudyConfig, out: Path, *, workers: int | None = None, command: 
 
 def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, command: str) -> StudyResults:
     """All conditions and seeds; writes results.json and report.html and prints the tables."""
-    started = datetime.datetime.now(datetime.UTC)
+    started = now()
     study = _prepare(config, out, workers)
     planner = study.planner
     tuning, planned = planner.tuning(study.tail), planner.runs({})
@@ -109,7 +107,7 @@ def run_sizes(config: StudyConfig, out: Path, *, workers: int | None = None, com
     studies = {
         size: run_study(config.sized(size), out / size, workers=workers, command=command) for size in config.sizes
     }
-    found = scaling(studies, config.name, config.extrapolate)
+    found = scaling(studies, config.name, config.extrapolate, command=command)
     save_scaling(found, out / "scaling.json")
     write_text(out / "table.md", scaling_markdown(found, studies))
     console = Console()
@@ -141,7 +139,7 @@ def run_search(config: StudyConfig, out: Path, *, workers: int | None = None, co
         name=config.name,
         baseline=config.baseline,
         **provenance(command),
-        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        finished=now(),
         corpus=CorpusResult(description=study.tail.description, sha256=study.tail.sha256),
         tuned=dict(tuned),
         rungs=tuple(rungs),
@@ -167,8 +165,11 @@ def _prepare(config: StudyConfig, out: Path, workers: int | None) -> Prepared:
         for text in (corpus, tail) if config.tune or config.search else (corpus,):
             check_context(text, config.train_config(name, config.seeds[0]).model.context)
     file = out / "study.json"
-    if file.exists() and (name := json.loads(file.read_text(encoding="utf-8"))["name"]) != config.name:
-        raise UserError(f"{out} already holds the study '{name}'; give another --out.")
+    mend = "give another --out"
+    if file.exists() and (there := read_object(file, mend).get("name")) != config.name:
+        raise UserError(f"{out} already holds the study '{there}'; {mend}.")
+    claim(Planner(config, corpus, {}, out).tuning(tail).values())
+    make_folder(out)
     costs = measure(config, settings.model.vocab_size or corpus.vocab_size, out / "costs.json")
     return Prepared(
         config,
@@ -176,7 +177,7 @@ def _prepare(config: StudyConfig, out: Path, workers: int | None) -> Prepared:
         tail,
         costs,
         Planner(config, corpus, costs, out),
-        workers or max(1, (os.cpu_count() or 1) // (settings.threads or 1)),
+        workers or max(1, usable_cores() // (settings.threads or 1)),
         console,
     )
 

@@ -13,7 +13,8 @@ from deepdelta.errors import UserError
 from deepdelta.files import write_json
 from deepdelta.studies.config import Extrapolate
 from deepdelta.studies.results import StudyResults
-from deepdelta.studies.statistics import Interval, paired
+from deepdelta.studies.statistics import Interval, load_scipy, paired
+from deepdelta.training.environment import Provenance, now, provenance
 
 Array = NDArray[np.float64]
 
@@ -62,11 +63,12 @@ class ScalingResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaling:
-    """All fits of a study; `target` is the compute in FLOPs that they are carried to."""
+class Scaling(Provenance):
+    """All fits of a study; `target` is the compute in FLOPs that they are carried to. Times are ISO 8601."""
 
     name: str
     baseline: str
+    finished: str
     sizes: tuple[str, ...]
     target: float
     fits: tuple[ScalingResult, ...]
@@ -91,15 +93,13 @@ def fit(flops: Sequence[float] | Array, losses: Sequence[float] | Array, *, floo
     slope, level = np.polyfit(x, np.log(loss), 1)
     if not floor:
         return Law(scale=math.exp(level), exponent=-float(slope), floor=0.0, unit=unit)
-    from scipy.optimize import least_squares  # here: the command line must start fast
-
     least = float(loss.min())
     ends = []
     for share in (0.0, 0.3, 0.6, 0.9):
         rest = np.polyfit(x, np.log(loss - share * least), 1)
         start = (rest[1], max(-rest[0], 1e-3), share * least)
         ends.append(
-            least_squares(
+            load_scipy().optimize.least_squares(
                 lambda p: np.log(p[2] + np.exp(p[0] - p[1] * x)) - np.log(loss),
                 start,
                 bounds=((-np.inf, 0.0, 0.0), (np.inf, np.inf, least)),
@@ -113,7 +113,7 @@ def fit(flops: Sequence[float] | Array, losses: Sequence[float] | Array, *, floo
     return Law(scale=math.exp(best[0]), exponent=float(best[1]), floor=float(best[2]), unit=unit)
 
 
-def scaling(studies: Mapping[str, StudyResults], name: str, extrapolate: Extrapolate) -> Scaling:
+def scaling(studies: Mapping[str, StudyResults], name: str, extrapolate: Extrapolate, *, command: str) -> Scaling:
     """Fits per condition over the sizes, on the seeds that it and the baseline finished at every size.
 
     Every seed is fitted by itself, and so is the baseline's run of the same seed: what is estimated is a mean over
@@ -121,12 +121,14 @@ def scaling(studies: Mapping[str, StudyResults], name: str, extrapolate: Extrapo
 
     Args:
         studies: the results by size.
+        command: the command that was typed, kept with the fits.
 
     Raises:
         UserError: a condition without a seed that it shares with the baseline at all sizes.
     """
     results = list(studies.values())
     baseline = results[0].baseline
+    largest_two = sorted(results, key=lambda one: _flops(one, baseline))[-2:]
     fits = []
     for condition in results[0].conditions:
         names = (condition.name, baseline)
@@ -141,7 +143,7 @@ def scaling(studies: Mapping[str, StudyResults], name: str, extrapolate: Extrapo
         if condition.name != baseline:
             gaps = [mine - law.loss(extrapolate.flops) for mine, law in zip(foretold, other, strict=True)]
             if len(results) > 2:
-                pairs = zip(*(_fits(results[-2:], name, seeds, False) for name in names), strict=True)
+                pairs = zip(*(_fits(largest_two, name, seeds, False) for name in names), strict=True)
                 largest = [mine.loss(extrapolate.flops) - theirs.loss(extrapolate.flops) for mine, theirs in pairs]
         flops, losses = _points(results, condition.name, seeds)
         means = [sum(at_size) / len(seeds) for at_size in losses]
@@ -158,7 +160,15 @@ def scaling(studies: Mapping[str, StudyResults], name: str, extrapolate: Extrapo
                 gap_of_largest=None if largest is None else _estimate(largest),
             )
         )
-    return Scaling(name=name, baseline=baseline, sizes=tuple(studies), target=extrapolate.flops, fits=tuple(fits))
+    return Scaling(
+        name=name,
+        baseline=baseline,
+        **provenance(command),
+        finished=now(),
+        sizes=tuple(studies),
+        target=extrapolate.flops,
+        fits=tuple(fits),
+    )
 
 
 def save_scaling(found: Scaling, path: Path) -> None:
@@ -168,13 +178,15 @@ def save_scaling(found: Scaling, path: Path) -> None:
 
 def _points(results: Sequence[StudyResults], name: str, seeds: Sequence[int]) -> tuple[list[float], list[list[float]]]:
     """Per size, training FLOPs of a run of the condition at the study's first budget, and its losses by seed."""
-    flops, losses = [], []
-    for one in results:
-        condition, by_seed = one.condition(name), one.condition(name).losses()
-        steps = condition.runs[0].steps or one.budget.steps
-        flops.append(steps * one.budget.tokens_per_step * condition.flops_per_token)
-        losses.append([by_seed[seed] for seed in seeds])
-    return flops, losses
+    by_size = [one.condition(name).losses() for one in results]
+    return [_flops(one, name) for one in results], [[by_seed[seed] for seed in seeds] for by_seed in by_size]
+
+
+def _flops(results: StudyResults, name: str) -> float:
+    condition = results.condition(name)
+    return (
+        (condition.runs[0].steps or results.budget.steps) * results.budget.tokens_per_step * condition.flops_per_token
+    )
 
 
 def _fits(results: Sequence[StudyResults], name: str, seeds: Sequence[int], floor: bool) -> list[Law]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deepdelta.errors import UserError
+from deepdelta.errors import UserError, without_extra
 from deepdelta.studies.results import BudgetName, StudyResults
 
 MINIMUM_SEEDS = 5
@@ -77,7 +77,7 @@ def paired(differences: Sequence[float]) -> Comparison:
     )
     if not sd or n < MINIMUM_SEEDS:
         return comparison
-    scipy = _scipy()
+    scipy = load_scipy()
     error = sd / math.sqrt(n)
     reach = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     bootstrap = scipy.stats.bootstrap(
@@ -104,7 +104,7 @@ def smallest_resolvable(sd: float, n: int, power: float = POWER) -> float:
         raise UserError(f"the resolvable difference needs n >= 2 and sd >= 0, got n = {n}, sd = {sd}")
     if not 0.05 < power < 1:
         raise UserError(f"power must lie between 0.05 and 1, got {power}")
-    special = _scipy().special
+    special = load_scipy().special
     critical = special.stdtrit(n - 1, (1 + CONFIDENCE) / 2)
     return float(special.nctdtrinc(n - 1, 1 - power, critical)) * sd / math.sqrt(n)
 
@@ -232,14 +232,16 @@ def separated(comparison: Comparison) -> bool:
     return c.adjusted_p is None or c.adjusted_p < 1 - CONFIDENCE
 
 
-def _scipy() -> Any:
-    # Imported on use: the command line must start fast, and without the extra everything but statistics works.
+def load_scipy() -> Any:
+    """The package scipy, imported on use: the command line must start fast, and everything else works without it.
+
+    Raises:
+        UserError: the extra `study` is not installed.
+    """
     try:
+        import scipy.optimize
         import scipy.special
         import scipy.stats
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"statistics need the extra 'study', but the package {error.name} is absent: "
-            "install it with pip install 'deep-delta-learning[study]'"
-        ) from None
+        raise without_extra("statistics", "study", error) from None
     return scipy

@@ -25,7 +25,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 class Images(NamedTuple):
     pixels: Float[Tensor, "N C H W"]
     """In [0, 1]."""
-    labels: Int[Tensor, "N"]
+    labels: Int[Tensor, " N"]
     """In 0 .. classes - 1."""
     classes: int
 

@@ -1,6 +1,5 @@
 """What a task's runs gave, as frozen dataclasses, and the comparisons and tables made of them."""
 
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,11 @@ from deepdelta.training.environment import Provenance
 
 HEADINGS = ("condition", "seeds", "{primary}", "by seed", "change to {baseline}", "95 %", "change to control", "95 %")
 
+NOT_FINITE = "not finite"
+
+Metrics = dict[str, float | None]
+"""By name; None where a number is not finite."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskCell:
@@ -24,7 +28,7 @@ class TaskCell:
     condition: str
     seed: int
     settings: dict[str, Any]
-    metrics: dict[str, float]
+    metrics: Metrics
     seconds: float
     commit: str | None
     versions: dict[str, str]
@@ -39,7 +43,7 @@ class ConditionMetrics:
     name: str
     summary: str
     control: str | None
-    metrics: dict[int, dict[str, float]]
+    metrics: dict[int, Metrics]
     against_baseline: Comparison | None
     against_control: Comparison | None
 
@@ -61,7 +65,7 @@ class TaskResults(Provenance):
 
 def conditions_of(task: Task, cells: Mapping[tuple[str, int], TaskCell]) -> tuple[ConditionMetrics, ...]:
     """The conditions with their comparisons; Holm's correction runs over all of the task's comparisons."""
-    by_name: dict[str, dict[int, dict[str, float]]] = {}
+    by_name: dict[str, dict[int, Metrics]] = {}
     for (name, seed), cell in sorted(cells.items()):
         by_name.setdefault(name, {})[seed] = cell.metrics
     pairs = [
@@ -85,10 +89,12 @@ def conditions_of(task: Task, cells: Mapping[tuple[str, int], TaskCell]) -> tupl
     )
 
 
-def _compared(task: Task, by_name: Mapping[str, Mapping[int, Mapping[str, float]]], one: str, other: str) -> Any:
+def _compared(task: Task, by_name: Mapping[str, Mapping[int, Metrics]], one: str, other: str) -> Comparison | None:
     first, second = by_name.get(one, {}), by_name.get(other, {})
-    differences = [first[seed][task.primary] - second[seed][task.primary] for seed in first if seed in second]
-    return paired(differences) if differences and all(map(math.isfinite, differences)) else None
+    pairs = [(first[seed][task.primary], second[seed][task.primary]) for seed in first if seed in second]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    # A run without a finite number is no reason to compare the others: those that failed would be left out.
+    return paired(differences) if differences and len(differences) == len(pairs) else None
 
 
 def table(results: TaskResults) -> Table:
@@ -126,11 +132,13 @@ def title(results: TaskResults) -> str:
 
 def _row(condition: ConditionMetrics, primary: str) -> tuple[str, ...]:
     values = [one[primary] for one in condition.metrics.values()]
+    finite = [value for value in values if value is not None]
+    mean = f"{statistics.fmean(finite):.4f}" if finite else ABSENT
     return (
         condition.name,
         str(len(values)),
-        f"{statistics.fmean(values):.4f}" if values else ABSENT,
-        " ".join(f"{value:.4f}" for value in values),
+        mean if len(finite) == len(values) else NOT_FINITE,
+        " ".join(NOT_FINITE if value is None else f"{value:.4f}" for value in values),
         *_comparison(condition.against_baseline),
         *_comparison(condition.against_control),
     )
@@ -150,8 +158,9 @@ def _mean(condition: ConditionMetrics, name: str) -> str:
     values = [one[name] for one in condition.metrics.values() if name in one]
     if not values:
         return ABSENT
-    if not all(map(math.isfinite, values)):
-        return "not finite"
-    found = paired(values)
+    finite = [value for value in values if value is not None]
+    if len(finite) < len(values):
+        return NOT_FINITE
+    found = paired(finite)
     reach = "" if found.t_interval is None else f" ± {found.t_interval.high - found.mean:.2g}"
     return f"{found.mean:.4g}{reach}"

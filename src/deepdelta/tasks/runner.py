@@ -1,7 +1,6 @@
 """All of a task's runs: processes of one thread side by side, each turned into a file the moment it ends."""
 
-import datetime
-import json
+import math
 import multiprocessing
 import re
 import signal
@@ -17,11 +16,11 @@ from rich.console import Console
 
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import write_json, write_text
+from deepdelta.files import make_folder, read_object, write_json, write_text
 from deepdelta.tasks.registry import load_task
 from deepdelta.tasks.results import TaskCell, TaskResults, conditions_of, markdown, table
 from deepdelta.tasks.task import Task
-from deepdelta.training.environment import commit, keep_freed_memory, machine, provenance, usable_cores, versions
+from deepdelta.training.environment import commit, keep_freed_memory, machine, now, provenance, usable_cores, versions
 from deepdelta.training.progress import reporting
 
 POLL_SECONDS = 0.5
@@ -52,6 +51,7 @@ def run_task(
         raise UserError(f"seeds must be different numbers from 0 on, at least one, got {list(seeds)}.")
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}.")
+    make_folder(out)
     settings = {condition: to_plain(task.settings_of(condition, overrides)) for condition in task.conditions}
     # Seed by seed, so that what is interrupted has whole pairs.
     wanted = [(condition, seed) for seed in seeds for condition in task.conditions]
@@ -66,7 +66,7 @@ def run_task(
         baseline=task.baseline,
         seeds=tuple(seeds),
         **provenance(command),
-        finished=_now(),
+        finished=now(),
         conditions=conditions_of(task, cells),
     )
     write_json(out / "results.json", to_plain(results))
@@ -140,29 +140,27 @@ def _cell(name: str, condition: str, seed: int, settings: dict[str, Any], shares
             shares[condition, seed] = last = share
 
     began = time.perf_counter()
-    metrics = task.run(from_plain(type(task.settings), settings), seed, progress)
+    found = task.run(from_plain(type(task.settings), settings), seed, progress)
     return TaskCell(
         task=name,
         condition=condition,
         seed=seed,
         settings=settings,
-        metrics=metrics,
+        metrics={name: value if math.isfinite(value) else None for name, value in found.items()},
         seconds=round(time.perf_counter() - began, 3),
         commit=commit(),
         versions=versions(),
         machine=machine(),
-        finished=_now(),
+        finished=now(),
     )
 
 
 def _read(task: Task, condition: str, seed: int, settings: dict[str, Any], out: Path) -> TaskCell | None:
     path = _path(out, condition, seed)
-    try:
-        cell = from_plain(TaskCell, json.loads(path.read_text(encoding="utf-8")), where=str(path))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it, or delete it to run that cell again.") from None
+    mend = "restore it, or delete it to run that cell again"
+    cell = from_plain(TaskCell, read_object(path, mend), where=str(path))
     if cell.task != task.name or (different := differences(cell.settings, settings)):
         reason = f"the task {cell.task}" if cell.task != task.name else "; ".join(different)
         raise UserError(f"{path} was made with other settings ({reason}); give another --out, or delete that file.")
@@ -171,7 +169,3 @@ def _read(task: Task, condition: str, seed: int, settings: dict[str, Any], out: 
 
 def _path(out: Path, condition: str, seed: int) -> Path:
     return out / "cells" / f"{condition}-seed{seed}.json"
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -46,9 +46,9 @@ class Split(NamedTuple):
     """Standardised by the mean and the standard deviation of the training rows."""
 
     train_x: Float[Tensor, "B F"]
-    train_y: Float[Tensor, "B"]
+    train_y: Float[Tensor, " B"]
     test_x: Float[Tensor, "C F"]
-    test_y: Float[Tensor, "C"]
+    test_y: Float[Tensor, " C"]
 
 
 def split_rows(train_rows: int, seed: int) -> Split:
@@ -86,7 +86,7 @@ class ResidualMLP(nn.Module):
         )
         self.outward = nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, 1))
 
-    def forward(self, x: Float[Tensor, "B F"]) -> Float[Tensor, "B"]:
+    def forward(self, x: Float[Tensor, "B F"]) -> Float[Tensor, " B"]:
         y: Tensor = self.outward(self.stream.reduce(self.blocks(self.stream.expand(self.inward(x)))))
         return y.squeeze(-1)
 

@@ -1,6 +1,6 @@
 """Everything that decides the numbers of a training run."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from deepdelta.config import refuse_not_finite
@@ -84,3 +84,10 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.accumulate * self.model.context
+
+    def stretched(self, steps: int) -> "TrainConfig":
+        """The same schedule over another number of steps: the warm-up keeps its share."""
+        if steps == self.steps:
+            return self
+        warmup = round(self.warmup * steps / self.steps)
+        return replace(self, steps=steps, warmup=max(min(1, self.warmup), warmup))

@@ -1,6 +1,7 @@
 """What a number depends on besides its configuration: versions, machine, commit, device."""
 
 import ctypes
+import datetime
 import importlib.util
 import os
 import platform
@@ -94,11 +95,15 @@ def machine() -> dict[str, str]:
     facts = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "cores": str(os.cpu_count()),
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
-    return facts
+    return facts | {"cores": str(os.cpu_count())}
+
+
+def now() -> str:
+    """The time in UTC, as ISO 8601 to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +116,11 @@ class Provenance:
     versions: dict[str, str]
     machine: dict[str, str]
 
-    def facts(self, *more: str | None) -> str:
-        """All of it on one line, `more` before the command; None stands for what is not finished."""
+    def facts(self, *more: str) -> str:
+        """All of it on one line, `more` before the command."""
         packages = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         facts = (f"{', '.join(self.machine.values())} cores", packages, f"commit {self.commit or 'unknown'}")
-        return "; ".join([*facts, *(one or "unfinished" for one in more), self.command])
+        return "; ".join([*facts, *more, self.command])
 
 
 def provenance(command: str, packages: dict[str, str] | None = None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.data.tokenizer import FILE_NAME
 from deepdelta.errors import UserError
-from deepdelta.files import atomic_path, remove_temporaries, write_json, write_text
+from deepdelta.files import atomic_path, read_object, remove_temporaries, write_json, write_text
 from deepdelta.training.config import TrainConfig
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
@@ -240,10 +240,7 @@ class RunDirectory:
         file = self.path / name
         if not file.exists():
             raise UserError(f"{self.path} is not a run directory: it has no {name}.")
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file} is not valid JSON ({error}).") from None
+        return read_object(file, f"restore it, or delete {self.path} and train anew")
 
 
 def append_json(file: Path, row: Mapping[str, Any]) -> None:
