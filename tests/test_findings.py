@@ -12,6 +12,7 @@ from deepdelta.config import from_plain
 from deepdelta.report import detail_tables, markdown_table
 from deepdelta.studies.config import load_study
 from deepdelta.studies.results import load_results
+from deepdelta.studies.statistics import contrasts, paired
 from deepdelta.tables import markdown_cells
 from deepdelta.tasks.results import TaskResults, main_table
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("findings", "beyond-text", "small-embeddings")
 FINDINGS = "\n".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in PAGES)
 STUDIES = sorted(set(re.findall(r"\.\./results/([\w-]+)/results\.json", FINDINGS)) - {"quick"})
+SIZED = ("additive", "additive-convolution", "delta-token-random")
 AUDITS = sorted(set(re.findall(r"\.\./results/([\w-]+)/audit\.json", FINDINGS)))
 
 
@@ -82,3 +84,49 @@ def test_a_headline_rests_on_what_its_search_chose(found: str, confirmed: str) -
         assert tuned["lr"] == min(finished)[1] and not set(tuned["seeds"]) & set(headline.seeds)
     assert candidates.search is not None
     assert not set(headline.seeds) & {seed for rung in candidates.search.rungs for seed in rung.seeds}
+
+
+def test_the_sizes() -> None:
+    for size, of in (("small", "d 32, 2 layers"), ("medium", "d 64, 4 layers"), ("large", "d 96, 6 layers")):
+        results = load_results(ROOT / "results" / "sizes" / size / "results.json")
+        plain, convolution, delta = (results.condition(one).losses() for one in SIZED)
+        changes = []
+        for one, other in ((convolution, plain), (delta, plain), (delta, convolution)):
+            found = paired([one[seed] - other[seed] for seed in results.seeds])
+            assert found.n == 5 and found.t_interval is not None
+            changes.append(f"{found.mean:+.3f} ({found.t_interval.low:+.3f} to {found.t_interval.high:+.3f})")
+        cells = (f"{of}, {results.budget.steps} steps", f"{statistics.fmean(plain.values()):.3f}", *changes)
+        assert f"| {' | '.join(cells)} |" in FINDINGS
+
+
+@pytest.mark.parametrize(
+    ("condition", "reference"),
+    [
+        ("delta-token-random", "additive"),
+        ("additive-convolution", "additive"),
+        ("expanded-normed-token-random", "additive-convolution"),
+        ("write-only-token-random", "expanded-normed-token-random"),
+        ("delta-token-random", "write-only-token-random"),
+        ("ddl", "additive"),
+    ],
+)
+def test_the_readme_s_rows(condition: str, reference: str) -> None:
+    cells = []
+    for name in ("headline", "headline-tinyshakespeare"):
+        results = load_results(ROOT / "results" / name / "results.json")
+        assert results.budgets == ("flops", "time")
+        for budget in results.budgets:
+            (found,) = (
+                one.comparison
+                for one in contrasts(results)
+                if (one.condition, one.reference, one.budget) == (condition, reference, budget)
+            )
+            assert found.t_interval is not None and found.adjusted_p is not None
+            low, high = found.t_interval.low, found.t_interval.high
+            cell = f"{found.mean:+.3f} ({low:+.3f} to {high:+.3f})"
+            apart = (low > 0) == (high > 0)
+            cells.append(
+                cell + (f", p = {found.adjusted_p:.2f} corrected" if apart and found.adjusted_p > 0.05 else "")
+            )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(cells)} |" in readme
