@@ -17,7 +17,7 @@ from deepdelta.tables import markdown_cells
 from deepdelta.tasks.results import TaskResults, main_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("findings", "attribution", "beyond-text", "small-embeddings")
+PAGES = ("findings", "sizes", "attribution", "beyond-text", "small-embeddings")
 FINDINGS = "\n".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in PAGES)
 STUDIES = sorted(set(re.findall(r"\.\./results/([\w-]+)/results\.json", FINDINGS)) - {"quick"})
 SIZED = ("additive", "additive-convolution", "delta-token-random")
