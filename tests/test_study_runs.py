@@ -300,3 +300,7 @@ def test_costs_belong_to_their_baseline(tmp_path: Path, monkeypatch: pytest.Monk
     before = collection.measure(config, 256, tmp_path / "costs.json")
     after = collection.measure(wider, 256, tmp_path / "costs.json")
     assert after["ddl-1.5"] == before["ddl-1.5"] and after["additive"] != before["additive"] and len(asked) == 5
+    # One that is left out for a while keeps what it had.
+    alone = replace(wider, conditions={"ddl-1.5": wider.conditions["ddl-1.5"]})
+    assert collection.measure(alone, 256, tmp_path / "costs.json") == {"ddl-1.5": after["ddl-1.5"]}
+    assert collection.measure(wider, 256, tmp_path / "costs.json") == after and len(asked) == 5

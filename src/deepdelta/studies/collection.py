@@ -60,6 +60,7 @@ def measure(config: StudyConfig, vocab_size: int, file: Path) -> dict[str, Cost]
     if file.exists():
         there = from_plain(Costs, read_object(file, "delete it to measure costs again"), where=str(file))
         if there.baseline == config.baseline and there.made_of.get(there.baseline) == made_of[config.baseline]:
+            made_of = there.made_of | made_of
             known = {name: cost for name, cost in there.costs.items() if there.made_of.get(name) == made_of.get(name)}
     if missing := [name for name in config.conditions if name not in known]:
         settings = {
@@ -75,8 +76,7 @@ def measure(config: StudyConfig, vocab_size: int, file: Path) -> dict[str, Cost]
                 progress=lambda done, total: reporter.update(done, "rounds of training steps, all conditions in turn"),
             )
         known = measured | known
-        costs = {name: known[name] for name in config.conditions}
-        write_json(file, to_plain(Costs(baseline=config.baseline, made_of=made_of, costs=costs)))
+        write_json(file, to_plain(Costs(baseline=config.baseline, made_of=made_of, costs=known)))
     return {name: known[name] for name in config.conditions}
 
 
