@@ -130,3 +130,16 @@ def test_the_readme_s_rows(condition: str, reference: str) -> None:
             )
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"| {' | '.join(cells)} |" in readme
+
+
+def test_the_headline_made_again_overlaps_the_committed_one() -> None:
+    first, again = (load_results(ROOT / "results" / name / "results.json") for name in ("headline", "headline-again"))
+    assert first.commit != again.commit and first.corpus == again.corpus
+    one, other = contrasts(first), contrasts(again)
+    assert len(one) == len(other) == 20
+    for a, b in zip(one, other, strict=True):
+        assert (a.condition, a.reference, a.budget) == (b.condition, b.reference, b.budget)
+        own, new = a.comparison.t_interval, b.comparison.t_interval
+        assert own is not None and new is not None and own.low <= new.high and new.low <= own.high
+        assert abs(a.comparison.mean - b.comparison.mean) < 0.0095
+    assert [c.tuned and c.tuned.lr for c in first.conditions] == [c.tuned and c.tuned.lr for c in again.conditions]
