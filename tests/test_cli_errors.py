@@ -255,4 +255,6 @@ def test_results_where_there_can_be_no_folder(
     taken.write_text("mine")
     arguments = [str(source) if word == "SOURCE" else word for word in command]
     assert f"{taken} cannot be a folder for results" in error(capsys, *arguments, "--out", taken)
-    assert taken.read_text() == "mine"
+    below = taken / "below"
+    assert f"{below} cannot be a folder for results: Not a directory" in error(capsys, *arguments, "--out", below)
+    assert taken.read_text() == "mine" and list(tmp_path.iterdir()) == [taken]

@@ -77,7 +77,9 @@ def test_what_a_killed_writer_leaves_is_removed_and_nothing_else(tmp_path: Path)
 
 def test_what_holds_no_object_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "file.json"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(
+        UserError, match=r"must hold a JSON object, but cannot be read \(No such file or directory\); mend"
+    ):
         files.read_object(file, "mend it")
     for data, message in (
         (b"{", "must hold a JSON object, but is damaged"),

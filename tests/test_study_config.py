@@ -179,6 +179,11 @@ def test_unknown_studies() -> None:
         ("lr = 0.5,", "lrr = 0.5,", "condition delta: unknown key 'lrr'; did you mean 'lr'"),
         ("lr = 0.5,", "data = { source = 'x' },", "conditions must share 'data', .* changes of delta to train"),
         ("lr = 0.5,", "threads = 4,", "conditions must share 'threads'"),
+        (
+            "lr = 0.5,",
+            "batch_size = 3,",
+            "all conditions must make steps of as many tokens, got .* for plain and .* for delta",
+        ),
         ("changes = { lr", "change = { lr", "conditions.delta: unknown key 'change'; did you mean 'changes'"),
         ('summary = "the delta rule"', "", "conditions.delta.summary: Field required"),
         ("[conditions.delta]", '[conditions."a/b"]', "names of studies and conditions name files: .*got 'a/b'"),

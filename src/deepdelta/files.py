@@ -1,5 +1,6 @@
 """Files are written whole or not at all: a temporary beside the target, flushed to disk, then renamed over it."""
 
+import errno
 import json
 import os
 import secrets
@@ -48,11 +49,12 @@ def read_object(source: Path, mend: str) -> dict[str, Any]:
         mend: what to do if the file does not hold one, for the message.
 
     Raises:
-        UserError: it holds something else.
-        FileNotFoundError: it is not there.
+        UserError: it holds something else, or cannot be read.
     """
     try:
         data = json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{source} must hold a JSON object, but cannot be read ({error.strerror}); {mend}.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{source} must hold a JSON object, but is damaged ({error}); {mend}.") from None
     if not isinstance(data, dict):
@@ -60,15 +62,15 @@ def read_object(source: Path, mend: str) -> dict[str, Any]:
     return data
 
 
-def make_folder(out: Path) -> None:
-    """A folder for results, made before the work that leads to them.
+def check_folder(out: Path) -> None:
+    """Refuse what can be no folder for results, before the work that leads to them; nothing is made yet.
 
     Raises:
         UserError: there can be none, or nothing can be written there.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be a folder for results: {error.strerror}. Give another --out.") from None
-    if not os.access(out, os.W_OK):
+    there = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        reason = os.strerror(errno.EEXIST if there == out else errno.ENOTDIR)
+        raise UserError(f"{out} cannot be a folder for results: {reason}. Give another --out.")
+    if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{out} cannot be written. Give another --out.")

@@ -16,7 +16,7 @@ from deepdelta.data import Corpus, DataConfig, load_corpus, load_tokenizer
 from deepdelta.data.sources import list_source
 from deepdelta.data.tokenizer import FILE_NAME
 from deepdelta.errors import UserError
-from deepdelta.files import make_folder, write_json
+from deepdelta.files import check_folder, write_json
 from deepdelta.training import RunDirectory, load
 from deepdelta.training.environment import choose_device, now, provenance
 from deepdelta.training.loop import corpus_facts
@@ -69,7 +69,7 @@ def audit_run(
     model = load(run).model.to(chosen.device)
     count, context = windows.shape[0], config.model.context
     total = count * passes(config.model.residual, len(model.residuals()))
-    make_folder(out)
+    check_folder(out)
     with reporting(f"Auditing {run}", total) as reporter:
         findings = audit(model, windows, sample=sample, batch_size=batch_size, progress=reporter.update)
     results = AuditResults(

@@ -14,7 +14,7 @@ from deepdelta.benchmarks.config import MEASURES, Case, Group, Suite
 from deepdelta.benchmarks.results import BenchResults, GroupResult, Row, bars_of, save_results, timing_of
 from deepdelta.benchmarks.subjects import Subject, build, code_of, problem, triad
 from deepdelta.errors import UserError
-from deepdelta.files import make_folder, write_text
+from deepdelta.files import check_folder, write_text
 from deepdelta.training.environment import (
     Device,
     choose_device,
@@ -60,7 +60,7 @@ def run_suite(
     rounds, threads = rounds or suite.rounds, threads or usable_cores()
     chosen = choose_device(suite.device, suite.precision)
     console, began = Console(), now()
-    make_folder(out)
+    check_folder(out)
     skipped = {group.name: _skipped(group, suite) for group in suite.groups}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -181,7 +181,7 @@ def _measure(
             {name: subject.stages for name, subject in subjects.items()},
             rounds=rounds,
             device=chosen.device,
-            progress=lambda rounds, _: reporter.update(prepared + rounds * len(group.cases), group.name),
+            progress=lambda made, _: reporter.update(prepared + made * len(group.cases), group.name),
         )
     codes = {case.name: code_of(case, chosen.device.type) for case in group.cases} | {"triad": "PyTorch"}
     rows = tuple(_row(group, name, codes[name], subjects, times, peaks) for name in subjects)

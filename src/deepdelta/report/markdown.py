@@ -35,6 +35,5 @@ def scaling_markdown(found: Scaling, studies: Mapping[str, StudyResults]) -> str
     pages = [
         study_markdown(results).replace("\n### ", "\n#### ").replace("# ", "## ", 1) for results in studies.values()
     ]
-    return "\n".join(
-        [markdown_page(f"Sizes {found.name}", (found.facts(found.finished),), (scaling_table(found),)), *pages]
-    )
+    laws = markdown_page(f"Sizes {found.name}", (found.facts(found.finished),), (scaling_table(found),))
+    return "\n".join([laws, *pages])

@@ -10,7 +10,7 @@ from deepdelta.analysis.cost import Cost
 from deepdelta.config import to_plain
 from deepdelta.data import Corpus, check_context, load_corpus, train_tail
 from deepdelta.errors import UserError
-from deepdelta.files import make_folder, read_object, write_json, write_text
+from deepdelta.files import check_folder, read_object, write_json, write_text
 from deepdelta.report import (
     detail_tables,
     plot,
@@ -121,7 +121,6 @@ def run_search(config: StudyConfig, out: Path, *, workers: int | None = None, co
     assert config.search is not None
     study = _prepare(config, out, workers)
     tuning = study.planner.tuning(study.tail)
-    claim(tuning.values())
     write_json(out / "study.json", to_plain(config))
     with pool(config, study.workers, tuning.values()) as runs:
         tuned = _tune(study, runs)
@@ -169,7 +168,7 @@ def _prepare(config: StudyConfig, out: Path, workers: int | None) -> Prepared:
     if file.exists() and (there := read_object(file, mend).get("name")) != config.name:
         raise UserError(f"{out} already holds the study '{there}'; {mend}.")
     claim(Planner(config, corpus, {}, out).tuning(tail).values())
-    make_folder(out)
+    check_folder(out)
     costs = measure(config, settings.model.vocab_size or corpus.vocab_size, out / "costs.json")
     return Prepared(
         config,

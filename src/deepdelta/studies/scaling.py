@@ -183,10 +183,8 @@ def _points(results: Sequence[StudyResults], name: str, seeds: Sequence[int]) ->
 
 
 def _flops(results: StudyResults, name: str) -> float:
-    condition = results.condition(name)
-    return (
-        (condition.runs[0].steps or results.budget.steps) * results.budget.tokens_per_step * condition.flops_per_token
-    )
+    condition, budget = results.condition(name), results.budget
+    return (condition.runs[0].steps or budget.steps) * budget.tokens_per_step * condition.flops_per_token
 
 
 def _fits(results: Sequence[StudyResults], name: str, seeds: Sequence[int], floor: bool) -> list[Law]:

@@ -1,7 +1,7 @@
 """What a task's runs gave, as frozen dataclasses, and the comparisons and tables made of them."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,10 +91,16 @@ def conditions_of(task: Task, cells: Mapping[tuple[str, int], TaskCell]) -> tupl
 
 def _compared(task: Task, by_name: Mapping[str, Mapping[int, Metrics]], one: str, other: str) -> Comparison | None:
     first, second = by_name.get(one, {}), by_name.get(other, {})
-    pairs = [(first[seed][task.primary], second[seed][task.primary]) for seed in first if seed in second]
-    differences = [a - b for a, b in pairs if a is not None and b is not None]
-    # A run without a finite number is no reason to compare the others: those that failed would be left out.
-    return paired(differences) if differences and len(differences) == len(pairs) else None
+    shared = [seed for seed in first if seed in second]
+    ours, theirs = (_finite([by_seed[seed][task.primary] for seed in shared]) for by_seed in (first, second))
+    # With a run that has no finite number there is no comparison: those that failed would be left out of it.
+    return paired([a - b for a, b in zip(ours, theirs, strict=True)]) if ours and theirs else None
+
+
+def _finite(values: Sequence[float | None]) -> list[float] | None:
+    """The values, or None where one of them is not finite."""
+    found = [value for value in values if value is not None]
+    return found if len(found) == len(values) else None
 
 
 def table(results: TaskResults) -> Table:
@@ -132,12 +138,11 @@ def title(results: TaskResults) -> str:
 
 def _row(condition: ConditionMetrics, primary: str) -> tuple[str, ...]:
     values = [one[primary] for one in condition.metrics.values()]
-    finite = [value for value in values if value is not None]
-    mean = f"{statistics.fmean(finite):.4f}" if finite else ABSENT
+    finite = _finite(values)
     return (
         condition.name,
         str(len(values)),
-        mean if len(finite) == len(values) else NOT_FINITE,
+        NOT_FINITE if finite is None else f"{statistics.fmean(finite):.4f}" if finite else ABSENT,
         " ".join(NOT_FINITE if value is None else f"{value:.4f}" for value in values),
         *_comparison(condition.against_baseline),
         *_comparison(condition.against_control),
@@ -158,8 +163,7 @@ def _mean(condition: ConditionMetrics, name: str) -> str:
     values = [one[name] for one in condition.metrics.values() if name in one]
     if not values:
         return ABSENT
-    finite = [value for value in values if value is not None]
-    if len(finite) < len(values):
+    if (finite := _finite(values)) is None:
         return NOT_FINITE
     found = paired(finite)
     reach = "" if found.t_interval is None else f" ± {found.t_interval.high - found.mean:.2g}"

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import make_folder, read_object, write_json, write_text
+from deepdelta.files import check_folder, read_object, write_json, write_text
+from deepdelta.studies.cells import MEND
 from deepdelta.tasks.registry import load_task
 from deepdelta.tasks.results import TaskCell, TaskResults, conditions_of, markdown, table
 from deepdelta.tasks.task import Task
@@ -51,7 +52,7 @@ def run_task(
         raise UserError(f"seeds must be different numbers from 0 on, at least one, got {list(seeds)}.")
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}.")
-    make_folder(out)
+    check_folder(out)
     settings = {condition: to_plain(task.settings_of(condition, overrides)) for condition in task.conditions}
     # Seed by seed, so that what is interrupted has whole pairs.
     wanted = [(condition, seed) for seed in seeds for condition in task.conditions]
@@ -159,8 +160,7 @@ def _read(task: Task, condition: str, seed: int, settings: dict[str, Any], out: 
     path = _path(out, condition, seed)
     if not path.exists():
         return None
-    mend = "restore it, or delete it to run that cell again"
-    cell = from_plain(TaskCell, read_object(path, mend), where=str(path))
+    cell = from_plain(TaskCell, read_object(path, MEND), where=str(path))
     if cell.task != task.name or (different := differences(cell.settings, settings)):
         reason = f"the task {cell.task}" if cell.task != task.name else "; ".join(different)
         raise UserError(f"{path} was made with other settings ({reason}); give another --out, or delete that file.")
