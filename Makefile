@@ -1,10 +1,11 @@
 # make study   set up, then train the quick study and write its report
-# make test    set up, then run the whole test suite
+# make test    set up, then run the whole test suite on all cores
 # make matrix  set up, then try all 29,298 combinations of the residual's settings (about 20 minutes)
 # make check   lint, format and types, without running anything
 # make fresh-clone   both README commands in a fresh clone of the last commit
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 EXTRAS_study := study,fast
 EXTRAS_test := test
 
@@ -13,11 +14,11 @@ EXTRAS_test := test
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
 
-test: .venv/test.stamp
-	$(BIN)/python -m pytest
+test: .venv/test.stamp .venv/torchvision.stamp
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 matrix: .venv/test.stamp
-	$(BIN)/python -m pytest tests/test_matrix.py -m matrix --timeout 3600
+	$(BIN)/python -m pytest tests/test_matrix.py -m matrix --timeout 7200
 
 check: .venv/test.stamp
 	$(BIN)/ruff check src tests
@@ -37,7 +38,14 @@ clean:
 		{ echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
 
+# PyPI's torchvision does not load beside a CPU build of torch, and then transformers does not either: a folder apart.
+.venv/torchvision.stamp: constraints.txt .venv/test.stamp
+	rm -rf .venv/torchvision
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision
+	$(PIP) --no-deps --target .venv/torchvision torchvision
+	@touch $@
+
 .venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing into .venv (some minutes the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS_$*)]"
+	$(PIP) --editable ".[$(EXTRAS_$*)]"
 	@touch $@

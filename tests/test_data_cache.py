@@ -72,7 +72,7 @@ def test_another_tokenizer_is_another_entry(text: Path, tmp_path: Path) -> None:
 
 
 def test_two_threads_building_at_once_share_one_result(tmp_path: Path) -> None:
-    both_build = threading.Barrier(2, timeout=20)
+    both_build = threading.Barrier(2, timeout=600)
     found: list[Path] = []
 
     def work(name: str) -> None:

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from deepdelta.report import markdown_table
 from deepdelta.studies.results import load_results
 
@@ -31,7 +29,6 @@ def test_python_blocks(tmp_path: Path) -> None:
     assert re.fullmatch(r"mean gate [01]\.\d+\n", done.stdout)
 
 
-@pytest.mark.timeout(400)
 def test_shell_blocks(tmp_path: Path) -> None:
     done = run(["bash", "-euo", "pipefail", "-c", "\n".join(blocks("bash"))], tmp_path)
     assert done.returncode == 0, done.stderr

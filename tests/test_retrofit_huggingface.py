@@ -151,3 +151,9 @@ def test_the_libraries_are_not_imported():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_environment_of_the_tests_imports_transformers_as_a_user_does():
+    code = "from transformers import LlamaForCausalLM, ViTModel; print(LlamaForCausalLM.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "LlamaForCausalLM\n", done.stderr
