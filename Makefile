@@ -2,6 +2,7 @@
 # make test    set up, then run the whole test suite on all cores
 # make matrix  set up, then try all 29,298 combinations of the residual's settings (about 20 minutes)
 # make check   lint, format and types, without running anything
+# make fingerprint BASE=COMMIT   losses of 20 steps of every preset here and at that commit, bit for bit
 # make fresh-clone   both README commands in a fresh clone of the last commit
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 EXTRAS_study := study,fast
 EXTRAS_test := test
 
-.PHONY: study test matrix check fresh-clone clean
+.PHONY: study test matrix check fingerprint fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
@@ -24,6 +25,15 @@ check: .venv/test.stamp
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
+
+fingerprint: .venv/test.stamp
+	@test -n "$(BASE)" || { echo "Name the commit to compare with: make fingerprint BASE=COMMIT"; exit 2; }
+	rm -rf build/base
+	git clone --quiet --no-checkout . build/base
+	git -C build/base checkout --quiet $(BASE)
+	PYTHONPATH=build/base/src $(BIN)/python tests/fingerprint.py measure build/base.json
+	PYTHONPATH=src $(BIN)/python tests/fingerprint.py measure build/here.json --like build/base.json
+	$(BIN)/python tests/fingerprint.py compare build/base.json build/here.json
 
 fresh-clone:
 	rm -rf build/fresh-clone
