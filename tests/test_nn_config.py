@@ -89,12 +89,43 @@ def test_ranges(name, low, high):
     for value in (low - 1, high + 1, low - 1e9, high * 2 + 1):
         with pytest.raises(UserError, match=rf"{name} must lie in \[.*\], got {kind(value)!r}".replace("+", r"\+")):
             ResidualConfig(**{name: kind(value)})
+    # Learned gates have a narrower range, below.
     extra = {"compression_kernel": 4} if name != "compression_kernel" else {}
+    extra |= {"gate": "constant"}
     for value in (kind(low), kind(high)):
         assert getattr(ResidualConfig(**{name: value, **extra}), name) == value
     if kind is float:
         with pytest.raises(UserError, match=f"{name} must lie in"):
             ResidualConfig(**{name: float("nan")})
+
+
+USED_BY = {
+    "gate_init": ("delta", "write_only", "erase_only", "two_gate"),
+    "erase_init": ("additive_erase", "two_gate"),
+}
+
+
+@pytest.mark.parametrize("name", USED_BY)
+@pytest.mark.parametrize("rule", get_args(get_type_hints(ResidualConfig)["rule"]))
+@pytest.mark.parametrize("gate", get_args(get_type_hints(ResidualConfig)["gate"]))
+def test_a_learned_gate_that_could_not_learn_is_refused(name, rule, gate):
+    """Where the rule has that gate and it is no constant; the value that the message names is taken."""
+    used = rule in USED_BY[name] and gate != "constant"
+    for start, mended in ((0.0, "0.001"), (1e-6, "0.001"), (2.0, "1.999"), (1.9995, "1.999")):
+        settings = {"rule": rule, "gate": gate, name: start}
+        if not used:
+            assert getattr(ResidualConfig(**settings), name) == start
+            continue
+        message = f"{name} must lie in .* got {start}: .*learns is {mended}; gate='constant'"
+        with pytest.raises(UserError, match=message):
+            ResidualConfig(**settings)
+        assert getattr(ResidualConfig(**{**settings, name: float(mended)}), name) == float(mended)
+
+
+@pytest.mark.parametrize("options", [{"plain_start": True}, {"gate_per_channel": True}], ids=str)
+def test_erase_gates_that_could_not_learn_are_refused_in_every_form(options):
+    with pytest.raises(UserError, match="erase_init must lie in"):
+        ResidualConfig(rule="additive_erase", erase_init=0.0, **options)
 
 
 CHOICES = {name: get_args(kind) for name, kind in get_type_hints(ResidualConfig).items() if get_args(kind)}

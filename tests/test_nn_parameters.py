@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deepdelta import DeltaStream
 from deepdelta.nn import initialise
+from deepdelta.nn.config import LEARNING
 from helpers import near, randn
 
 RULES = ["delta", "write_only", "erase_only", "additive", "additive_erase", "two_gate"]
@@ -167,13 +168,29 @@ def test_matrices_start_normal_with_the_stated_deviation(init_factor):
 
 
 @pytest.mark.parametrize("gate", ["linear", "two_layer"])
-@pytest.mark.parametrize(("start", "expected"), [(0.1, 0.1), (1.0, 1.0), (1.9, 1.9), (0.0, 2e-6), (2.0, 2 - 2e-6)])
-def test_gates_start_at_their_setting(gate, start, expected):
-    """The output bias is logit(beta0 / 2), clamped away from the ends where it would be infinite."""
+@pytest.mark.parametrize("start", [0.001, 0.1, 1.0, 1.9, 1.999])
+def test_gates_start_at_their_setting(gate, start):
+    """The output bias is logit(beta0 / 2)."""
     bias = parameters(gate=gate, gate_init=start)["gate.outer.bias"]
-    share = expected / 2
-    near(bias.detach(), torch.tensor([math.log(share) - math.log(1 - share)], dtype=torch.float32), tol=1e-6)
-    assert float(2 * torch.sigmoid(bias.detach().double())) == pytest.approx(expected, rel=1e-5)
+    near(bias.detach(), torch.tensor([math.log(start / 2) - math.log(1 - start / 2)], dtype=torch.float32), tol=1e-6)
+    assert float(2 * torch.sigmoid(bias.detach().double())) == pytest.approx(start, rel=1e-5)
+
+
+@pytest.mark.parametrize("start", LEARNING)
+def test_gates_learn_from_the_ends_of_their_range(start):
+    """Gradient descent opens them; from where they used to start for 0 and 2, it does not."""
+    learned = DeltaStream(D, V, seed=0, gate_init=start).wrap().gate.outer.bias
+
+    def trained(bias):
+        for _ in range(2000):
+            beta = 2 * torch.sigmoid(bias)
+            (slope,) = torch.autograd.grad((beta - 1).square().sum(), bias)
+            bias = (bias - slope).detach().requires_grad_()
+        return (2 * torch.sigmoid(bias)).item()
+
+    assert trained(learned) == pytest.approx(1.0, abs=1e-3)
+    end = 2e-6 if start < 1 else 2 - 2e-6
+    assert abs(trained(torch.tensor([math.log(end / (2 - end))], requires_grad=True)) - 1) > 0.99
 
 
 def test_erase_gates_start_at_their_own_setting():

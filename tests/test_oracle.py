@@ -131,7 +131,7 @@ def test_keys_without_effect_have_none():
     for change in (
         {"ddl_state_dv_shortconv_causal": True},
         {"ddl_state_read_init": 0.7},
-        {"ddl_beta_init": 0.3},
+        *({"ddl_beta_init": start} for start in (-1.0, 0.0, 0.3, 2.0)),
         {"hidden_init_std_factor": 2.0, "embedding_init_std": 1.0},
     ):
         assert backward(load_published(given.config | change, given.parameters), given)[0].equal(expected), change

@@ -14,6 +14,7 @@ from torch import Tensor
 from deepdelta.config import from_plain
 from deepdelta.errors import UserError, nearest
 from deepdelta.models import GPT, GPTConfig
+from deepdelta.nn.config import LEARNING
 
 SIZES = {
     "vocab_size": ("vocab_size", 50304),
@@ -239,7 +240,8 @@ def _residual(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         "target_scale": setting.ddl_v_sigmoid_scale,
         "target_value": value,
         "gate": "linear" if setting.ddl_beta_single_linear else "two_layer",
-        "gate_init": min(max(setting.ddl_beta_init, 0.0), 2.0),
+        # The tensors hold the gate; where it once started is of no effect.
+        "gate_init": min(max(setting.ddl_beta_init, LEARNING[0]), LEARNING[1]),
         "gate_hidden": setting.ddl_beta_hidden_size,
         "gate_hidden_bias": False,
         "expansion": "embedding_conv" if "input_embed.conv.weight" in names else "repeat",

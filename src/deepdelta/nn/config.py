@@ -54,7 +54,7 @@ class ResidualConfig:
     gate: Gate = "linear"
     """linear and two_layer: 2 sigmoid(g(c)), logits in fp32; constant: gate_init itself."""
     gate_init: float = 1.0
-    """beta at the start, in [0, 2]."""
+    """beta at the start, in [0, 2]; within `LEARNING` unless it is constant."""
     gate_hidden: int = 128
     """Hidden width of `two_layer`."""
     gate_hidden_bias: bool = True
@@ -62,7 +62,8 @@ class ResidualConfig:
     gate_per_channel: bool = False
     """One gate per value channel instead of one for all (an extension)."""
     erase_init: float = 0.1
-    """The erase gate at the start, for rules whose erase has a gate of its own (additive_erase, two_gate)."""
+    """The erase gate at the start, for rules whose erase has a gate of its own (additive_erase, two_gate); as
+    `gate_init`."""
     plain_start: bool = False
     """additive_erase starts as the plain residual X + h, exactly: its erase gate is multiplied by a learned number that
     starts at 0, W of w_h = 1 + W c starts at 0, and the weights of `channel` add up to 1 but differ."""
@@ -102,6 +103,26 @@ class ResidualConfig:
         for illegal in ILLEGAL:
             if illegal.holds(self):
                 raise UserError(f"{illegal.settings}: {illegal.reason}")
+        low, high = LEARNING
+        starts = {"gate_init": self.has_gate, "erase_init": self.has_erase_gate}
+        for name in [name for name, used in starts.items() if used and self.gate != "constant"]:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(
+                    f"{name} must lie in [{low:g}, {high:g}] where the gate is learned, got {value!r}: at 0 and 2 its "
+                    f"slope is 0. The nearest value that learns is {low if value < low else high:g}; gate='constant' "
+                    "takes any."
+                )
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the rule has a gate that starts at `gate_init`."""
+        return self.rule not in ("additive", "additive_erase")
+
+    @property
+    def has_erase_gate(self) -> bool:
+        """Whether the erase has a gate of its own, which starts at `erase_init`."""
+        return self.rule in ("additive_erase", "two_gate")
 
     @property
     def erases(self) -> bool:
@@ -143,6 +164,9 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("compression_kernel", 1, 4096),
     ("norm_eps", 0.0, 1.0),
 )
+
+LEARNING = (1e-3, 2 - 1e-3)
+"""Where a learned gate may start: its slope beta (2 - beta) / 2 is 0.5 at 1, 0.001 at these ends and 0 beyond them."""
 
 
 @dataclass(frozen=True)

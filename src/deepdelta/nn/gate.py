@@ -14,8 +14,8 @@ from deepdelta.ops import accumulation_dtype
 
 
 def gate_logit(beta: float) -> float:
-    """The g with 2 sigmoid(g) = beta, beta kept 2e-6 away from the ends, where g would be infinite."""
-    share = min(max(beta / 2, 1e-6), 1 - 1e-6)
+    """The g with 2 sigmoid(g) = beta, beta in (0, 2)."""
+    share = beta / 2
     return math.log(share) - math.log1p(-share)
 
 
@@ -31,7 +31,8 @@ class Gate(Initialised):
         super().__init__()
         self.rank, self.beta_start = config.rank, beta_start
         self.outputs = config.rank * (config.value_channels if config.gate_per_channel else 1)
-        bias = gate_logit(beta_start)
+        if config.gate != "constant":
+            bias = gate_logit(beta_start)
         if config.gate == "two_layer":
             hidden_bias = 0.0 if config.gate_hidden_bias else None
             self.inner = Linear(dim, config.gate_hidden, std=std, bias=hidden_bias, precise=True)

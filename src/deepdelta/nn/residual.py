@@ -78,9 +78,9 @@ class DeltaResidual(nn.Module):
         rule = config.rule
         if rule != "additive":
             self.direction = build_direction(config, dim, std)
-        if rule not in ("additive", "additive_erase"):
+        if config.has_gate:
             self.gate = Gate(config, dim, std, config.gate_init)
-        if rule in ("additive_erase", "two_gate"):
+        if config.has_erase_gate:
             self.erase_gate = Gate(config, dim, std, config.erase_init)
         if config.uses_target:
             self.target = Target(config, dim, std)
