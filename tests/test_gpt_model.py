@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from deepdelta import GPT, PRESETS, GPTConfig, ResidualConfig, UserError
+from deepdelta.models.gpt import label_loss
 from helpers import perturb, randn
 
 RULES = ["delta", "write_only", "erase_only", "additive", "additive_erase", "two_gate"]
@@ -204,6 +206,27 @@ def test_loss():
     picked = [-log_probability[b, t, labels[b, t]] for b in range(2) for t in range(8) if labels[b, t] != -1]
     assert len(picked) == 11
     torch.testing.assert_close(loss, torch.stack(picked).mean(), rtol=1e-12, atol=0)
+    labels[0, :3] = -100  # PyTorch's own
+    for dtype in (torch.int64, torch.int32):
+        assert torch.equal(model(ids, labels.to(dtype)).loss, loss)
+
+
+def test_the_loss_is_pytorch_s_bit_for_bit_where_labels_count():
+    logits, labels = randn(3, 50, 64).float().requires_grad_(), torch.randint(0, 64, (3, 50))
+    labels[1, 7:20] = -100
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss = label_loss(logits, labels)
+    assert torch.equal(loss, expected)
+    assert torch.equal(*(torch.autograd.grad(one, logits)[0] for one in (loss, expected)))
+
+
+@pytest.mark.parametrize("ignored", [-1, -100])
+def test_without_a_label_that_counts_loss_and_gradients_are_0(ignored):
+    model = small()
+    loss = model(tokens(), torch.full((2, 8), ignored)).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_precisions(gate_dtypes):

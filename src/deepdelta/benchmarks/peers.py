@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from deepdelta.benchmarks.config import Peer
 from deepdelta.models import GPTConfig, GPTOutput
 from deepdelta.models.attention import Rotary
-from deepdelta.models.gpt import Embedding, layer_branches
+from deepdelta.models.gpt import Embedding, label_loss, layer_branches
 from deepdelta.nn import RMSNorm, initialise
 
 STREAMS = 4
@@ -66,9 +66,7 @@ class PeerGPT(nn.Module):
     def forward(self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"] | None = None) -> GPTOutput:
         c_BTD = self.norm(self.body(self.embedding(input_ids)))
         logits = F.linear(c_BTD, self.embedding.weight)
-        if labels is None:
-            return GPTOutput(logits, None)
-        return GPTOutput(logits, F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1))
+        return GPTOutput(logits, None if labels is None else label_loss(logits, labels))
 
 
 class XTransformersBody(nn.Module):

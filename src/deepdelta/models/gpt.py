@@ -85,7 +85,19 @@ class GPTOutput(NamedTuple):
     logits: Tensor
     """(B, T, vocabulary)."""
     loss: Tensor | None
-    """Mean cross-entropy in nats over the labels other than -1; None without labels."""
+    """`label_loss`; None without labels."""
+
+
+def label_loss(logits: Float[Tensor, "B T vocabulary"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy in nats, in fp32 or wider, over the labels other than -1 and -100.
+
+    Where no label counts it is 0, with gradients that are 0.
+    """
+    wide = logits.flatten(0, 1).to(accumulation_dtype(logits.dtype))
+    targets = labels.flatten().long()
+    targets = targets.masked_fill(targets == -100, -1)
+    total = F.cross_entropy(wide, targets, ignore_index=-1, reduction="sum")
+    return total / (targets != -1).sum().clamp(min=1)
 
 
 class Embedding(Initialised):
@@ -167,7 +179,7 @@ class GPT(nn.Module):
         return [residual for layer in self.layers for residual in (layer.attention, layer.mlp)]
 
     def forward(self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"] | None = None) -> GPTOutput:
-        """Logits for every position, and the loss where labels are given (labels are the next tokens; -1 is ignored).
+        """Logits for every position, and where labels (the next tokens) are given their `label_loss`.
 
         Raises:
             UserError: more tokens than the model's context.
@@ -182,7 +194,4 @@ class GPT(nn.Module):
         for residual, following in zip(residuals, [*(later.reading() for later in residuals[1:]), head], strict=True):
             opened = residual(opened, following)
         logits = F.linear(opened.c, self.embedding.weight)
-        if labels is None:
-            return GPTOutput(logits, None)
-        wide = logits.flatten(0, 1).to(accumulation_dtype(logits.dtype))
-        return GPTOutput(logits, F.cross_entropy(wide, labels.flatten(), ignore_index=-1))
+        return GPTOutput(logits, None if labels is None else label_loss(logits, labels))
