@@ -1,7 +1,6 @@
 """Files are written whole or not at all."""
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deepdelta import UserError, files
-from deepdelta.files import atomic_path, remove_temporaries, write_json, write_text
+from deepdelta.files import atomic_path, write_json, write_text
 
 
 def listing(folder: Path) -> list[str]:
@@ -20,7 +19,7 @@ def test_the_target_changes_only_when_the_block_has_ended(tmp_path: Path) -> Non
     target = tmp_path / "new" / "file"
     with atomic_path(target) as temporary:
         temporary.write_text("new")
-        assert temporary.parent == target.parent and not target.exists()
+        assert temporary.parent.parent == target.parent and not target.exists()
     assert target.read_text() == "new"
     with atomic_path(target) as temporary:
         temporary.write_text("newer")
@@ -56,23 +55,33 @@ def test_json_that_no_reader_accepts_is_not_written(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["file.json"]
 
 
-def test_what_a_killed_writer_leaves_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_what_a_killed_writer_leaves_is_removed_at_the_next_write_and_nothing_else(tmp_path: Path) -> None:
+    """What the writer's library wrote beside its file goes with it; what a living process writes stays."""
     write_text(tmp_path / "file.txt", "old")
-    kept = ["file.txt", ".lock", ".hidden-file", ".file-0123456789abcdeg", "file-0123456789abcdef"]
+    kept = ["file.txt", ".lock", ".file-0123456789abcdef", ".tmpAbCdEf", ".deepdelta-partial", ".0123456789abcdef"]
     for name in kept[1:]:
         (tmp_path / name).touch()
+    (tmp_path / f".{'a' * 16}.deepdelta-partial").write_text("a file of somebody else, though named as our folders are")
+    kept.append(f".{'a' * 16}.deepdelta-partial")
     # The module alone, since importing the package takes seconds.
     script = (
-        "import os, pathlib, runpy, signal, sys\n"
+        "import pathlib, runpy, sys, time\n"
         "with runpy.run_path(sys.argv[1])['atomic_path'](pathlib.Path('file.txt')) as temporary:\n"
         "    temporary.write_text('half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    (temporary.parent / '.tmpAbCdEf').write_text('half')\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(600)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", script, str(Path(files.__file__).resolve())], cwd=tmp_path)
-    assert ended.returncode == -signal.SIGKILL
-    assert len(listing(tmp_path)) == len(kept) + 1 and (tmp_path / "file.txt").read_text() == "old"
-    remove_temporaries(tmp_path)
-    assert listing(tmp_path) == sorted(kept)
+    command = [sys.executable, "-c", script, str(Path(files.__file__).resolve())]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == b"writing\n"
+        write_text(tmp_path / "other.txt", "of this process")
+        (partial,) = set(listing(tmp_path)) - {*kept, "other.txt"}
+        assert listing(tmp_path / partial) == [".tmpAbCdEf", "file.txt", "lock"]
+        writer.kill()
+    assert partial in listing(tmp_path) and (tmp_path / "file.txt").read_text() == "old"
+    write_text(tmp_path / "other.txt", "again")
+    assert listing(tmp_path) == sorted([*kept, "other.txt"])
 
 
 def test_what_holds_no_object_is_refused_by_name(tmp_path: Path) -> None:

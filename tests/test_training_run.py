@@ -274,7 +274,6 @@ def test_a_start_anew_leaves_nothing_of_the_run_before(copy: Path, tmp_path: Pat
     ids = tmp_path / "ids.bin"
     torch.arange(4000, dtype=torch.int32).remainder(50).to(torch.uint16).numpy().tofile(ids)
     (copy / "config.json").unlink()
-    (copy / f".checkpoint.safetensors-{'0' * 16}").touch()
     quietly(config(ids, steps=3, data={"bin_vocab_size": 50}), copy)
     assert load(copy).tokenizer is None
     assert [row["step"] for row in rows(copy)] == [1, 2, 3, 3]

@@ -1,35 +1,62 @@
 """Files are written whole or not at all: a temporary beside the target, flushed to disk, then renamed over it."""
 
 import errno
+import fcntl
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from deepdelta.errors import UserError
 
+PARTIAL, LOCK = ".deepdelta-partial", "lock"
+"""How a folder that a file is being written in ends, and the file in it that its writer holds locked."""
+
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path in the target's folder that becomes `target` when the block ends without an error."""
+    """A temporary path that becomes `target` when the block ends without an error.
+
+    It lies in a folder of its own beside the target, so that what a library writes beside it in turn is there too. What
+    killed writers left beside the target is removed first.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
-    try:
+    _remove_abandoned(target.parent)
+    with _workplace(target.parent) as folder:
+        temporary = folder / target.name
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, target)
+
+
+@contextmanager
+def _workplace(beside: Path) -> Iterator[Path]:
+    """A new folder in `beside`, gone when the block ends. Its lock is held as long as its writer lives."""
+    folder = beside / f".{secrets.token_hex(8)}"
+    folder.mkdir()
+    try:
+        with (folder / LOCK).open("w") as lock:
+            with suppress(OSError):  # a file system without locks, on which nobody removes what others left
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            # It takes the name that others look for only now that it is locked.
+            folder = folder.rename(folder.with_name(folder.name + PARTIAL))
+            yield folder
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what killed writers left in `folder`; for a caller who knows that nobody writes there now."""
-    for left in folder.glob(f".*-{'[0-9a-f]' * 16}"):
-        left.unlink(missing_ok=True)
+def _remove_abandoned(folder: Path) -> None:
+    """Delete what killed writers left in `folder`, and nothing that a living one writes."""
+    for left in folder.glob(f".{'[0-9a-f]' * 16}{PARTIAL}"):
+        # An error: its lock is held, or gone with its writer, or the file system has none.
+        with suppress(OSError), (left / LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
 
 
 def write_text(target: Path, text: str) -> None:

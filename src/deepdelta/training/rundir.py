@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.data.tokenizer import FILE_NAME
 from deepdelta.errors import UserError
-from deepdelta.files import atomic_path, read_object, remove_temporaries, write_json, write_text
+from deepdelta.files import atomic_path, read_object, write_json, write_text
 from deepdelta.training.config import TrainConfig
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
@@ -62,7 +62,6 @@ class RunDirectory:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another process is training in {self.path}; wait for it or stop it.") from None
-            remove_temporaries(self.path)
             yield
 
     @property
