@@ -17,7 +17,7 @@ from deepdelta.tables import markdown_cells
 from deepdelta.tasks.results import TaskResults, main_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("findings", "sizes", "attribution", "beyond-text", "small-embeddings")
+PAGES = ("findings", "sizes", "attribution", "beyond-text")
 FINDINGS = "\n".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in PAGES)
 STUDIES = sorted(set(re.findall(r"\.\./results/([\w-]+)/results\.json", FINDINGS)) - {"quick"})
 SIZED = ("additive", "additive-convolution", "delta-token-random")
@@ -41,9 +41,8 @@ def test_effects_of_factors(name: str) -> None:
     assert markdown_cells(effects).split("\n", 2)[2].strip() in FINDINGS
 
 
-@pytest.mark.parametrize("name", ["control-matrix", "small-embeddings-matrix"])
-def test_the_means_of_a_control_matrix(name: str) -> None:
-    results = load_results(ROOT / "results" / name / "results.json")
+def test_the_means_of_a_control_matrix() -> None:
+    results = load_results(ROOT / "results" / "control-matrix" / "results.json")
     states = ("", "-4-repeat-channel", "-4-repeat-token", "-4-conv-channel", "-4-conv-token")
     for rule in ("additive", "additive-erase", "write-only", "delta", "erase-only"):
         losses = [list(results.condition(rule + state).losses().values()) for state in states]
@@ -70,12 +69,9 @@ def test_an_audit_s_rows(name: str) -> None:
         assert any(line.startswith(row) and line.endswith(end) for line in FINDINGS.splitlines()), residual["name"]
 
 
-@pytest.mark.parametrize(
-    ("found", "confirmed"), [("parameterization", "headline"), ("small-embeddings-search", "small-embeddings")]
-)
-def test_a_headline_rests_on_what_its_search_chose(found: str, confirmed: str) -> None:
-    search = json.loads((ROOT / "results" / found / "search.json").read_text(encoding="utf-8"))
-    headline, candidates = load_study(confirmed), load_study(found)
+def test_the_headline_rests_on_what_its_search_chose() -> None:
+    search = json.loads((ROOT / "results" / "parameterization" / "search.json").read_text(encoding="utf-8"))
+    headline, candidates = load_study("headline"), load_study("parameterization")
     (winner,) = search["winners"]
     residual = candidates.conditions[winner].changes["model"]["residual"]
     assert headline.conditions[winner].changes["model"]["residual"] == residual
