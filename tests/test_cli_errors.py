@@ -126,7 +126,7 @@ def test_unknown_names(capsys: pytest.CaptureFixture[str], finished: Path, tmp_p
         (("--model.dim", "10", "--model.heads", "3"), "dim must be a multiple of heads, got dim=10, heads=3"),
         (("--model.residual.value-channels", "1"), "one value channel has nothing to expand"),
         (("--data.validation-fraction", "1"), "validation_fraction must lie between 0 and 1, got 1"),
-        (("--config", "absent.toml"), "there is no configuration file absent.toml"),
+        (("--config", "absent.toml"), "absent.toml cannot be read: No such file or directory"),
     ],
 )
 def test_options_out_of_range(
@@ -144,9 +144,9 @@ def test_options_out_of_range(
         ("a.toml", "lr = 1979-05-27", "a.toml: lr: Input should be a valid number, got '1979-05-27'"),
         ("a.toml", "lr = inf", "lr must be finite, got inf"),
         ("a.toml", "model = 3", "a.toml: model: Input should be an object, got 3"),
-        ("a.toml", "steps = ", "a.toml is neither valid TOML (.toml) nor JSON"),
-        ("a.json", "[1]", "a.json must hold an object of settings, got list"),
-        ("a.json", "\xff", "a.json is neither valid TOML (.toml) nor JSON"),
+        ("a.toml", "steps = ", "a.toml must hold a TOML table, but is damaged"),
+        ("a.json", "[1]", "a.json must hold a JSON object, got list"),
+        ("a.json", "\xff", "a.json must hold a JSON object, but is damaged"),
     ],
 )
 def test_configuration_files(
@@ -167,7 +167,7 @@ def test_a_directory_with_another_run(
     assert {path: path.read_bytes() for path in run.iterdir()} == before
     (tmp_path / "file").touch()
     said = error(capsys, "train", "--run", tmp_path / "file", "--config", tmp_path / "a.json")
-    assert f"{tmp_path / 'file'} cannot be a run directory" in said
+    assert f"{tmp_path / 'file'} cannot be a folder for results: File exists. Give another --run." in said
 
 
 def test_a_truncated_checkpoint(

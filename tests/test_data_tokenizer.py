@@ -103,8 +103,8 @@ def test_no_tokenizer_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "it is no JSON"),
-        (b"\xff", "it is no JSON"),
+        (b"{", "must hold a JSON object, but is damaged"),
+        (b"\xff", "must hold a JSON object, but is damaged"),
         (b"{}", "must be a JSON file that the `tokenizers` library wrote; it says: Model missing"),
         (
             Library(models.WordLevel({"a": 0}, unk_token="a")).to_str().encode(),

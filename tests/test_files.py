@@ -1,11 +1,18 @@
 """Files are written whole or not at all."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from deepdelta import UserError, files
 from deepdelta.files import atomic_path, write_json, write_text
@@ -86,9 +93,7 @@ def test_what_a_killed_writer_leaves_is_removed_at_the_next_write_and_nothing_el
 
 def test_what_holds_no_object_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "file.json"
-    with pytest.raises(
-        UserError, match=r"must hold a JSON object, but cannot be read \(No such file or directory\); mend"
-    ):
+    with pytest.raises(UserError, match=r"file.json cannot be read: No such file or directory. Mend it."):
         files.read_object(file, "mend it")
     for data, message in (
         (b"{", "must hold a JSON object, but is damaged"),
@@ -103,3 +108,128 @@ def test_what_holds_no_object_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(file, {"a": float("nan")})
     assert files.read_object(file, "mend it") == {"a": 1}
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder of a user whom permissions bind, which they do not the superuser; the test runs as that user."""
+    nobody = 65534 if os.geteuid() == 0 else os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        os.chown(name, nobody, -1)
+        os.seteuid(nobody)
+        yield Path(name)
+        Path(name).chmod(0o700)
+        os.seteuid(os.getuid())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_a_file_has_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    """The same as of a file that the system's own `open` makes; safetensors' writer makes 0600 under every umask."""
+    before = os.umask(umask)
+    try:
+        (tmp_path / "plain").touch()
+        write_text(tmp_path / "text", "a")
+        with atomic_path(tmp_path / "tensors") as temporary:
+            save_file({"a": torch.zeros(2)}, temporary)
+    finally:
+        os.umask(before)
+    expected = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert expected == 0o666 & ~umask
+    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("text", "tensors")} == {expected}
+
+
+def test_the_file_and_then_its_folder_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def spy(descriptor: int) -> None:
+        synced.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def renamed(one: Path, other: Path) -> None:
+        synced.append("renamed")
+        replace(one, other)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_text(tmp_path / "file", "a")
+    assert synced == ["file", "renamed", "folder"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device without space")
+def test_no_space_names_the_file_and_keeps_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    write_text(target, "old")
+    with pytest.raises(UserError, match=r"file cannot be written: No space left on device. What was there before is"):
+        with atomic_path(target), open("/dev/full", "w") as full:
+            full.write("new")
+    with pytest.raises(UserError, match=r"file cannot be written: .*No space left on device"):
+        with atomic_path(target):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert target.read_text() == "old" and listing(tmp_path) == ["file"]
+
+
+def test_a_folder_without_permission_names_the_file(place: Path) -> None:
+    write_json(place / "file", {})
+    place.chmod(0o555)
+    with pytest.raises(UserError, match=r"file cannot be written: Permission denied"):
+        write_json(place / "file", {"a": 1})
+    (place / "file").chmod(0)
+    with pytest.raises(UserError, match=r"file cannot be read: Permission denied. Mend it."):
+        files.read_object(place / "file", "mend it")
+    with pytest.raises(UserError, match=r"cannot be a folder for results: Permission denied"):
+        files.check_folder(place)
+    with pytest.raises(UserError, match=r"below cannot be a folder for results: Permission denied. Give another --run"):
+        files.check_folder(place / "below", "--run")
+
+
+def test_a_name_that_is_too_long_for_the_file_system(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a{300} cannot be written: File name too long"):
+        write_text(tmp_path / ("a" * 300), "a")
+    for out in (
+        tmp_path / ("a" * 300),
+        tmp_path / "new" / ("a" * 300) / "deeper",
+        tmp_path.joinpath(*["a" * 200] * 25),
+    ):
+        with pytest.raises(UserError, match=r"cannot be a folder for results: File name too long. Give another --out"):
+            files.check_folder(out)
+    assert listing(tmp_path) == []
+
+
+def test_a_folder_that_can_be_one_is_left_as_it_was(tmp_path: Path) -> None:
+    write_text(tmp_path / "there" / "file", "a")
+    files.check_folder(tmp_path / "there")
+    files.check_folder(tmp_path / "new" / "below")
+    assert listing(tmp_path) == ["there"] and listing(tmp_path / "there") == ["file"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="link cannot be a folder for results: File exists"):
+        files.check_folder(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "[" * 20_000 + "]" * 20_000, "of at most 100 levels, but is deeper; mend it"),
+        ("a.json", "[" * 102 + "]" * 102, "of at most 100 levels, but is deeper; mend it"),
+        ("a.json", '{"a":' * 5000 + "1" + "}" * 5000, "of at most 100 levels, but is deeper; mend it"),
+        ("a.toml", "a = " + "[" * 2000 + "]" * 2000, "of at most 100 levels, but is deeper; mend it"),
+        ("a.toml", ".".join("a" * 500) + " = 1", "of at most 100 levels, but is deeper; mend it"),
+        ("a.json", '{"a": ' + "1" * 5000 + "}", "is damaged .*; mend it"),
+        ("a.toml", "a = " + "1" * 5000, "is damaged .*; mend it"),
+        ("a.toml", "a = 0x" + "f" * 5000, "integers of at most 64 bits, but has a larger one; mend it"),
+        ("a.json", f'{{"a": [[{1 << 64}]]}}', "integers of at most 64 bits, but has a larger one; mend it"),
+    ],
+)
+def test_data_that_no_walk_survives_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name} must hold .*{message}") as caught:
+        files.read_object(tmp_path / name, "mend it")
+    assert len(str(caught.value)) < 400
+
+
+def test_the_deepest_and_the_largest_that_are_read(tmp_path: Path) -> None:
+    deep = '{"a":' * 100 + str((1 << 64) - 1) + "}" * 100
+    (tmp_path / "a.json").write_text(deep)
+    assert files.read_plain(tmp_path / "a.json", "mend it") == json.loads(deep)
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbfa = 1\n")
+    assert files.read_object(tmp_path / "a.toml", "mend it") == {"a": 1}

@@ -189,7 +189,7 @@ def test_unknown_studies() -> None:
         ("[conditions.delta]", '[conditions."a/b"]', "names of studies and conditions name files: .*got 'a/b'"),
         ("[conditions.delta]", '[conditions."../b"]', "names of studies and conditions name files: .*got '../b'"),
         ('name = "mine"', 'name = "/tmp/x"', "names of studies and conditions name files: .*got '/tmp/x'"),
-        ("steps = 5", "steps = ", "mine.toml is not valid TOML"),
+        ("steps = 5", "steps = ", "mine.toml must hold a TOML table, but is damaged"),
         (
             "[train]\nsteps = 5\nmodel = { dim = 16, heads = 2 }",
             "train = 5",
@@ -208,7 +208,7 @@ def test_ranges(tmp_path: Path, name: str) -> None:
 
 def test_a_study_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes(b'name = "\xff"')
-    with pytest.raises(UserError, match=r"mine\.toml is not valid TOML"):
+    with pytest.raises(UserError, match=r"mine\.toml must hold a TOML table, but is damaged"):
         load_study(str(tmp_path / "mine.toml"))
 
 

@@ -1,23 +1,25 @@
 """The command `deepdelta`: the only file that knows every room."""
 
-import json
+import io
 import shlex
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from deepdelta.analysis.selfcheck import self_check
 from deepdelta.config import from_plain, merged, to_plain
 from deepdelta.data import DataConfig, load_corpus
-from deepdelta.errors import UserError, nearest
+from deepdelta.errors import UserError, nearest, printable
+from deepdelta.files import read_object
 from deepdelta.interop import import_published
 from deepdelta.models import generate
 from deepdelta.nn import use_backend
@@ -325,17 +327,35 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exit code 0, or 2 for an error that is the user's to mend, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of ASCII shows what it can
     try:
         command = _parse(given)
         command()
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
-        sys.exit(2)
+        sys.stdout.flush()
     except BrokenPipeError:
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        if (message := _in_one_line(error)) is None:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"error: {printable(message)}", markup=False, highlight=False)
+        sys.exit(2)
+
+
+def _in_one_line(error: Exception) -> str | None:
+    """What the user is told of an error that is theirs to mend, or their machine's; None for one that is ours."""
+    if isinstance(error, OSError):
+        place = "" if error.filename is None else f"{error.filename}: "
+        return f"{place}{error.strerror or error}"
+    # torch has a class for a GPU's memory alone.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        first = str(error).partition("\n")[0]
+        return f"there is not enough memory: make the model or the batch smaller. {first}".strip()
+    return None if isinstance(error, RuntimeError) else str(error)
 
 
 def _parse(given: list[str]) -> Any:
@@ -367,22 +387,9 @@ def _value_of(option: str, given: list[str]) -> str | None:
 def _settings(file: str | None, preset: str | None) -> TrainConfig:
     plain = to_plain(TrainConfig())
     if file is not None:
-        plain = merged(plain, _read_plain(Path(file)))
+        plain = merged(plain, read_object(Path(file), "mend it, or give another --config"))
     if preset is not None:
         if preset not in PRESETS:
             raise UserError(f"there is no preset '{preset}'; {nearest(preset, PRESETS)}")
         plain = merged(plain, {"model": {"residual": to_plain(PRESETS[preset])}})
     return from_plain(TrainConfig, plain, where=file or "")
-
-
-def _read_plain(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"there is no configuration file {file}.")
-    try:
-        text = file.read_text(encoding="utf-8")
-        plain = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is neither valid TOML (.toml) nor JSON: {error}.") from None
-    if not isinstance(plain, dict):
-        raise UserError(f"{file} must hold an object of settings, got {type(plain).__name__}.")
-    return plain

@@ -7,8 +7,19 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """What must hold does not: the message says what must hold, what came and what to do.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. Names come from files and folders that others
+    may have made, so what a terminal would obey is escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text with all but line breaks and what can be seen escaped as in a Python string, "\\x1b" for an escape."""
+    return "".join(
+        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode("ascii") for one in text
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,7 @@
-"""Files are written whole or not at all: a temporary beside the target, flushed to disk, then renamed over it."""
+"""Files are written whole or not at all: a temporary beside the target, flushed to disk, then renamed over it.
+
+They are read by one reader of JSON and TOML, and what the file system refuses is the user's to mend.
+"""
 
 import errno
 import fcntl
@@ -6,15 +9,34 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from deepdelta.errors import UserError
 
 PARTIAL, LOCK = ".deepdelta-partial", "lock"
 """How a folder that a file is being written in ends, and the file in it that its writer holds locked."""
+DEPTH = 100
+"""Objects and lists within each other that a file may have: beyond it, whoever walks through them fails."""
+SMALLEST, LARGEST = -(1 << 63), (1 << 64) - 1
+"""Integers that a file may have: those of 64 bits."""
+
+
+@contextmanager
+def naming(path: Path, deed: str, mend: str = "") -> Iterator[None]:
+    """Errors of the file system and of the safetensors library as the user's: `path` cannot be `deed`, and why."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be {deed}: {getattr(error, 'strerror', None) or error}. {mend}".strip()
+        ) from error
 
 
 @contextmanager
@@ -22,16 +44,36 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """A temporary path that becomes `target` when the block ends without an error.
 
     It lies in a folder of its own beside the target, so that what a library writes beside it in turn is there too. What
-    killed writers left beside the target is removed first.
+    killed writers left beside the target is removed first. The file has the mode that the umask gives.
+
+    Raises:
+        UserError: it cannot be written; what was at `target` is then as it was.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target.parent)
-    with _workplace(target.parent) as folder:
-        temporary = folder / target.name
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, target)
+    with naming(target, "written", "What was there before is unchanged."):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target.parent)
+        with _workplace(target.parent) as folder:
+            temporary = folder / target.name
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # the safetensors library replaces the file by one that its owner alone can read
+            _sync(temporary)
+            os.replace(temporary, target)
+        try:
+            _sync(target.parent)
+        except OSError as error:
+            # Some file systems, and folders that may not be listed, cannot be synced: the file itself is on disk.
+            if error.errno not in (errno.EINVAL, errno.EACCES):
+                raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -69,35 +111,96 @@ def write_json(target: Path, data: Any) -> None:
     write_text(target, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
+def parse(text: str, what: str, mend: str, *, toml: bool = False) -> Any:
+    """The data in a text of JSON or TOML; the one place where either is read.
+
+    Args:
+        what: how messages name the text, such as its file.
+        mend: what to do if it cannot be read, for the message.
+
+    Raises:
+        UserError: damaged text; more than `DEPTH` levels; an integer of more than 64 bits.
+    """
+    kind = "a TOML table" if toml else "a JSON object"
+    try:
+        data = tomllib.loads(text) if toml else json.loads(text)
+    except RecursionError:
+        raise UserError(f"{what} must hold {kind} of at most {DEPTH} levels, but is deeper; {mend}.") from None
+    except ValueError as error:
+        raise UserError(f"{what} must hold {kind}, but is damaged ({error}); {mend}.") from None
+    level = [data]
+    for _ in range(DEPTH + 1):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict | list):
+                inner += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, int) and not SMALLEST <= value <= LARGEST:
+                raise UserError(f"{what} must hold integers of at most 64 bits, but has a larger one; {mend}.")
+        if not (level := inner):
+            return data
+    raise UserError(f"{what} must hold {kind} of at most {DEPTH} levels, but is deeper; {mend}.")
+
+
+def read_plain(source: Path, mend: str) -> Any:
+    """The data in a file: TOML where its name ends in .toml, else JSON. A byte order mark is passed over.
+
+    Raises:
+        UserError: the file cannot be read; see also `parse`.
+    """
+    with naming(source, "read", f"{mend[:1].upper()}{mend[1:]}."):
+        content = source.read_bytes()
+    toml = source.suffix == ".toml"
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        kind = "a TOML table" if toml else "a JSON object"
+        raise UserError(f"{source} must hold {kind}, but is damaged ({error}); {mend}.") from None
+    return parse(text, str(source), mend, toml=toml)
+
+
 def read_object(source: Path, mend: str) -> dict[str, Any]:
-    """The JSON object in a file.
+    """The object in a file of JSON, or the table in one of TOML.
 
     Args:
         mend: what to do if the file does not hold one, for the message.
 
     Raises:
-        UserError: it holds something else, or cannot be read.
+        UserError: it holds something else; see also `read_plain`.
     """
-    try:
-        data = json.loads(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{source} must hold a JSON object, but cannot be read ({error.strerror}); {mend}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{source} must hold a JSON object, but is damaged ({error}); {mend}.") from None
+    data = read_plain(source, mend)
     if not isinstance(data, dict):
         raise UserError(f"{source} must hold a JSON object, got {type(data).__name__}; {mend}.")
     return data
 
 
-def check_folder(out: Path) -> None:
-    """Refuse what can be no folder for results, before the work that leads to them; nothing is made yet.
+def check_readable(file: Path, mend: str) -> None:
+    """Refuse a file that cannot be opened, with the reason: of each such file, the safetensors library says that there
+    is none.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    with naming(file, "read", mend), file.open("rb"):
+        pass
+
+
+def check_folder(out: Path, option: str = "--out") -> None:
+    """Refuse what can be no folder for results, before the work that leads to them, by a try that leaves nothing.
+
+    Args:
+        option: what gives another folder, for the message.
 
     Raises:
         UserError: there can be none, or nothing can be written there.
     """
-    there = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
-    if not there.is_dir():
-        reason = os.strerror(errno.EEXIST if there == out else errno.ENOTDIR)
-        raise UserError(f"{out} cannot be a folder for results: {reason}. Give another --out.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{out} cannot be written. Give another --out.")
+    missing = [path for path in (out, *out.absolute().parents) if not os.path.lexists(path)]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out, buffering=0) as trial:
+            trial.write(b"\0")
+    except OSError as error:
+        raise UserError(f"{out} cannot be a folder for results: {error.strerror}. Give another {option}.") from None
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()

@@ -63,13 +63,13 @@ def audit_run(
     started = now()
     directory = RunDirectory(run)
     config = directory.config()
+    check_folder(out)
     chosen = choose_device(device, "fp32")
     corpus = _corpus(directory, text, say)
     windows = spread_windows(corpus.validation, config.model.context, tokens)
     model = load(run).model.to(chosen.device)
     count, context = windows.shape[0], config.model.context
     total = count * passes(config.model.residual, len(model.residuals()))
-    check_folder(out)
     with reporting(f"Auditing {run}", total) as reporter:
         findings = audit(model, windows, sample=sample, batch_size=batch_size, progress=reporter.update)
     results = AuditResults(

@@ -14,7 +14,7 @@ from typing import Any
 
 from deepdelta.data.documents import Document
 from deepdelta.errors import UserError
-from deepdelta.files import write_text
+from deepdelta.files import read_plain, write_text
 
 REMEMBER_FROM = 1 << 26  # bytes: less than this is read again in a fraction of a second
 _SETTLED_NS = 2_000_000_000  # a file changed within the coarsest clock tick of a file system may change unseen
@@ -45,10 +45,7 @@ def writing(cache: Path) -> Iterator[None]:
 
 def read_json(path: Path) -> Any:
     """The data in a file of the cache."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} in the cache is damaged ({error}); delete it and start again.") from error
+    return read_plain(path, "it is in the cache: delete it and start again")
 
 
 def remembered(cache: Path, fact: str, documents: Sequence[Document], find: Callable[[], list[Any]]) -> list[Any]:

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from deepdelta.errors import UserError
-from deepdelta.files import write_text
+from deepdelta.files import read_plain, write_text
 
 SEPARATOR = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
@@ -155,14 +155,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     Raises:
         UserError: there is no such file, or it defines no tokenizer.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        plain = json.loads(text)
-    except OSError as error:
-        raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{path} must be a JSON file that the `tokenizers` library wrote; it is no JSON.") from error
-    return ByteTokenizer() if plain == _BYTES_FILE else BPETokenizer(text, where=str(path))
+    plain = read_plain(path, "give a file that the `tokenizers` library wrote")
+    return ByteTokenizer() if plain == _BYTES_FILE else BPETokenizer(json.dumps(plain), where=str(path))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepdelta.data import DataConfig, load_corpus
 from deepdelta.errors import UserError
-from deepdelta.files import read_object
+from deepdelta.files import check_folder, check_readable, read_object
 from deepdelta.interop.published import load_published
 from deepdelta.models import GPT
 from deepdelta.training import RunDirectory, TrainConfig
@@ -56,6 +56,7 @@ def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
     directory = RunDirectory(run)
     if directory.started:
         raise UserError(f"{run} already holds a run; give another --run directory.")
+    check_folder(run, "--run")
     model = load_published(*read_published(folder))
     environment: dict[str, Any] = {"imported_from": str(folder), "versions": versions(), "corpus_sha256": None}
     corpus = None
@@ -94,6 +95,7 @@ def read_published(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if weights is None:
         raise UserError(f"{folder} must hold the model's tensors as one of {', '.join(WEIGHTS)}, but does not.")
     keys = read_object(config, "restore the checkpoint's own")
+    check_readable(weights, "Have it made readable for you.")
     try:
         if weights.suffix == ".safetensors":
             return keys, load_file(weights)

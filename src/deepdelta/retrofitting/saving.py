@@ -57,7 +57,8 @@ def load_retrofit(model: Model, folder: str | Path) -> Model:
     settings = _settings(folder)
     file = folder / settings["tensors"]
     try:
-        tensors = load_file(file)
+        with file.open("rb"):  # for the true reason: of each file that it cannot open, the library says there is none
+            tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is missing or damaged ({error}); restore a copy, or save the model anew.") from None
     retrofit(model, **settings["options"])

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -11,6 +10,7 @@ from typing import Any
 
 from deepdelta.config import from_plain, merged, to_plain
 from deepdelta.errors import UserError, nearest
+from deepdelta.files import parse, read_object
 from deepdelta.models import GPTConfig, parameter_count
 from deepdelta.studies.factorial import design
 from deepdelta.studies.results import BudgetName, Factorial, Power
@@ -325,19 +325,13 @@ def load_study(name_or_file: str, overrides: Mapping[str, Any] | None = None) ->
         file = Path(name_or_file)
         if not file.is_file():
             raise UserError(f"there is no study file {file}; named studies are: {', '.join(named_studies())}.")
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not valid TOML: {error}.") from None
+        plain = read_object(file, "mend it")
     elif name_or_file in named_studies():
         text = (resources.files("deepdelta.studies") / "named" / f"{name_or_file}.toml").read_text(encoding="utf-8")
+        plain = parse(text, name_or_file, "install the package anew", toml=True)
     else:
         raise UserError(
             f"there is no study '{name_or_file}'; {nearest(name_or_file, named_studies())} "
             "A file of your own ends in .toml."
         )
-    try:
-        plain = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{name_or_file} is not valid TOML: {error}.") from None
     return from_plain(StudyConfig, merged(plain, overrides or {}), where=f"study {name_or_file}")

@@ -155,6 +155,7 @@ def _prepare(config: StudyConfig, out: Path, workers: int | None) -> Prepared:
     """Refuse what can be refused before there are files, then measure costs."""
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}.")
+    check_folder(out)
     console = Console()
     settings = config.train_config(config.baseline, config.seeds[0])
     corpus = load_corpus(replace(settings.data, held_out="validation"), progress=console.print)
@@ -168,7 +169,6 @@ def _prepare(config: StudyConfig, out: Path, workers: int | None) -> Prepared:
     if file.exists() and (there := read_object(file, mend).get("name")) != config.name:
         raise UserError(f"{out} already holds the study '{there}'; {mend}.")
     claim(Planner(config, corpus, {}, out).tuning(tail).values())
-    check_folder(out)
     costs = measure(config, settings.model.vocab_size or corpus.vocab_size, out / "costs.json")
     return Prepared(
         config,

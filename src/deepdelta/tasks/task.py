@@ -1,13 +1,13 @@
 """What a task is: a data source, models that differ in their residual, and a number that says how well each did."""
 
 import json
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from deepdelta.config import Plain, from_plain, merged, to_plain
 from deepdelta.errors import UserError, nearest
+from deepdelta.files import parse
 
 Progress = Callable[[int, int], None]
 """progress(done, total), in steps of the run."""
@@ -87,6 +87,6 @@ def read_overrides(given: Sequence[str]) -> Plain:
 
 def _toml(line: str) -> Plain | None:
     try:
-        return tomllib.loads(line)
-    except tomllib.TOMLDecodeError:
+        return parse(line, line, "give another value", toml=True)  # type: ignore[no-any-return]
+    except UserError:
         return None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deepdelta.config import to_plain
 from deepdelta.data import Corpus, batch, check_context, load_corpus
 from deepdelta.errors import UserError
+from deepdelta.files import check_folder
 from deepdelta.models import GPT
 from deepdelta.nn import use_backend, use_memory
 from deepdelta.training.config import TrainConfig
@@ -75,6 +76,7 @@ def train(
             the run at its step and leaves the last good checkpoint.
     """
     run = RunDirectory(path)
+    check_folder(run.path, "--run")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     chosen = choose_device(config.device, config.precision)

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.data.tokenizer import FILE_NAME
 from deepdelta.errors import UserError
-from deepdelta.files import atomic_path, read_object, write_json, write_text
+from deepdelta.files import atomic_path, check_readable, naming, read_object, write_json, write_text
 from deepdelta.training.config import TrainConfig
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
@@ -186,7 +186,12 @@ class RunDirectory:
             save_file(dict(tensors), temporary)
 
     def load_unused(self) -> dict[str, Tensor]:
-        return load_file(self.path / UNUSED) if (self.path / UNUSED).exists() else {}
+        file = self.path / UNUSED
+        if not file.exists():
+            return {}
+        check_readable(file, "Have it made readable for you.")
+        with naming(file, "read", f"Restore it, or delete {self.path} and import anew."):
+            return load_file(file)
 
     def load_weights(self, model: nn.Module, absent: Collection[str] = ()) -> None:
         """Load the checkpoint's weights into `model`; those in `absent` keep their start where it has none for them.
@@ -224,6 +229,7 @@ class RunDirectory:
         file = self.path / CHECKPOINT
         if not file.exists():
             raise UserError(f"{self.path} holds no {CHECKPOINT}; restore it, or delete the directory and train anew.")
+        check_readable(file, "Have it made readable for you.")
         try:
             with safe_open(file, framework="pt") as opened:
                 found = {
@@ -244,7 +250,7 @@ class RunDirectory:
 
 def append_json(file: Path, row: Mapping[str, Any]) -> None:
     """Append one line, handed to the system at once, so that a killed process loses at most the line in progress."""
-    with file.open("a", encoding="utf-8") as lines:
+    with naming(file, "written"), file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row, allow_nan=False) + "\n")
 
 
