@@ -35,6 +35,29 @@ def test_schedule_at_its_edges() -> None:
     assert rates(steps=3, lr=0.3, warmup=0, final_lr=1.0) == pytest.approx([0.3, 0.3, 0.3])
 
 
+def test_a_constant_rate_and_its_cooldown() -> None:
+    fields = {"lr": 1.0, "final_lr": 0.2, "warmup": 2, "schedule": "constant"}
+    assert rates(steps=5, **fields) == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0])
+    assert rates(steps=8, cooldown=4, **fields) == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+    assert rates(steps=3, cooldown=1, **fields) == pytest.approx([0.5, 1.0, 0.2])
+    assert TrainConfig(steps=80, cooldown=40, warmup=20, schedule="constant").stretched(8).cooldown == 4
+    assert TrainConfig(steps=3, cooldown=1, warmup=2, schedule="constant").stretched(2).cooldown == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cooldown": 3}, "cooldown must be 0 where the schedule is not 'constant', got 3"),
+        ({"cooldown": -1, "schedule": "constant"}, r"cooldown must lie in \[0, 900\]"),
+        ({"cooldown": 9, "schedule": "constant", "steps": 10, "warmup": 2}, r"cooldown must lie in \[0, 8\].*got 9"),
+        ({"cooldown": 1, "schedule": "constant", "steps": 5}, r"cooldown must lie in \[0, 0\]"),
+    ],
+)
+def test_a_cooldown_that_does_not_fit(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**fields)
+
+
 def test_the_schedule_is_what_a_run_uses(tmp_path: Path) -> None:
     settings = config(text_file(tmp_path / "t"), steps=6, lr=0.01, final_lr=0.5, warmup=2)
     quietly(settings, tmp_path / "run")

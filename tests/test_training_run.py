@@ -15,7 +15,8 @@ import torch
 from deepdelta import GPT, TrainConfig, UserError, load, train
 from deepdelta.config import to_plain
 from deepdelta.training import RunDirectory
-from deepdelta.training.rundir import append_json
+from deepdelta.training.metrics import append_json
+from deepdelta.training.optimizer import build_optimizer
 from tiny_runs import ENVIRONMENT, assert_same_run, config, quietly, rows, tensors, text_file
 
 
@@ -102,6 +103,36 @@ def test_more_steps_extend_a_run_and_fewer_are_refused(copy: Path, source: Path)
     refused("is at step 25 already; steps=20 must not be fewer", config(source), copy)
 
 
+def test_a_rate_that_jumps_is_said(finished: Path, copy: Path, source: Path) -> None:
+    """A finished cosine that is extended goes back up; the numbers are those of the recorded rates."""
+    lines: list[str] = []
+    train(config(source, steps=40), copy, say=lines.append)
+    rates = [row["lr"] for row in rows(copy) if "lr" in row]
+    assert rates[19] == pytest.approx(2e-4) and rates[20] == pytest.approx(1.18e-3, rel=0.01)
+    (said,) = [line for line in lines if "learning rate" in line]
+    assert said.startswith(f"The learning rate jumps from {rates[19]:.3g} to {rates[20]:.3g} at step 21: ")
+    assert "of 40 steps now, and was that of 20" in said and "schedule='constant'" in said
+    lines.clear()
+    train(config(source, steps=40), copy, say=lines.append)
+    assert not any("learning rate" in line for line in lines)
+
+
+def test_a_constant_rate_is_extended_as_if_it_had_been_longer(source: Path, tmp_path: Path) -> None:
+    """Bit for bit, also where only the last extension comes down; and nothing is said, since nothing jumps."""
+    lines: list[str] = []
+    run, reference = tmp_path / "run", tmp_path / "reference"
+    for steps, cooldown in ((5, 0), (8, 0), (16, 6)):
+        train(config(source, schedule="constant", steps=steps, cooldown=cooldown), run, say=lines.append)
+    quietly(config(source, schedule="constant", steps=16, cooldown=6), reference)
+    assert not any("learning rate" in line for line in lines)
+    steps, expected = ([row for row in rows(one) if "loss" in row] for one in (run, reference))
+    assert steps == expected and rows(run)[-1] == rows(reference)[-1]
+    made, whole = tensors(run), tensors(reference)
+    assert all(made[name].equal(whole[name]) for name in made | whole)
+    rates = [row["lr"] for row in steps]
+    assert rates[3:10] == [2e-3] * 7 and rates[10:] == pytest.approx([1.7e-3, 1.4e-3, 1.1e-3, 8e-4, 5e-4, 2e-4])
+
+
 def test_what_does_not_touch_the_steps_made_may_change(copy: Path, source: Path) -> None:
     quietly(config(source, steps=21, eval_every=3, eval_tokens=32, checkpoint_every=2, final_eval_tokens=16), copy)
     assert rows(copy)[-1]["validation_tokens"] == 16
@@ -133,10 +164,10 @@ def test_another_environment_is_refused_unless_inexact(copy: Path, source: Path,
         if isinstance(environment[key], dict):
             environment[key][next(iter(environment[key]))] = "another"
         else:
-            environment[key] = "another"
+            environment[key] = 99 if key == "threads" else "another"
 
     edit(copy, change)
-    refused(f"another environment .{key}.*'another' there.*--inexact-resume", config(source, steps=22), copy)
+    refused(f"another environment .{key}.*('another'|99) there.*--inexact-resume", config(source, steps=22), copy)
     assert quietly(config(source, steps=22), copy, inexact_resume=True).step == 22
 
 
@@ -193,8 +224,9 @@ def test_a_half_written_last_line_of_metrics(copy: Path, source: Path) -> None:
 
 def test_metrics_are_cut_back_to_the_checkpoint(copy: Path, source: Path) -> None:
     whole = (copy / "metrics.jsonl").read_text()
-    append_json(copy / "metrics.jsonl", {"step": 21, "loss": 9.0})
-    append_json(copy / "metrics.jsonl", {"step": 21, "diverged": True})
+    step = {"step": 21, "loss": 9.0, "lr": 1e-3, "gradient_norm": 1.0, "seconds": 9.0}
+    append_json(copy / "metrics.jsonl", step)
+    append_json(copy / "metrics.jsonl", {"step": 22, "diverged": True})
     quietly(config(source), copy)
     assert (copy / "metrics.jsonl").read_text() == whole
 
@@ -204,7 +236,8 @@ def test_last_recorded_step_of_a_long_file(tmp_path: Path) -> None:
     assert run.last_recorded_step() == 0
     (tmp_path / "metrics.jsonl").touch()
     assert run.last_recorded_step() == 0
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(1, 3000)))
+    rest = '"loss": 1.0, "lr": 0.1, "gradient_norm": 1.0, "seconds": 1.0'
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, {rest}}}\n' for i in range(1, 3000)))
     assert run.last_recorded_step() == 2999
 
 
@@ -255,12 +288,13 @@ def test_init_from_takes_the_weights_and_no_optimiser_state(
 def test_a_start_that_was_cut_short_is_no_run(
     finished: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
 ) -> None:
-    """Killed after the tokenizer, after the first checkpoint, or after environment.json: config.json comes last."""
-    names = ["tokenizer.json", "checkpoint.safetensors", "environment.json"][:left]
+    """Killed after the first checkpoint, after the tokenizer, or after environment.json: config.json comes last."""
     run = tmp_path / "run"
     run.mkdir()
-    for name in names:
-        shutil.copy(finished / name, run / name)  # of a run with more steps and other weights
+    other = load(finished).model  # whatever its weights, the checkpoint is that of a start: it is at step 0
+    RunDirectory(run).save_checkpoint(other, build_optimizer(other, config(source)), step=0, seconds=0.0)
+    for name in ["tokenizer.json", "environment.json"][: left - 1]:
+        shutil.copy(finished / name, run / name)
     assert not RunDirectory(run).started
     with pytest.raises(UserError, match=r"is not a run directory: it has no config\.json"):
         load(run)
@@ -269,11 +303,14 @@ def test_a_start_that_was_cut_short_is_no_run(
     assert_same_run(run, tmp_path / "clean")
 
 
-def test_a_start_anew_leaves_nothing_of_the_run_before(copy: Path, tmp_path: Path) -> None:
+def test_a_start_anew_leaves_nothing_of_the_one_before(finished: Path, copy: Path, tmp_path: Path) -> None:
     """A tokenizer that stayed would be taken for that of a corpus of bare ids."""
     ids = tmp_path / "ids.bin"
     torch.arange(4000, dtype=torch.int32).remainder(50).to(torch.uint16).numpy().tofile(ids)
-    (copy / "config.json").unlink()
+    for name in ("config.json", "metrics.jsonl"):
+        (copy / name).unlink()
+    run, (model, _) = RunDirectory(copy), load(finished)
+    run.save_checkpoint(model, build_optimizer(model, config(ids)), step=0, seconds=0.0)
     quietly(config(ids, steps=3, data={"bin_vocab_size": 50}), copy)
     assert load(copy).tokenizer is None
     assert [row["step"] for row in rows(copy)] == [1, 2, 3, 3]

@@ -12,7 +12,7 @@ from torch import Tensor
 from deepdelta.analysis.audit import audit, passes
 from deepdelta.analysis.findings import AuditResults
 from deepdelta.config import to_plain
-from deepdelta.data import Corpus, DataConfig, load_corpus, load_tokenizer
+from deepdelta.data import Corpus, DataConfig, load_corpus
 from deepdelta.data.sources import list_source
 from deepdelta.data.tokenizer import FILE_NAME
 from deepdelta.errors import UserError
@@ -124,7 +124,7 @@ def _other_corpus(directory: RunDirectory, source: str, tokenizer: str | None, s
     """The text that `source` names in the ids of the run's model."""
     run, rows = directory.path, directory.config().model.vocab_size
     assert rows is not None, "a run's configuration is resolved"
-    kept = load_tokenizer(run) is not None
+    kept = directory.tokenizer() is not None
     if kept and tokenizer is not None:
         raise UserError(f"{run} keeps the tokenizer of its model; leave --tokenizer out.")
     data = DataConfig(

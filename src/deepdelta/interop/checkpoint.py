@@ -24,6 +24,12 @@ from deepdelta.training.optimizer import build_optimizer
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt", "checkpoint.pt")
 """Names that a published checkpoint's tensors go by, in the order of preference."""
 
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Names that the list of its files goes by where its tensors are in several."""
+
+HOLDERS = ("model", "state_dict", "model_state_dict", "module")
+"""Keys under which training programs keep the tensors in a file that holds more, such as the optimiser's state."""
+
 # An unreadable file, and what the readers raise on damaged bytes: pickle, by its documentation, keeps no closed list,
 # and struct and the decoders below it raise what they come to first.
 DAMAGED = (
@@ -45,7 +51,7 @@ def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
     """Make `run` a run directory, at step 0, that holds the published model in `folder`.
 
     Args:
-        folder: holds config.json and one of the files in `WEIGHTS`.
+        folder: holds config.json and one of the files in `WEIGHTS`, or one in `INDEXES` and the files that it lists.
         run: a directory that holds no run yet.
         data: the corpus to evaluate the model on, kept as the run's own; None leaves it without one.
 
@@ -56,6 +62,7 @@ def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
     directory = RunDirectory(run)
     if directory.started:
         raise UserError(f"{run} already holds a run; give another --run directory.")
+    directory.cut_short()
     check_folder(run, "--run")
     model = load_published(*read_published(folder))
     environment: dict[str, Any] = {"imported_from": str(folder), "versions": versions(), "corpus_sha256": None}
@@ -72,11 +79,12 @@ def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
         environment |= corpus_facts(corpus)
     config = TrainConfig(model=model.config, data=data or DataConfig())
     with directory.locked():
+        directory.clear()
+        directory.save_checkpoint(model, build_optimizer(model, config), step=0, seconds=0.0)
         if corpus is not None and corpus.tokenizer is not None:
             corpus.tokenizer.save(run)
         if model.unused_published:
             directory.save_unused(model.unused_published)
-        directory.save_checkpoint(model, build_optimizer(model, config), step=0, seconds=0.0)
         directory.write_environment(environment)
         directory.write_config(config)
     return model
@@ -91,26 +99,63 @@ def read_published(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{folder} must hold the model's config.json, but does not.")
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise UserError(f"{folder} must hold the model's tensors as one of {', '.join(WEIGHTS)}, but does not.")
     keys = read_object(config, "restore the checkpoint's own")
-    check_readable(weights, "Have it made readable for you.")
+    tensors: dict[str, Tensor] = {}
+    files, listed = _files(folder)
+    for file in files:
+        part = _read_tensors(file)
+        if twice := sorted(part.keys() & tensors.keys()):
+            raise UserError(f"{file} holds '{twice[0]}', which another file of {folder} holds too; leave one out.")
+        tensors |= part
+    if lost := sorted(listed - tensors.keys()):
+        raise UserError(f"{folder} lists '{lost[0]}', which none of its files holds; restore the checkpoint's own.")
+    return keys, tensors
+
+
+def _files(folder: Path) -> tuple[list[Path], set[str]]:
+    """The files that hold the checkpoint's tensors; where they are several, also the names listed with them."""
+    single = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if single is not None:
+        return [single], set()
+    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    if index is None:
+        raise UserError(
+            f"{folder} must hold the model's tensors as one of {', '.join(WEIGHTS)}, or {' or '.join(INDEXES)} and the "
+            "files listed there, but does not."
+        )
+    listed = read_object(index, "restore the checkpoint's own").get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"{index} must list the files of the tensors under 'weight_map', but does not.")
+    names = sorted(map(str, listed.values()))
+    for name in names:
+        # A plain name: an index must not reach out of its folder.
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{index} must list files beside it, but '{name}' is none.")
+    return [folder / name for name in dict.fromkeys(names)], set(listed)
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    check_readable(file, "Have it made readable for you.")
     try:
-        if weights.suffix == ".safetensors":
-            return keys, load_file(weights)
+        if file.suffix == ".safetensors":
+            return load_file(file)
         # weights_only: the reader builds tensors and containers and refuses everything else.
-        tensors = torch.load(weights, map_location="cpu", weights_only=True)
+        held = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError:
         raise UserError(
-            f"{weights} holds more than tensors, which would mean running its code, or is damaged; save the model's "
+            f"{file} holds more than tensors, which would mean running its code, or is damaged; save the model's "
             "state_dict alone, best as model.safetensors."
         ) from None
     except DAMAGED as error:
-        raise UserError(f"{weights} does not hold a readable set of tensors: {error}") from None
-    if not (
-        isinstance(tensors, dict)
-        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items())
-    ):
-        raise UserError(f"{weights} must hold a dictionary of tensors by name, and nothing else.")
-    return keys, dict(tensors)
+        raise UserError(f"{file} does not hold a readable set of tensors: {error}") from None
+    if isinstance(held, dict) and not _are_tensors(held):
+        held = next((held[key] for key in HOLDERS if _are_tensors(held.get(key))), held)
+    if not _are_tensors(held):
+        raise UserError(
+            f"{file} must hold a dictionary of tensors by name, alone or under one of the keys {', '.join(HOLDERS)}."
+        )
+    return dict(held)
+
+
+def _are_tensors(held: Any) -> bool:
+    return isinstance(held, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in held.items())

@@ -15,6 +15,7 @@ from deepdelta.config import from_plain
 from deepdelta.errors import UserError, nearest
 from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn.config import LEARNING
+from deepdelta.tensors import check_finite
 
 SIZES = {
     "vocab_size": ("vocab_size", 50304),
@@ -102,6 +103,12 @@ EMBEDDING = Layout(
     lambda tensor: TOKEN.outward(tensor).unsqueeze(1),
 )
 
+WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""What torch.compile, activation checkpointing and FSDP put into the names of what they wrap, at any depth."""
+
+HELD = ("module.", "model.")
+"""What stands before every name where a module of DDP or of a trainer holds the model."""
+
 BRANCH_NAMES = {
     "attention": {"attn.c_q": "query", "attn.c_k": "key", "attn.c_v": "value", "attn.c_proj": "out"}
     | {"attn.q_rms": "query_norm", "attn.k_rms": "key_norm"},
@@ -120,7 +127,8 @@ def load_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 
     Args:
         config: the published configuration keys (section 5); missing ones take the published defaults.
-        tensors: the published parameters by name; `lm_head.weight` may stand beside the embedding it is tied to.
+        tensors: the published parameters by name; `lm_head.weight` may stand beside the embedding it is tied to. Names
+            may have what wrappers put into them; see `plain_names`.
 
     Returns:
         A model with `model(input_ids, labels=None)`, logits, loss and gradients as the published code gives them. A
@@ -128,8 +136,9 @@ def load_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 
     Raises:
         UserError: an unknown key (the nearest one is named), a setting without a counterpart here, a missing or
-            unknown tensor, or one of the wrong shape.
+            unknown tensor, one of the wrong shape, or one that holds NaN or infinity.
     """
+    tensors = plain_names(tensors)
     model = GPT(_model_config(config, tensors))
     channels = model.config.residual.value_channels
     own = dict(model.named_parameters())
@@ -154,6 +163,25 @@ def load_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
             own[ours].copy_(layout.inward(given[name], channels))
     model.unused_published = {name: tensor.clone() for name, tensor in unused.items()}
     return model
+
+
+def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that they have in the model itself.
+
+    Left out are what torch.compile, activation checkpointing and FSDP put anywhere into a name, and what DDP and
+    trainers put in front of every one, `module.` and `model.`.
+
+    Raises:
+        UserError: two tensors come to the same name.
+    """
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPED) for name in tensors}
+    while names and (held := [one for one in HELD if all(name.startswith(one) for name in names.values())]):
+        names = {name: short.removeprefix(held[0]) for name, short in names.items()}
+    found: dict[str, str] = {}
+    for name, short in names.items():
+        if (other := found.setdefault(short, name)) != name:
+            raise UserError(f"the published tensors '{other}' and '{name}' are both '{short}'; leave one out.")
+    return {short: tensors[name] for short, name in found.items()}
 
 
 def to_published(model: GPT, grads: bool = False) -> dict[str, Tensor]:
@@ -272,6 +300,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
             f"{name} must be a floating-point tensor of shape {shape}, got {tensor.dtype} of shape "
             f"{tuple(tensor.shape)}."
         )
+    check_finite({name: tensor}, "a published checkpoint")
 
 
 def _check_published(config: GPTConfig) -> None:

@@ -24,9 +24,15 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches per step."""
     lr: float = 2e-3
-    """Peak learning rate, reached after `warmup` steps, then a cosine to `lr * final_lr`."""
+    """Peak learning rate, reached after `warmup` steps; `schedule` says what follows."""
     final_lr: float = 0.1
+    """The share of `lr` that the last step has."""
     warmup: int = 100
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: down to the last step, so that a run extended by more steps goes back up. constant: `lr` up to the
+    `cooldown`, so that a run without one, extended, is the run that had those steps from the start."""
+    cooldown: int = 0
+    """Of a constant rate: the last steps, over which it falls linearly to `lr * final_lr`."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     """On matrices and embeddings; never on gates, biases, norms and reads."""
@@ -78,6 +84,13 @@ class TrainConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"{name} must lie in [{low}, {high:g}], got {getattr(self, name)}.")
+        if self.cooldown and self.schedule != "constant":
+            raise UserError(f"cooldown must be 0 where the schedule is not 'constant', got {self.cooldown}.")
+        if not 0 <= self.cooldown <= max(0, self.steps - self.warmup):
+            raise UserError(
+                f"cooldown must lie in [0, {max(0, self.steps - self.warmup)}], the steps after the warmup; got "
+                f"{self.cooldown}."
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas must lie in [0, 1), got {self.betas}.")
 
@@ -86,8 +99,9 @@ class TrainConfig:
         return self.batch_size * self.accumulate * self.model.context
 
     def stretched(self, steps: int) -> "TrainConfig":
-        """The same schedule over another number of steps: the warm-up keeps its share."""
+        """The same schedule over another number of steps: warm-up and cooldown keep their share."""
         if steps == self.steps:
             return self
         warmup = round(self.warmup * steps / self.steps)
-        return replace(self, steps=steps, warmup=max(min(1, self.warmup), warmup))
+        cooldown = self.cooldown * steps // self.steps
+        return replace(self, steps=steps, warmup=max(min(1, self.warmup), warmup), cooldown=cooldown)

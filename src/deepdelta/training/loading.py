@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from deepdelta.data import Tokenizer, load_tokenizer
+from deepdelta.data import Tokenizer
 from deepdelta.models import GPT
 from deepdelta.training.rundir import RunDirectory
 
@@ -18,10 +18,10 @@ def load(run: str | Path) -> Loaded:
     """The trained model of a run directory, in evaluation mode on the CPU, and its tokenizer.
 
     Raises:
-        UserError: `run` is not a run directory, or its checkpoint is damaged.
+        UserError: `run` is not a run directory, or its checkpoint or its tokenizer is damaged.
     """
     directory = RunDirectory(Path(run))
     model = GPT(directory.config().model)
     directory.load_weights(model)
     model.unused_published = directory.load_unused()
-    return Loaded(model.eval(), load_tokenizer(directory.path))
+    return Loaded(model.eval(), directory.tokenizer())

@@ -34,9 +34,10 @@ from deepdelta.training.environment import (
     versions,
 )
 from deepdelta.training.evaluation import evaluate
-from deepdelta.training.optimizer import build_optimizer, learning_rate
+from deepdelta.training.metrics import append_json
+from deepdelta.training.optimizer import build_optimizer, learning_rate, rate_change
 from deepdelta.training.progress import Reporter, duration, reporting
-from deepdelta.training.rundir import RunDirectory, append_json
+from deepdelta.training.rundir import RunDirectory
 from deepdelta.training.step import micro_losses
 
 Say = Callable[[str], None]
@@ -76,6 +77,8 @@ def train(
             the run at its step and leaves the last good checkpoint.
     """
     run = RunDirectory(path)
+    if not run.started:
+        run.cut_short()  # refused before the work, if at all
     check_folder(run.path, "--run")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -101,11 +104,14 @@ def train(
         if run.started:
             _check_continues(run, config, environment, init_from, inexact_resume)
             trainer.restore()
+            if change := rate_change(run.config(), config, trainer.step):
+                say(change)
         else:
             run.clear()
+            # Written first: a checkpoint at step 0 tells what a start cut short has left from the files of a user.
+            trainer.save()
             if corpus.tokenizer is not None:
                 corpus.tokenizer.save(run.path)
-            trainer.save()
             start = {"init_from": None} if init_from is None else _describe_start(RunDirectory(init_from))
             run.write_environment(environment | start)
         # Written last: it makes the directory a run, or gives the run its new number of steps.
@@ -145,8 +151,6 @@ def _check_continues(
         )
     run.check_continues(config)
     run.check_environment(environment, exact=not inexact)
-    if run.step() > config.steps:
-        raise UserError(f"{run.path} is at step {run.step()} already; steps={config.steps} must not be fewer.")
 
 
 def resolve(config: TrainConfig, corpus: Corpus) -> TrainConfig:
@@ -189,6 +193,8 @@ class Trainer:
         self.config, self.run, self.corpus, self.chosen, self.model, self.say = config, run, corpus, chosen, model, say
         self.optimizer = build_optimizer(model, config)
         self.step, self.seconds = 0, 0.0
+        self.saved: int | None = None
+        """The step of the last good checkpoint."""
         self.forward: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
 
     def run_steps(self) -> Trained:
@@ -217,14 +223,42 @@ class Trainer:
         return Trained(self.step, True, validation_loss)
 
     def restore(self) -> None:
-        """Go back to the run's last checkpoint, and cut its metrics back to that step."""
-        self.run.load_weights(self.model)
-        self.step, self.seconds = self.run.load_optimizer(self.model, self.optimizer)
+        """Go back to the run's last checkpoint, and cut its metrics back to that step.
+
+        Raises:
+            UserError: the checkpoint or the metrics are damaged, or it is beyond the last step.
+        """
+        self.step, self.seconds = self.run.restore(self.model, self.optimizer)
+        self.saved = self.step
+        if self.step > self.config.steps:
+            raise UserError(
+                f"{self.run.path} is at step {self.step} already; steps={self.config.steps} must not be fewer."
+            )
         self.run.cut_metrics(self.step)
         self.say(f"Continuing {self.run.path} at step {self.step} of {self.config.steps}.")
 
     def save(self) -> None:
-        self.run.save_checkpoint(self.model, self.optimizer, self.step, self.seconds)
+        with self._naming_the_last_good():
+            self.run.save_checkpoint(self.model, self.optimizer, self.step, self.seconds)
+        self.saved = self.step
+
+    def _record(self, row: dict[str, Any]) -> None:
+        with self._naming_the_last_good():
+            append_json(self.run.metrics_path, row)
+
+    @contextmanager
+    def _naming_the_last_good(self) -> Iterator[None]:
+        """What stops the writing, a full disk say, as the user's to mend, with the step that the run goes on from."""
+        try:
+            yield
+        except UserError as error:
+            if self.saved is None:
+                raise
+            raise UserError(f"{error} {self._last_good} Once that is mended, the same command continues.") from error
+
+    @property
+    def _last_good(self) -> str:
+        return f"The last good checkpoint is at step {self.saved} in {self.run.path}."
 
     def _one_step(self, reporter: Reporter) -> None:
         config, began = self.config, time.perf_counter()
@@ -244,7 +278,7 @@ class Trainer:
         spent = time.perf_counter() - began
         self.seconds += spent
         row = {"step": self.step, "loss": loss, "lr": rate, "gradient_norm": norm, "seconds": round(self.seconds, 4)}
-        append_json(self.run.metrics_path, row)
+        self._record(row)
         reporter.update(self.step, f"loss {loss:.3f}  {config.tokens_per_step / spent:,.0f} tokens/s")
 
     def _losses(self, forward: nn.Module) -> Iterator[Tensor]:
@@ -268,9 +302,9 @@ class Trainer:
             raise self._diverged(f"the loss is {loss} at step {self.step + 1}")
 
     def _diverged(self, what: str) -> UserError:
-        append_json(self.run.metrics_path, {"step": self.step + 1, "diverged": True})
+        self._record({"step": self.step + 1, "diverged": True})
         return UserError(
-            f"{what}: training diverged. The last good checkpoint is at step {self.run.step()} in {self.run.path}. "
+            f"{what}: training diverged. {self._last_good} "
             f"Lower lr (now {self.config.lr:g}) or clip, or lengthen warmup."
         )
 
@@ -292,7 +326,7 @@ class Trainer:
             "final": final,
             "seconds": round(self.seconds, 4),
         }
-        append_json(self.run.metrics_path, row)
+        self._record(row)
         reporter.note(f"step {self.step}: validation loss {result.loss:.4f} on {result.tokens:,} tokens")
         return result.loss
 

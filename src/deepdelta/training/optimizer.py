@@ -45,9 +45,31 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> AdamW:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step 0 .. steps - 1: linear warm-up, then a cosine from `lr` to `lr * final_lr`."""
+    """The rate of step 0 .. steps - 1: linear warm-up, then the schedule, which ends at `lr * final_lr`.
+
+    A cosine from `lr`, or `lr` up to the cooldown of c steps and lr (1 - (1 - final_lr) n / c) in its n-th.
+    """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        cooled = max(0, step + 1 - (config.steps - config.cooldown))
+        return config.lr * (1 - (1 - config.final_lr) * cooled / max(1, config.cooldown))
     progress = (step - config.warmup) / max(1, config.steps - config.warmup - 1)
     share = config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr * share
+
+
+def rate_change(there: TrainConfig, here: TrainConfig, step: int) -> str | None:
+    """What a run that continues at `step` with other steps is told where its learning rate jumps.
+
+    Args:
+        there: the settings that the steps up to `step` were made with; here: those of the next ones.
+    """
+    was, now = learning_rate(there, min(step, there.steps - 1)), learning_rate(here, min(step, here.steps - 1))
+    if was == now:
+        return None
+    return (
+        f"The learning rate jumps from {was:.3g} to {now:.3g} at step {step + 1}: the schedule is that of {here.steps} "
+        f"steps now, and was that of {there.steps}. Runs to be extended have no such jump with schedule='constant'; "
+        "their last extension may end in a cooldown."
+    )

@@ -1,40 +1,72 @@
 """A run directory: the resolved configuration, the environment, metrics, the tokenizer and the last good checkpoint.
 
 config.json              the resolved TrainConfig
-environment.json         versions, machine, threads, device, commit, corpus
+environment.json         versions, machine, threads, device, commit, corpus, the checksum of tokenizer.json
 metrics.jsonl            one line per step, and one per validation
 tokenizer.json           absent for corpora of bare ids
-checkpoint.safetensors   weights, optimiser state and step, in one file so that they always belong together
+checkpoint.safetensors   weights, optimiser state and step, in one file so that they belong together, with a checksum
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepdelta.config import differences, from_plain, to_plain
-from deepdelta.data.tokenizer import FILE_NAME
+from deepdelta.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from deepdelta.errors import UserError
-from deepdelta.files import atomic_path, check_readable, naming, read_object, write_json, write_text
+from deepdelta.files import read_object, write_json, write_text
+from deepdelta.tensors import check_finite, load_tensors, save_tensors
 from deepdelta.training.config import TrainConfig
+from deepdelta.training.metrics import damaged, last_step, read_rows
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINT, UNUSED, LOCK = "checkpoint.safetensors", "unused_published.safetensors", ".lock"
 
-CHANGEABLE = ("steps", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every")
+CHANGEABLE = ("steps", "cooldown", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every")
 """What may differ when a run is continued: none of it touches the steps already made."""
 
 NUMERICS = ("versions", "machine", "threads", "device", "precision", "backend")
 """What the last bits of a number depend on besides the configuration."""
+
+TOKENIZER_SHA = "tokenizer_file_sha256"
+"""The key in environment.json of the checksum of tokenizer.json, null where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Imported:
+    """What environment.json must hold at least of an imported run; it may hold more."""
+
+    versions: dict[str, str]
+    corpus_sha256: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made(_Imported):
+    """What it must hold at least of a trained one."""
+
+    commit: str | None
+    machine: dict[str, str]
+    threads: int
+    init_config: dict[str, Any] | None = field(default=None)
+
+
+class Checkpoint(NamedTuple):
+    """What checkpoint.safetensors holds: tensors by the model's names, and by the model's names and the optimiser's."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    step: int
+    seconds: float
+    """Of training, up to this step."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +74,14 @@ class RunDirectory:
     """Reads and writes the files of one run."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the name of a run directory must be UTF-8, got {str(self.path)!a}; give another."
+            ) from None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -52,7 +92,7 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("w")
+            lock = (self.path / LOCK).open("a")
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be a run directory: {error.strerror}. Give another --run directory."
@@ -69,17 +109,36 @@ class RunDirectory:
         """Whether a process is training here now."""
         if not (self.path / LOCK).exists():
             return False
-        with (self.path / LOCK).open("w") as lock:
+        with (self.path / LOCK).open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True
         return False
 
+    def cut_short(self) -> list[Path]:
+        """The files of a start that was cut short, in a directory that is no run yet: its checkpoint is at step 0.
+
+        Raises:
+            UserError: there are files of these names that no such start has left.
+        """
+        there = [self.path / name for name in (CHECKPOINT, METRICS, ENVIRONMENT, FILE_NAME, UNUSED)]
+        there = [file for file in there if os.path.lexists(file)]
+        try:
+            ours = not there or (self.metrics_path not in there and self.step() == 0)
+        except UserError:
+            ours = False
+        if not ours:
+            raise UserError(
+                f"{self.path} holds {', '.join(file.name for file in there)}, which a run would overwrite, but no "
+                f"{CONFIG}, so it is no run. Give another --run directory, or move them away."
+            )
+        return there
+
     def clear(self) -> None:
-        """Delete what a start that was cut short may have left, or a run whose config.json was deleted."""
-        for name in (CHECKPOINT, METRICS, FILE_NAME, UNUSED):
-            (self.path / name).unlink(missing_ok=True)
+        """Delete what a start that was cut short has left; see `cut_short`."""
+        for file in self.cut_short():
+            file.unlink()
 
     @property
     def metrics_path(self) -> Path:
@@ -98,10 +157,37 @@ class RunDirectory:
         return from_plain(TrainConfig, self._read(CONFIG), where=str(self.path / CONFIG))
 
     def environment(self) -> dict[str, Any]:
-        return self._read(ENVIRONMENT)
+        """What the run's numbers depend on besides its configuration.
+
+        Raises:
+            UserError: there is no run here, or what every run's environment holds is missing or of another type.
+        """
+        there = self._read(ENVIRONMENT)
+        kind = _Imported if "imported_from" in there else _Made
+        needed = {key.name: there[key.name] for key in fields(kind) if key.name in there}
+        from_plain(kind, needed, where=str(self.path / ENVIRONMENT))
+        return there
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        write_json(self.path / ENVIRONMENT, environment)
+        """Write the environment, and the checksum of the tokenizer that has been written before."""
+        write_json(self.path / ENVIRONMENT, {**environment, TOKENIZER_SHA: self._tokenizer_sha()})
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The run's tokenizer; None for a corpus of bare ids.
+
+        Raises:
+            UserError: it is not the one that the run was made with.
+        """
+        if self._tokenizer_sha() != self.environment().get(TOKENIZER_SHA):
+            raise UserError(
+                f"{self.path / FILE_NAME} is damaged, another or gone: it must have the checksum of {ENVIRONMENT}; "
+                f"restore it, or delete {self.path} and train anew."
+            )
+        return load_tokenizer(self.path)
+
+    def _tokenizer_sha(self) -> str | None:
+        file = self.path / FILE_NAME
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
 
     def write_config(self, config: TrainConfig) -> None:
         write_json(self.path / CONFIG, to_plain(config))
@@ -142,27 +228,25 @@ class RunDirectory:
             )
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The recorded lines in order; a last line that a crash cut short is left out."""
-        if not self.metrics_path.exists():
-            return
-        with self.metrics_path.open(encoding="utf-8") as lines:
-            for line in lines:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+        """The recorded lines; see `read_rows`."""
+        return read_rows(self.metrics_path)
 
     def last_recorded_step(self) -> int:
-        """The step of the last line, 0 without one; reads the end of the file alone."""
-        if not self.metrics_path.exists():
-            return 0
-        with self.metrics_path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"{") and line.endswith(b"}")]
-        return int(json.loads(lines[-1])["step"]) if lines else 0
+        """The step of the last line, 0 without one."""
+        return last_step(self.metrics_path)
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the lines after `step`: the steps behind them are made again."""
-        kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
-        write_text(self.metrics_path, "".join(kept))
+        """Drop the lines after `step`: the steps behind them are made again.
+
+        Raises:
+            UserError: see `read_rows`; or steps up to `step` are missing.
+        """
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        if (made := sum("loss" in row for row in kept)) != step:
+            raise damaged(
+                self.metrics_path, f"must hold the {step} steps that the checkpoint has behind it, but holds {made}"
+            )
+        write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def save_checkpoint(self, model: nn.Module, optimizer: Optimizer, step: int, seconds: float) -> None:
         """Write weights, optimiser state, step and training seconds as one file, whole or not at all."""
@@ -171,87 +255,87 @@ class RunDirectory:
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"step": str(step), "seconds": repr(seconds)}
-        with atomic_path(self.path / CHECKPOINT) as temporary:
-            save_file(contiguous, temporary, metadata=metadata)
+        if self.metrics_path.exists():
+            # On disk before the checkpoint is: a machine that fails must not leave a step whose line is lost.
+            with self.metrics_path.open("rb") as rows:
+                os.fsync(rows.fileno())
+        save_tensors(self.path / CHECKPOINT, tensors, {"step": str(step), "seconds": repr(seconds)})
+
+    def checkpoint(self) -> Checkpoint:
+        """The last checkpoint, verified.
+
+        Raises:
+            UserError: there is none, or it is not as it was written.
+        """
+        file = self.path / CHECKPOINT
+        if not file.exists():
+            raise UserError(f"{self.path} holds no {CHECKPOINT}; restore it, or delete the directory and train anew.")
+        mend = f"restore a copy, or delete {self.path} and train anew"
+        tensors, metadata = load_tensors(file, mend)
+        if not {"step", "seconds"} <= metadata.keys():
+            raise UserError(f"{file} must be a checkpoint, but has no step; {mend}.")
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = tensor
+        return Checkpoint(parts["model"], parts["optimizer"], int(metadata["step"]), float(metadata["seconds"]))
 
     def step(self) -> int:
         """The step of the last checkpoint."""
-        return int(self._load_tensors("nothing.")[1]["step"])
+        return self.checkpoint().step
 
     def save_unused(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep what an imported model does not use, so that it can be exported whole."""
-        with atomic_path(self.path / UNUSED) as temporary:
-            save_file(dict(tensors), temporary)
+        save_tensors(self.path / UNUSED, tensors)
 
     def load_unused(self) -> dict[str, Tensor]:
         file = self.path / UNUSED
-        if not file.exists():
-            return {}
-        check_readable(file, "Have it made readable for you.")
-        with naming(file, "read", f"Restore it, or delete {self.path} and import anew."):
-            return load_file(file)
+        return load_tensors(file, f"restore it, or import {self.path} anew")[0] if file.exists() else {}
 
     def load_weights(self, model: nn.Module, absent: Collection[str] = ()) -> None:
         """Load the checkpoint's weights into `model`; those in `absent` keep their start where it has none for them.
 
         Raises:
-            UserError: no checkpoint, a truncated one, or tensors that do not fit the model.
+            UserError: no checkpoint, a damaged one, or tensors that do not fit the model or are not finite.
         """
-        tensors, _ = self._load_tensors("model.")
-        own = model.state_dict()
+        self._load_weights(self.checkpoint(), model, absent)
+
+    def restore(self, model: nn.Module, optimizer: Optimizer) -> tuple[int, float]:
+        """Load the checkpoint's weights and optimiser state; the step and the training seconds that it was made at.
+
+        Raises:
+            UserError: see `load_weights`.
+        """
+        checkpoint = self.checkpoint()
+        self._load_weights(checkpoint, model)
+        for name, parameter in model.named_parameters():
+            prefix = f"{name}."
+            state = {k.removeprefix(prefix): v for k, v in checkpoint.optimizer.items() if k.startswith(prefix)}
+            if state:
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+        return checkpoint.step, checkpoint.seconds
+
+    def _load_weights(self, checkpoint: Checkpoint, model: nn.Module, absent: Collection[str] = ()) -> None:
+        file, tensors, own = self.path / CHECKPOINT, checkpoint.weights, model.state_dict()
         missing, unknown = sorted(set(own) - set(tensors) - set(absent)), sorted(set(tensors) - set(own))
         if missing or unknown:
             raise UserError(
-                f"{self.path / CHECKPOINT} does not fit this model: missing tensors {missing[:5]}, "
-                f"unknown tensors {unknown[:5]}."
+                f"{file} does not fit this model: missing tensors {missing[:5]}, unknown tensors {unknown[:5]}."
             )
         for name, tensor in tensors.items():
             if tensor.shape != own[name].shape:
                 raise UserError(
-                    f"{self.path / CHECKPOINT} does not fit this model: '{name}' has shape {tuple(tensor.shape)}, "
-                    f"the model's has {tuple(own[name].shape)}."
+                    f"{file} does not fit this model: '{name}' has shape {tuple(tensor.shape)}, the model's has "
+                    f"{tuple(own[name].shape)}."
                 )
+        check_finite(tensors, file)
         model.load_state_dict(own | tensors)
-
-    def load_optimizer(self, model: nn.Module, optimizer: Optimizer) -> tuple[int, float]:
-        """Load the optimiser's state; the step and the training seconds that the checkpoint was made at."""
-        tensors, metadata = self._load_tensors("optimizer.")
-        for name, parameter in model.named_parameters():
-            prefix = f"{name}."
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if state:
-                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
-        return int(metadata["step"]), float(metadata["seconds"])
-
-    def _load_tensors(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        file = self.path / CHECKPOINT
-        if not file.exists():
-            raise UserError(f"{self.path} holds no {CHECKPOINT}; restore it, or delete the directory and train anew.")
-        check_readable(file, "Have it made readable for you.")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                found = {
-                    key.removeprefix(prefix): opened.get_tensor(key) for key in opened.keys() if key.startswith(prefix)
-                }
-                return found, opened.metadata()
-        except SafetensorError as error:
-            raise UserError(
-                f"{file} is truncated or damaged ({error}); restore a copy, or delete {self.path} and train anew."
-            ) from None
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self.path / name
         if not file.exists():
             raise UserError(f"{self.path} is not a run directory: it has no {name}.")
         return read_object(file, f"restore it, or delete {self.path} and train anew")
-
-
-def append_json(file: Path, row: Mapping[str, Any]) -> None:
-    """Append one line, handed to the system at once, so that a killed process loses at most the line in progress."""
-    with naming(file, "written"), file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any], keys: tuple[str, ...]) -> str:
