@@ -169,7 +169,7 @@ def test_a_cell_is_small_and_holds_its_run(done: tuple[StudyConfig, Path, StudyR
     cell = from_plain(Cell, json.loads(file.read_text()))
     rows = list(run.metrics())
     assert (cell.condition, cell.seed, cell.validation_loss) == ("delta", 1, rows[-1]["validation_loss"])
-    assert (cell.steps, cell.tokens, cell.validation_tokens) == (24, 24 * 32, 200)
+    assert (cell.steps, cell.tokens, cell.validation_tokens) == (24, 24 * 32, 192)  # whole windows of 16
     assert cell.seconds == rows[-1]["seconds"] and cell.machine == run.environment()["machine"]
     assert cell.flops_per_token == results.condition("delta").flops_per_token
     assert file.stat().st_size < 20_000 and str(out.parent) not in file.read_text()
@@ -279,7 +279,8 @@ def test_curves_keep_validations_and_thin_the_rest() -> None:
     for step in range(1, 1001):
         rows.append({"step": step, "loss": 5 - step / 300, "seconds": step * 0.1})
         if step % 100 == 0:
-            rows.append({"step": step, "validation_loss": 6 - step / 300, "seconds": step * 0.1})
+            rows.append({"step": step, "validation_loss": 6 - step / 300, "final": False, "seconds": step * 0.1})
+    rows.append({"step": 1000, "validation_loss": 1.0, "final": True, "seconds": 100.0})
     points = curve(rows)
     assert len(points) == CURVE_POINTS
     assert [p.step for p in points if p.validation_loss is not None] == list(range(100, 1001, 100))

@@ -67,10 +67,15 @@ def test_loss_of_the_whole_split(run: Path, corpus: Corpus, batch_size: int) -> 
 def test_loss_of_a_part(run: Path, corpus: Corpus) -> None:
     model = load(run).model.train()
     seen: list[tuple[int, int]] = []
-    result = evaluate(model, corpus, batch_size=2, device=CPU, tokens=70, progress=lambda *done: seen.append(done))
-    assert result.tokens == 70
-    assert result.loss == pytest.approx(math.fsum(nats(model, corpus.validation)[:70]) / 70, rel=1e-6)
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    result = evaluate(model, corpus, batch_size=3, device=CPU, tokens=70, progress=lambda *done: seen.append(done))
+    context, losses = model.config.context, nats(model, corpus.validation)
+    there = len(losses) // context
+    assert there >= 8  # or there would be nothing to spread over
+    chosen = [loss for i in range(4) for loss in losses[i * there // 4 * context :][:context]]
+    assert result.tokens == len(chosen) == 64
+    assert result.loss == pytest.approx(math.fsum(chosen) / 64, rel=1e-6)
+    assert result.how == "windows of 16 tokens without overlap, evenly spread"
+    assert seen == [(1, 2), (2, 2)]
     assert model.training, "evaluation must leave the model in the mode it found it in"
     more = evaluate(model, corpus, batch_size=2, device=CPU, tokens=10**9)
     assert more == evaluate(model, corpus, batch_size=2, device=CPU)
@@ -79,6 +84,8 @@ def test_loss_of_a_part(run: Path, corpus: Corpus) -> None:
 def test_a_run_records_the_losses_that_evaluation_finds(run: Path, corpus: Corpus) -> None:
     final = rows(run)[-1]
     again = evaluate(load(run).model, corpus, batch_size=2, device=CPU)
+    curve = [row for row in rows(run) if "validation_loss" in row and not row["final"]]
+    assert [row["step"] for row in curve] == [8, 16, 24, 32, 40] and {row["validation_tokens"] for row in curve} == {64}
     # The run's rewrites are the fused backend's where it is installed, a loaded model's the reference.
     assert final["validation_loss"] == pytest.approx(again.loss, rel=1e-6)
     assert final["validation_tokens"] == again.tokens

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Int64, UInt
 from torch import Tensor
 
 from deepdelta.analysis.audit import audit, passes
 from deepdelta.analysis.findings import AuditResults
 from deepdelta.config import to_plain
-from deepdelta.data import Corpus, DataConfig, load_corpus
+from deepdelta.data import Corpus, DataConfig, load_corpus, spread
 from deepdelta.data.sources import list_source
 from deepdelta.data.tokenizer import FILE_NAME
 from deepdelta.errors import UserError
@@ -103,9 +102,7 @@ def spread_windows(split: UInt[np.ndarray, " tokens"], context: int, tokens: int
         )
     if tokens < context:
         raise UserError(f"tokens must be at least the model's context of {context:,}, for one window; got {tokens:,}.")
-    count = min(tokens // context, there)
-    starts = [i * there // count * context for i in range(count)]
-    return torch.from_numpy(np.stack([split[start : start + context + 1] for start in starts]).astype(np.int64))
+    return spread(split, context=context, limit=tokens)
 
 
 def _corpus(directory: RunDirectory, text: Text, say: Callable[[str], None]) -> Corpus:

@@ -1,6 +1,6 @@
 """Text sources to batches: `load_corpus` gives two arrays of ids, `batch` and `windows` cut them."""
 
-from deepdelta.data.batches import IGNORED, batch, window_count, windows
+from deepdelta.data.batches import IGNORED, batch, spread, window_count, windows
 from deepdelta.data.cache import default_cache
 from deepdelta.data.config import DataConfig
 from deepdelta.data.corpus import Corpus, check_context, load_corpus, train_tail
@@ -18,6 +18,7 @@ __all__ = [
     "default_cache",
     "load_corpus",
     "load_tokenizer",
+    "spread",
     "train_tail",
     "window_count",
     "windows",

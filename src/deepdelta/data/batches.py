@@ -58,6 +58,21 @@ def windows(
         yield torch.from_numpy(inputs).view(rows, context), torch.from_numpy(labels).view(rows, context)
 
 
+def spread(tokens: UInt[np.ndarray, " tokens"], *, context: int, limit: int) -> Int64[Tensor, "windows context1"]:
+    """Whole windows of `context` inputs and the label after the last, evenly spread over a split, about `limit` tokens.
+
+    Of the W windows that `windows` cuts whole, n = limit / context, at least one and at most W: number i starts at
+    token floor(i W / n) context. Inputs do not overlap.
+
+    Args:
+        tokens: the ids of a split, more than `context` of them (see `check_context`).
+    """
+    there = (len(tokens) - 1) // context
+    count = min(max(1, limit // context), there)
+    starts = [i * there // count * context for i in range(count)]
+    return torch.from_numpy(np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int64))
+
+
 def window_count(tokens: UInt[np.ndarray, " tokens"], *, context: int) -> int:
     """How many windows `windows` yields: (tokens - 1) / context, rounded up."""
     return -(-max(len(tokens) - 1, 0) // context)

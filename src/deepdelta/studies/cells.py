@@ -14,7 +14,7 @@ from typing import Any
 from deepdelta.analysis.flops import training_flops_per_token
 from deepdelta.analysis.rewrites import RewriteTotals, rewrite_totals
 from deepdelta.config import differences, from_plain, to_plain
-from deepdelta.data import Corpus, windows
+from deepdelta.data import Corpus, spread
 from deepdelta.errors import UserError
 from deepdelta.files import read_object, write_json
 from deepdelta.studies.results import CurvePoint, RewriteSummary
@@ -185,7 +185,8 @@ def tokenizer_hash(corpus: Corpus) -> str | None:
 def curve(rows: Sequence[dict[str, Any]]) -> tuple[CurvePoint, ...]:
     """All validations, and steps evenly between them, the first and the last too, up to CURVE_POINTS in all."""
     losses = [row for row in rows if "loss" in row]
-    validations = [row for row in rows if "validation_loss" in row]
+    # The final number is on other text, longer for the most part: as a point of the curve it would look like a fall.
+    validations = [row for row in rows if "validation_loss" in row and not row["final"]]
     room = max(2, CURVE_POINTS - len(validations))
     kept = {round(i * (len(losses) - 1) / (room - 1)) for i in range(room)} if losses else set()
     chosen = [*(losses[index] for index in sorted(kept)), *validations]
@@ -229,12 +230,9 @@ def _merged(group: Sequence[RewriteSummary]) -> RewriteSummary:
 
 
 def _rewrites(run: Path, settings: TrainConfig, corpus: Corpus, tokens: int) -> tuple[RewriteSummary, ...]:
-    # Whole windows only: what fills up a last one is no text.
-    context = settings.model.context
-    span = max(1, min(tokens, len(corpus.validation) - 1) // context) * context
-    batches = windows(corpus.validation[: span + 1], context=context, batch_size=settings.batch_size)
+    chosen = spread(corpus.validation, context=settings.model.context, limit=tokens)
     totals: dict[str, RewriteTotals] = {}
-    rewrite_totals(load(run).model, (inputs for inputs, _ in batches), into=totals)
+    rewrite_totals(load(run).model, (part[:, :-1] for part in chosen.split(settings.batch_size)), into=totals)
     return tuple(_rewrite(residual, total) for residual, total in totals.items())
 
 

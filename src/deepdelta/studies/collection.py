@@ -26,7 +26,7 @@ from deepdelta.studies.results import (
 from deepdelta.studies.results import Corpus as CorpusResult
 from deepdelta.training import TrainConfig
 from deepdelta.training.environment import now, provenance
-from deepdelta.training.evaluation import CONTEXTS
+from deepdelta.training.evaluation import contexts
 from deepdelta.training.progress import reporting
 
 Cells = Mapping[tuple[str, int, BudgetName], Cell]
@@ -108,8 +108,8 @@ def collect(
         finished=now(),
         corpus=CorpusResult(description=corpus.description, sha256=corpus.sha256),
         validation=Validation(
-            tokens=min(settings.final_eval_tokens or len(corpus.validation), len(corpus.validation) - 1),
-            contexts=CONTEXTS.format(settings.model.context),
+            tokens=max(cell.validation_tokens for cell in cells.values()),
+            contexts=contexts(settings.model.context, len(corpus.validation), settings.final_eval_tokens),
         ),
         budget=Budget(
             steps=settings.steps,

@@ -41,9 +41,9 @@ class TrainConfig:
     eval_every: int = 250
     """Steps between validations on `eval_tokens`."""
     eval_tokens: int = 65536
-    """Validation tokens of those."""
+    """Validation tokens of those, in whole windows evenly spread over the split."""
     final_eval_tokens: int | None = None
-    """Validation tokens after the last step; None is the whole split."""
+    """Validation tokens of the final number after the last step, spread likewise; None is the whole split."""
     checkpoint_every: int = 250
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from deepdelta.data import Corpus, window_count, windows
+from deepdelta.data import Corpus, spread, window_count, windows
 from deepdelta.errors import UserError
 from deepdelta.models import GPT
 
-CONTEXTS = "consecutive windows of {} tokens without overlap"
-"""How evaluation cuts contexts, for the context length that fills the braces."""
+
+def contexts(context: int, split: int, tokens: int | None) -> str:
+    """How `evaluate` cuts contexts out of a split of so many tokens, in plain English."""
+    if _whole(context, split, tokens):
+        return f"consecutive windows of {context} tokens without overlap"
+    return f"windows of {context} tokens without overlap, evenly spread"
+
+
+def _whole(context: int, split: int, tokens: int | None) -> bool:
+    return tokens is None or tokens >= split - 1 or split <= context
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,11 @@ def evaluate(
     tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """The model's loss on the validation split, or on its first `tokens` tokens.
+    """The model's loss on the validation split, or on about `tokens` of its tokens.
 
-    Contexts are consecutive windows of the model's context length that do not overlap, so every token but the very
-    first is predicted exactly once, those at the start of a window with little context. Sums are kept in fp64.
+    Contexts are windows of the model's context length that do not overlap: consecutive ones, so that every token but
+    the very first is predicted exactly once, or for fewer tokens whole ones evenly spread over the split. Tokens at the
+    start of a window are predicted with little context. Sums are kept in fp64.
 
     Raises:
         UserError: a batch_size below 1.
@@ -57,14 +66,19 @@ def evaluate(
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     context = model.config.context
-    split = corpus.validation if tokens is None else corpus.validation[: tokens + 1]
+    split = corpus.validation
     if len(split) < 2:
         raise UserError(f"the validation split must hold at least 2 tokens to predict one, got {len(split)}.")
     total, count = 0.0, 0
-    batches = -(-window_count(split, context=context) // batch_size)
+    if tokens is None or _whole(context, len(split), tokens):
+        number, pairs = window_count(split, context=context), windows(split, context=context, batch_size=batch_size)
+    else:
+        chosen = spread(split, context=context, limit=tokens)
+        number, pairs = len(chosen), ((part[:, :-1], part[:, 1:]) for part in chosen.split(batch_size))
+    batches = -(-number // batch_size)
     was_training = model.training
     model.eval()
-    for index, (inputs, labels) in enumerate(windows(split, context=context, batch_size=batch_size)):
+    for index, (inputs, labels) in enumerate(pairs):
         inputs, labels = inputs.to(device), labels.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             logits = model(inputs).logits
@@ -74,4 +88,4 @@ def evaluate(
         if progress is not None:
             progress(index + 1, batches)
     model.train(was_training)
-    return Evaluation(total / count, count, CONTEXTS.format(context))
+    return Evaluation(total / count, count, contexts(context, len(split), tokens))

@@ -207,7 +207,7 @@ class Trainer:
             while self.step < config.steps and not stopped():
                 self._one_step(reporter)
                 last = self.step == config.steps
-                if not last and self.step % config.eval_every == 0:
+                if last or self.step % config.eval_every == 0:
                     self._validate(config.eval_tokens, reporter, final=False)
                 if last or stopped() or self.step % config.checkpoint_every == 0:
                     self._check_good()
