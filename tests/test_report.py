@@ -35,10 +35,10 @@ def test_three_forms_show_the_same_cells(results: StudyResults) -> None:
     assert markdown_rows(markdown_table(results)) == expected
     page = Page(render_page(results))
     assert [[" ".join(cell.split()) for cell in row] for row in page.rows["results"]] == expected
-    # The terminal, wide and too narrow, loses no character of any cell.
+    # A wide terminal loses no character of any cell, a narrow one cuts none of those that it shows.
     for width in (200, 60):
         console = Console(file=StringIO(), width=width, color_system=None)
-        console.print(render_table(results))
+        console.print(render_table(results, width))
         shown = console.file.getvalue()  # type: ignore[attr-defined]
         assert "…" not in shown
         if width == 200:
@@ -245,3 +245,15 @@ def test_without_plotly_the_error_names_the_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "extra 'study'" in done.stdout and "plotly" in done.stdout
+
+
+def test_a_narrow_terminal_keeps_names_and_intervals_whole() -> None:
+    results = load_results(Path(__file__).parents[1] / "results" / "headline" / "results.json")
+    console = Console(file=StringIO(), width=80, color_system=None)
+    console.print(render_table(results, 80))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    for condition in results.conditions:
+        (row,) = (line for line in lines if line.split()[:1] == [condition.name])
+        assert f"{sum(condition.losses().values()) / len(condition.losses()):.4f}" in row
+    assert any(line.split() == ["to", "-0.1434"] for line in lines)

@@ -45,35 +45,16 @@ def test_paired_equals_scipys_paired_t_test() -> None:
     assert comparison.t_interval.high == pytest.approx(interval.high, rel=1e-9)
 
 
-def test_effect_size_has_the_exact_small_sample_factor() -> None:
-    # Hedges' factor for 5 degrees of freedom is Gamma(2.5) / (sqrt(2.5) Gamma(2)) = 0.8407.
-    comparison = paired(differences())
-    assert comparison.effect_size is not None and comparison.sd is not None
-    assert comparison.effect_size == pytest.approx(comparison.mean / comparison.sd * 0.840748, rel=1e-5)
-
-
-def test_bootstrap_interval_is_that_of_resampled_means_and_repeats() -> None:
-    skewed = [0.0, 0.01, 0.02, 0.015, 0.005, 0.1, 0.012, 0.2]
-    first, second = paired(skewed), paired(skewed)
-    assert first == second
-    assert first.bootstrap_interval is not None and first.t_interval is not None
-    samples = np.random.default_rng(7).choice(skewed, (40_000, len(skewed))).mean(1)
-    low, high = np.quantile(samples, [0.025, 0.975])
-    # BCa moves the percentile interval towards the long tail, by the bias and the skewness of the sample.
-    assert low < first.bootstrap_interval.low < first.mean < high < first.bootstrap_interval.high
-    assert first.bootstrap_interval.low > first.t_interval.low
-
-
 @given(st.lists(st.floats(-1, 1), min_size=MINIMUM_SEEDS, max_size=9))
 @settings(max_examples=15, deadline=None)
 def test_intervals_hold_the_mean_whatever_the_differences(values: list[float]) -> None:
     comparison = paired(values)
     if not comparison.sd:
-        assert comparison.t_interval is None and comparison.bootstrap_interval is None and comparison.p_value is None
+        assert comparison.t_interval is None and comparison.p_value is None
         return
-    for interval in (comparison.t_interval, comparison.bootstrap_interval):
-        assert interval is not None and math.isfinite(interval.low) and math.isfinite(interval.high)
-        assert interval.low <= comparison.mean <= interval.high
+    interval = comparison.t_interval
+    assert interval is not None and math.isfinite(interval.low) and math.isfinite(interval.high)
+    assert interval.low <= comparison.mean <= interval.high
     # A t-interval excludes zero exactly when its test rejects.
     assert comparison.t_interval is not None and comparison.p_value is not None
     assert (comparison.t_interval.low <= 0 <= comparison.t_interval.high) == (comparison.p_value >= 0.05)
@@ -83,8 +64,8 @@ def test_below_five_seeds_nothing_is_inferred_but_the_design_is_judged() -> None
     for n in range(2, MINIMUM_SEEDS):
         comparison = paired(differences()[:n])
         assert comparison.smallest_resolvable is not None and comparison.smallest_resolvable > 0
-        assert comparison.t_interval is None and comparison.bootstrap_interval is None
-        assert comparison.p_value is None and comparison.effect_size is None
+        assert comparison.t_interval is None
+        assert comparison.p_value is None
 
 
 def test_one_seed_has_a_difference_and_no_spread() -> None:
@@ -186,8 +167,6 @@ def comparison(low: float, high: float, adjusted_p: float | None = None) -> Comp
         sd=0.02,
         smallest_resolvable=0.03,
         t_interval=Interval(low=low, high=high),
-        bootstrap_interval=Interval(low=low, high=high),
-        effect_size=1.0,
         p_value=0.01,
         adjusted_p=adjusted_p,
     )

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich import box
+from rich import box, get_console
 from rich.table import Table
 from rich.text import Text
 
 ABSENT = "-"
+FOLDED = 16  # characters of a column beside the first that a narrow terminal keeps in a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,8 @@ class Column:
     """Of words, which stand at the left as in the first column; figures stand at the right."""
     narrow: bool = True
     """Shown in a terminal too, not in Markdown alone."""
+    spare: int = 0
+    """Left out of a terminal that is too narrow, the highest number first; 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,9 @@ class Cells:
     title: str = ""
 
 
-def render_cells(cells: Cells, bold: Sequence[int] = ()) -> Table:
-    """Any table for a terminal, some rows in bold type."""
+def render_cells(cells: Cells, bold: Sequence[int] = (), width: int | None = None) -> Table:
+    """Any table for a terminal of so many columns (None: this one), some rows in bold type."""
+    shown = _fitting(cells, width or get_console().width)
     table = Table(
         title=Text(cells.title),
         caption=Text(" ".join(cells.notes)) if cells.notes else None,
@@ -44,15 +48,34 @@ def render_cells(cells: Cells, bold: Sequence[int] = ()) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    shown = [number for number, column in enumerate(cells.columns) if column.narrow]
     for number in shown:
         column = cells.columns[number]
         left = column.words or number == 0
-        # Folded, not cut, where the terminal is too narrow: no digit may be lost.
-        table.add_column(Text(column.title), justify="left" if left else "right", overflow="fold")
+        # Folded, not cut, where the terminal is too narrow: no digit may be lost. Names, in the first, stay whole.
+        table.add_column(Text(column.title), justify="left" if left else "right", overflow="fold", no_wrap=number == 0)
     for number, row in enumerate(cells.rows):
         table.add_row(*(Text(row[index]) for index in shown), style="bold" if number in bold else None)
     return table
+
+
+def _fitting(cells: Cells, width: int) -> list[int]:
+    """The columns that a terminal has room for; long words beside a row's name may be folded."""
+    shown = [number for number, column in enumerate(cells.columns) if column.narrow]
+
+    def needed(number: int) -> int:
+        lines = (
+            line
+            for text in (cells.columns[number].title, *(row[number] for row in cells.rows))
+            for line in text.split("\n")
+        )
+        longest = max(map(len, lines))
+        return longest if number == 0 else min(longest, FOLDED)
+
+    for number in sorted(shown, key=lambda number: -cells.columns[number].spare):
+        if 1 + sum(needed(one) + 1 for one in shown) <= width or not cells.columns[number].spare:
+            break
+        shown.remove(number)
+    return shown
 
 
 def markdown_page(title: str, facts: Sequence[str], tables: Sequence[Cells]) -> str:

@@ -13,8 +13,10 @@ from deepdelta.tables import ABSENT, Cells, Column
 COMPARISON = (
     Column(title="change", help="Mean over seeds in nats per token; negative means a lower loss."),
     Column(title="95 %\ninterval", help="Of the change: Student's t on the seeds."),
-    Column(title="p\n(Holm)", help="Two-sided t-test, corrected for all rows of this table at the same budget."),
-    Column(title="finding", help="What the interval and the corrected test show."),
+    Column(
+        title="p\n(Holm)", help="Two-sided t-test, corrected for all rows of this table at the same budget.", spare=6
+    ),
+    Column(title="finding", help="What the interval and the corrected test show.", spare=9),
 )
 
 
@@ -30,9 +32,12 @@ def _contrasts(results: StudyResults) -> Cells | None:
         return None
     columns = (
         Column(title="condition", help="What was trained."),
-        Column(title="compared with", help="The baseline, or the control that differs from the condition in one part."),
+        Column(
+            title="compared with",
+            help="The baseline, or the control that differs from the condition in one part.",
+        ),
         Column(title="at equal", help="What both spend: training tokens, floating-point operations or seconds."),
-        Column(title="steps", help="Of the condition; and of what it is compared with."),
+        Column(title="steps", help="Of the condition; and of what it is compared with.", spare=8),
         *COMPARISON,
     )
     rows = tuple(

@@ -17,31 +17,38 @@ def table_cells(results: StudyResults) -> Cells:
     columns = [
         Column(title="condition", help="What was trained; see the list of conditions."),
         Column(title="loss", help="Mean validation loss over finished seeds, nats per token. Lower is better."),
-        Column(title="by seed", help=f"Validation loss of seed {', '.join(map(str, results.seeds))}."),
+        Column(title="by seed", help=f"Validation loss of seed {', '.join(map(str, results.seeds))}.", spare=9),
         Column(title="change", help=f"Mean over seeds of condition minus {results.baseline}, same seed and data."),
         Column(
             title="resolves",
             help="Smallest true difference that this many seeds with this spread find in 4 of 5 studies (5 % level). "
             "The spread is itself estimated from these seeds.",
+            spare=4,
         ),
     ]
     if intervals:
         columns += [
             Column(title="95 %\ninterval", help="Of the change: Student's t on the paired seeds."),
-            Column(title="bootstrap", help="The same by resampling seeds (BCa); too narrow for few seeds."),
             Column(title="p\n(Holm)", help="Two-sided paired t-test, corrected for the number of comparisons."),
-            Column(title="effect", help="The change in units of its spread over seeds, Hedges-corrected."),
         ]
     if any(condition.tuned for condition in results.conditions):
-        columns.append(Column(title="lr", help="The learning rate, tuned per condition; 'edge': of the grid."))
+        columns.append(Column(title="lr", help="The learning rate, tuned per condition; 'edge': of the grid.", spare=1))
     columns += [
-        Column(title="params", help="Trained parameters."),
-        Column(title="FLOPs", help="Per token of training, forward and backward; and relative to the baseline."),
+        Column(title="params", help="Trained parameters.", spare=6),
+        Column(
+            title="FLOPs", help="Per token of training, forward and backward; and relative to the baseline.", spare=5
+        ),
     ]
     if costs:
         columns += [
-            Column(title="speed", help="Tokens/s relative to the baseline: median and extremes of interleaved rounds."),
-            Column(title="memory", help="Peak of allocated tensors in a training step relative to the baseline."),
+            Column(
+                title="speed",
+                help="Tokens/s relative to the baseline: median and extremes of interleaved rounds.",
+                spare=2,
+            ),
+            Column(
+                title="memory", help="Peak of allocated tensors in a training step relative to the baseline.", spare=3
+            ),
         ]
     rows = tuple(
         _row(results, condition, comparisons.get(condition.name), intervals, costs) for condition in results.conditions
@@ -50,10 +57,10 @@ def table_cells(results: StudyResults) -> Cells:
     return Cells(columns=tuple(columns), rows=rows, notes=_notes(results, intervals, costs))
 
 
-def render_table(results: StudyResults) -> Table:
-    """The main table for a terminal."""
+def render_table(results: StudyResults, width: int | None = None) -> Table:
+    """The main table for a terminal of so many columns; None: this one."""
     bold = [number for number, condition in enumerate(results.conditions) if condition.name == results.baseline]
-    return render_cells(replace(table_cells(results), title=results.name), bold)
+    return render_cells(replace(table_cells(results), title=results.name), bold, width)
 
 
 def markdown_table(results: StudyResults) -> str:
@@ -89,9 +96,7 @@ def _row(
     if intervals:
         row += [
             interval_text(comparison.t_interval if comparison else None),
-            interval_text(comparison.bootstrap_interval if comparison else None),
             ABSENT if comparison is None or comparison.adjusted_p is None else f"{comparison.adjusted_p:.2g}",
-            ABSENT if comparison is None or comparison.effect_size is None else f"{comparison.effect_size:+.2f}",
         ]
     if any(other.tuned for other in results.conditions):
         tuned = condition.tuned

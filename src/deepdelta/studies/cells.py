@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepdelta.analysis.flops import training_flops_per_token
 from deepdelta.analysis.rewrites import RewriteTotals, rewrite_totals
 from deepdelta.config import differences, from_plain, to_plain
@@ -232,7 +234,7 @@ def _merged(group: Sequence[RewriteSummary]) -> RewriteSummary:
 def _rewrites(run: Path, settings: TrainConfig, corpus: Corpus, tokens: int) -> tuple[RewriteSummary, ...]:
     chosen = spread(corpus.validation, context=settings.model.context, limit=tokens)
     totals: dict[str, RewriteTotals] = {}
-    rewrite_totals(load(run).model, (part[:, :-1] for part in chosen.split(settings.batch_size)), into=totals)
+    rewrite_totals(load(run).model, (part[:, :-1] for part in torch.split(chosen, settings.batch_size)), into=totals)
     return tuple(_rewrite(residual, total) for residual, total in totals.items())
 
 

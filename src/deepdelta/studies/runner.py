@@ -20,6 +20,7 @@ from deepdelta.report import (
     search_markdown,
     search_table,
     study_markdown,
+    summarise,
     write_report,
 )
 from deepdelta.studies.cells import Cell
@@ -97,6 +98,7 @@ def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, com
     write_report(results, out / "report.html")
     for table in (render_table(results), *map(render_cells, detail_tables(results))):
         study.console.print(table)
+    _say(study.console, summarise(results).headline)
     _say(study.console, f"Results: {out / 'results.json'}\nReport:  {out / 'report.html'}")
     return results
 

@@ -1,7 +1,7 @@
 """Seed-paired statistics: what a difference between a condition and the baseline does and does not show.
 
 Runs of one seed share their data order, so the difference condition - baseline of one seed is the unit of analysis.
-Intervals, p-values and effect sizes are given from MINIMUM_SEEDS seeds on; the smallest difference a design could have
+Intervals and p-values are given from MINIMUM_SEEDS seeds on; the smallest difference a design could have
 resolved is given from two seeds on, because that is what a small study honestly tells.
 """
 
@@ -32,9 +32,7 @@ class Comparison:
         sd: sample standard deviation of the differences (n - 1); None for one difference.
         smallest_resolvable: true difference found with probability 0.8 by a two-sided t-test at 5 % (see
             `smallest_resolvable`), with `sd` taken as the true spread; None for n < 2 or sd = 0.
-        t_interval, bootstrap_interval: 95 %; None below MINIMUM_SEEDS or for sd = 0, as the following two.
-        effect_size: mean / sd with Hedges' correction for small n.
-        p_value: two-sided, paired t-test.
+        t_interval: 95 %; None below MINIMUM_SEEDS or for sd = 0, as `p_value`: two-sided, paired t-test.
         adjusted_p: `p_value` after Holm's correction over a study's comparisons; None for a comparison on its own.
     """
 
@@ -43,8 +41,6 @@ class Comparison:
     sd: float | None
     smallest_resolvable: float | None
     t_interval: Interval | None
-    bootstrap_interval: Interval | None
-    effect_size: float | None
     p_value: float | None
     adjusted_p: float | None = None
 
@@ -52,8 +48,7 @@ class Comparison:
 def paired(differences: Sequence[float]) -> Comparison:
     """What the differences condition - baseline, one per seed, show.
 
-    The t-interval is mean ± t_{0.975, n-1} sd / sqrt(n); the bootstrap interval is BCa (Efron 1987) with 9,999
-    resamples from a fixed generator. A spread of rounding errors only counts as sd = 0.
+    The t-interval is mean ± t_{0.975, n-1} sd / sqrt(n). A spread of rounding errors only counts as sd = 0.
 
     Raises:
         UserError: no difference, or one that is not finite.
@@ -71,8 +66,6 @@ def paired(differences: Sequence[float]) -> Comparison:
         sd=sd,
         smallest_resolvable=smallest_resolvable(sd, n) if sd else None,
         t_interval=None,
-        bootstrap_interval=None,
-        effect_size=None,
         p_value=None,
     )
     if not sd or n < MINIMUM_SEEDS:
@@ -80,16 +73,9 @@ def paired(differences: Sequence[float]) -> Comparison:
     scipy = load_scipy()
     error = sd / math.sqrt(n)
     reach = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
-    bootstrap = scipy.stats.bootstrap(
-        (list(differences),), lambda x, axis: x.mean(axis), confidence_level=CONFIDENCE, vectorized=True, rng=0
-    ).confidence_interval
-    # Hedges (1981), eq. 6e: the exact factor that makes mean / sd unbiased, through log-gamma for large n.
-    hedges = math.exp(math.lgamma((n - 1) / 2) - math.lgamma((n - 2) / 2)) / math.sqrt((n - 1) / 2)
     return replace(
         comparison,
         t_interval=Interval(low=mean - reach, high=mean + reach),
-        bootstrap_interval=Interval(low=float(bootstrap.low), high=float(bootstrap.high)),
-        effect_size=hedges * mean / sd,
         p_value=float(2 * scipy.stats.t.sf(abs(mean) / error, n - 1)),
     )
 

@@ -74,7 +74,7 @@ def evaluate(
         number, pairs = window_count(split, context=context), windows(split, context=context, batch_size=batch_size)
     else:
         chosen = spread(split, context=context, limit=tokens)
-        number, pairs = len(chosen), ((part[:, :-1], part[:, 1:]) for part in chosen.split(batch_size))
+        number, pairs = len(chosen), ((part[:, :-1], part[:, 1:]) for part in torch.split(chosen, batch_size))
     batches = -(-number // batch_size)
     was_training = model.training
     model.eval()
