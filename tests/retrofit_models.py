@@ -1,6 +1,7 @@
 """Tiny networks of every family that `retrofit` knows, with random weights and inputs; nothing is downloaded."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torchvision_beside_cpu_torch import models  # isort: skip
 import transformers
 
-from deepdelta import GPT, PRESETS, DeltaResidual, GPTConfig
+from deepdelta import GPT, PRESETS, DeltaResidual, GPTConfig, retrofit
 
 transformers.logging.set_verbosity_error()
 
@@ -127,3 +128,19 @@ def open_gates(model: nn.Module, size: float = 0.7) -> None:
         nn.init.constant_(residual.erase_gate.opening, size)
         if hasattr(residual, "write"):
             nn.init.normal_(residual.write.map.weight, std=0.1)
+
+
+def tensors_file(folder: Path) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+def moved(name: str, **options: Any) -> nn.Module:
+    """Retrofitted and changed everywhere, buffers too."""
+    model = retrofit(made(name), seed=0, **options)
+    open_gates(model)
+    if options.get("trainable") != "residual":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= 1.01
+    return model

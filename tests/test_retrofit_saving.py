@@ -16,24 +16,8 @@ import deepdelta
 from deepdelta import PRESETS, UserError, load_retrofit, retrofit, retrofitted, save_retrofit, undo_retrofit
 from deepdelta.config import to_plain
 from deepdelta.retrofitting import saving
-from retrofit_models import FAMILIES, encoder, gpt2, llama, made, models, open_gates, output
+from retrofit_models import FAMILIES, encoder, gpt2, llama, made, models, moved, open_gates, output, tensors_file
 from tiny_runs import config, quietly, rows, text_file
-
-
-def tensors_file(folder: Path) -> Path:
-    (file,) = folder.glob("*.safetensors")
-    return file
-
-
-def moved(name: str, **options: Any) -> nn.Module:
-    """Retrofitted and changed everywhere, buffers too."""
-    model = retrofit(made(name), seed=0, **options)
-    open_gates(model)
-    if options.get("trainable") != "residual":
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter *= 1.01
-    return model
 
 
 @pytest.mark.parametrize("trainable", ["all", "residual"])

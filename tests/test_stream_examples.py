@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 import deepdelta
@@ -322,6 +323,7 @@ def test_a_copy_shares_nothing_and_computes_the_same():
         (lambda: nn.TransformerDecoderLayer(8, 2), "TransformerDecoderLayer .*attentions and its feed-forward"),
         (lambda: DeltaStream(8).wrap(nn.Identity()), "DeltaResidual .*wrapped already"),
         (lambda: Subclass(8, 2), "TransformerEncoderLayer adds its input itself"),
+        (lambda: checkpoint_wrapper(nn.TransformerEncoderLayer(8, 2)), "TransformerEncoderLayer adds its input"),
     ],
 )
 def test_what_adds_its_input_is_refused(branch, advice):

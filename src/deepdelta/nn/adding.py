@@ -1,11 +1,17 @@
 """Modules that add their input themselves: wrapped as they are, they would add it inside the delta residual too."""
 
+import re
+
 from torch import nn
 
 from deepdelta.errors import UserError
 
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Names under which torch's wrappers (compile, activation checkpointing, FSDP) hold the one module they wrap."""
+
 _RESNET = "wrap deepdelta.nn.resnet_branch(block)"
 _APART = "wrap its self-attention and its feed-forward apart"
+_BRANCHES = "wrap its branches (attention, feed-forward, convolutions) apart, without the addition"
 ADDING = {
     "torch.nn.modules.transformer.TransformerEncoderLayer": _APART,
     "torch.nn.modules.transformer.TransformerDecoderLayer": "wrap its attentions and its feed-forward apart",
@@ -17,21 +23,47 @@ ADDING = {
     "torchvision.models.convnext.CNBlock": "wrap its `block`",
     "torchvision.models.vision_transformer.EncoderBlock": _APART,
     "torchvision.models.swin_transformer.SwinTransformerBlock": _APART,
+    "transformers.modeling_layers.GradientCheckpointingLayer": _BRANCHES,
     "deepdelta.nn.residual.DeltaResidual": "it is wrapped already; call it on the state",
 }
-"""Known classes by full name (torchvision need not be installed), and what to do instead."""
+"""Known classes by full name (no library need be installed), and what to do instead."""
+LAYERS = re.compile(r"\w*(EncoderLayer|DecoderLayer|Res(idual|[nN]et)(Block|Unit)|ConvN[eE][xX]t(V2|1d)?(Layer|Block))")
+"""How transformers names layers that are whole, where they are not its GradientCheckpointingLayer."""
+SUBLAYERS = re.compile(r"\w+Layer(SelfAttention|CrossAttention|FF)")
+"""How it names T5's sublayers, which add their input too; what is inside of them does not."""
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What torch's wrappers are around."""
+    while name := next((name for name in WRAPPERS if name in module._modules), None):
+        module = module.get_submodule(name)
+    return module
 
 
 def refuse_adding(branch: nn.Module) -> None:
     """Raise UserError for a module that is known to add its input to its output, or a Sequential of such."""
-    if isinstance(branch, nn.Sequential):
-        kinds = [_known(child) for child in branch]
-        known = kinds[0] if kinds and all(kinds) else None
-    else:
-        known = _known(branch)
-    if known is not None:
-        name = known.rpartition(".")[2]
-        raise UserError(f"{name} adds its input itself, which a delta residual replaces: {ADDING[known]}.")
+    branch = unwrapped(branch)
+    kinds = [_adding(child) for child in branch] if isinstance(branch, nn.Sequential) else [_adding(branch)]
+    if kinds and all(kinds) and kinds[0] is not None:
+        name, instead = kinds[0]
+        raise UserError(f"{name} adds its input itself, which a delta residual replaces: {instead}.")
+
+
+def _adding(module: nn.Module) -> tuple[str, str] | None:
+    """The name of a class that adds its input, and what to wrap instead."""
+    module = unwrapped(module)
+    kind = type(module)
+    if kind.__module__.startswith("transformers.models."):
+        if SUBLAYERS.fullmatch(kind.__name__):
+            return kind.__name__, "wrap the attention or the feed-forward that it holds"
+        if LAYERS.fullmatch(kind.__name__):
+            return kind.__name__, _BRANCHES
+    known = _known(module)
+    if known is None:
+        return None
+    # Of the base class of transformers' layers the name says nothing.
+    name = kind.__name__ if known.startswith("transformers.") else known.rpartition(".")[2]
+    return name, ADDING[known]
 
 
 def _known(module: nn.Module) -> str | None:

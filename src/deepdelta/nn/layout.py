@@ -61,8 +61,9 @@ class Layout:
 
 def check_kind(name: str, tensor: Tensor, owner: str, parameter: Tensor | None) -> None:
     """Refuse a tensor that does not lie where its owner's parameters do, or has another dtype that autocast does not
-    convert; an owner without parameters takes any."""
-    if parameter is None:
+    convert; an owner without parameters takes any, and so does one whose parameters are on 'meta': there they wait
+    for hooks that bring them in (offloading), or torch itself refuses them."""
+    if parameter is None or parameter.is_meta:
         return
     if tensor.device != parameter.device:
         raise UserError(

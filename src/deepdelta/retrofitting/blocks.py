@@ -4,16 +4,22 @@ Names of the network's parameters stay as they are, nothing of it is copied, and
 be taken back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from deepdelta.config import to_plain
 from deepdelta.errors import UserError
 from deepdelta.nn import DeltaResidual, DeltaStream
 from deepdelta.retrofitting.config import RetrofitConfig
+from deepdelta.retrofitting.places import join
+
+MARK = "deepdelta_retrofit"
+"""The attribute of a library's settings that holds the options of the retrofits of models with these settings."""
 
 
 class Absent:
@@ -25,7 +31,10 @@ class Deltas(nn.Module):
 
     Args:
         residuals: by name, in the order of application.
-        entry: the stream that the first block of a stack expands its input into.
+        entry: the stream that a block expands its input into: of the first block of a stack, or of every block where
+            a plain input is known by its axes.
+        plain_axes: the axes of a plain input; a state has one more. None: whatever comes to a block with an entry is
+            plain.
         stream: the stream whose state the last block reduces.
         before: the stream whose state ends in this block, which changes the width.
     """
@@ -34,6 +43,7 @@ class Deltas(nn.Module):
         self,
         residuals: Mapping[str, DeltaResidual],
         entry: DeltaStream | None = None,
+        plain_axes: int | None = None,
         stream: DeltaStream | None = None,
         before: DeltaStream | None = None,
     ) -> None:
@@ -42,27 +52,45 @@ class Deltas(nn.Module):
             self.add_module(name, residual)
         # Not registered here: what a stream learns is its readout, and that belongs to the block that reads it out.
         self._entry = None if entry is None else (entry,)
+        self.plain_axes = plain_axes
         self.stream = stream
         self.before = before
 
-    def __getitem__(self, name: str) -> DeltaResidual:
-        return self.get_submodule(name)  # type: ignore[return-value]
-
     def enter(self, x: Tensor) -> Tensor:
-        """The state: of the plain input in the first block of a stack, else what came."""
-        return x if self._entry is None else self._entry[0].expand(x)
+        """The state: of a plain input where this block can begin a stack, else what came."""
+        if self._entry is None or (self.plain_axes is not None and x.ndim > self.plain_axes):
+            return x
+        return self._entry[0].expand(x)
+
+    def open(
+        self, name: str, state: Tensor, norm: nn.Module | None = None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What the branch `name` reads, and the function that takes its output to the state after it."""
+        return self._residual(name).open(state, norm)
 
     def read(self, name: str, state: Tensor) -> Tensor:
         """The vectors that a residual reads of the state, before any norm."""
-        residual = self[name]
+        residual = self._residual(name)
         return residual.layout.outward(residual.compression_part()(residual.layout.state_inward(state)))
+
+    def _residual(self, name: str) -> DeltaResidual:
+        return self.get_submodule(name)  # type: ignore[return-value]
 
     def leave(self, state: Tensor) -> Tensor:
         """What the block returns: the state, in the last block of a stack its reduction."""
         return state if self.stream is None else self.stream.reduce(state)
 
 
-class DeltaBlock(nn.Module):
+class Remade:
+    """Base of what `delta_class` mixes in: a copy and a pickle name the two classes that the class is made of."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        parts, usual = type(self).__bases__, super().__reduce_ex__(protocol)
+        ours = len(parts) == 2 and issubclass(parts[0], Remade)
+        return (_blank, parts, *usual[2:]) if ours else usual
+
+
+class DeltaBlock(Remade, nn.Module):
     """Base of the delta versions of blocks: `forward` in terms of `delta` and of the block's own modules."""
 
     delta: Deltas
@@ -71,9 +99,18 @@ class DeltaBlock(nn.Module):
 
 
 @cache
-def delta_class(version: type[DeltaBlock], plain: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of the block's class with the forward of its delta version: isinstance and hooks work as before."""
-    return type(f"Delta{plain.__name__}", (version, plain), {"__doc__": version.__doc__, "__module__": __name__})
+def delta_class(version: type[Remade], plain: type) -> type:
+    """A subclass of `plain` with what `version` does differently, under the name that libraries look for."""
+    return type(plain.__name__, (version, plain), {"__doc__": version.__doc__, "__module__": __name__})
+
+
+def _blank(version: type[Remade], plain: type) -> Any:
+    return object.__new__(delta_class(version, plain))  # type: ignore[arg-type]
+
+
+def _known_again(value: Any) -> Any:
+    """What tells a value from another one; of a class that `delta_class` made, which no pickle can name, its parts."""
+    return value.__bases__ if isinstance(value, type) else value
 
 
 class Job:
@@ -85,9 +122,10 @@ class Job:
         """Names of the modules that new parameters are in."""
         self._names = names
         self._streams = 0
-        self._changes: list[tuple[nn.Module, str, Any]] = []
+        self._changes: list[tuple[Any, str, Any, Any]] = []
         self._frozen: list[nn.Parameter] = []
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
+        self._marked: list[tuple[Any, dict[str, Any]]] = []
 
     def stream(self, width: int, **options: Any) -> DeltaStream:
         """A stream of these vectors; each has a seed of its own."""
@@ -98,11 +136,11 @@ class Job:
 
     def part(self, module: nn.Module, child: str = "") -> None:
         """Note that `module` (or its child to be) holds new parameters."""
-        self.parts.append(".".join(filter(None, (self._names[module], child))))
+        self.parts.append(join(self._names[module], child))
 
-    def change(self, module: nn.Module, name: str, value: Any) -> None:
+    def change(self, module: Any, name: str, value: Any) -> None:
         """Set an attribute, so that `undo` sets it back."""
-        self._changes.append((module, name, getattr(module, name, Absent)))
+        self._changes.append((module, name, getattr(module, name, Absent), _known_again(value)))
         setattr(module, name, value)
 
     def convert(self, block: nn.Module, version: type[DeltaBlock], deltas: Deltas) -> None:
@@ -110,16 +148,43 @@ class Job:
         self.part(block)
         place(deltas, block)
         self.change(block, "delta", deltas)
+        vars(block).pop("forward", None)
         self.change(block, "__class__", delta_class(version, type(block)))  # type: ignore[arg-type]
 
-    def hook(self, module: nn.Module, function: Any) -> None:
-        """A forward hook (module, args, output), for as long as the retrofit lasts."""
-        self._hooks.append(module.register_forward_hook(function))
+    def hook(self, handle: RemovableHandle) -> None:
+        """A hook that lasts as long as the retrofit."""
+        self._hooks.append(handle)
+
+    def mark(self, settings: Any, version: type[Remade]) -> None:
+        """Give the settings of a library, which several models may share, the class that writes `MARK`."""
+        if not isinstance(settings, version):
+            setattr(settings, MARK, [])
+            settings.__class__ = delta_class(version, type(settings))  # type: ignore[arg-type]
+        self._marked.append((settings, to_plain(self.config)))
+        getattr(settings, MARK).append(self._marked[-1][1])
 
     def freeze(self, parameter: nn.Parameter) -> None:
         if parameter.requires_grad:
             parameter.requires_grad_(False)
             self._frozen.append(parameter)
+
+    def check_undo(self) -> None:
+        """Refuse what `undo` would break.
+
+        Raises:
+            UserError: something stands in the place of what was set, or a block has a forward of its own.
+        """
+        for module, name, _, value in self._changes:
+            now = getattr(module, name, Absent)
+            if _known_again(now) != value:
+                what = now if isinstance(now, type) else type(now)
+                raise UserError(
+                    f"undo_retrofit must find a {type(module).__name__}'s {name.strip('_')} as retrofit left it, and "
+                    f"there is {what.__module__}.{what.__qualname__}; first take off what replaced it (an adapter, "
+                    "sharding)."
+                )
+            if name == "__class__":
+                refuse_own_forward(module, "keep the delta version; take them off before you undo")
 
     def undo(self) -> None:
         """Everything as it was before."""
@@ -127,11 +192,18 @@ class Job:
             parameter.requires_grad_(True)
         for hook in self._hooks:
             hook.remove()
-        for module, name, value in reversed(self._changes):
+        for settings, options in self._marked:
+            getattr(settings, MARK).remove(options)
+            if not getattr(settings, MARK):
+                delattr(settings, MARK)
+                settings.__class__ = type(settings).__bases__[1]
+        for module, name, value, _ in reversed(self._changes):
             if value is Absent:
                 delattr(module, name)
             else:
                 setattr(module, name, value)
+                if name == "__class__":
+                    vars(module).pop("forward", None)
 
 
 def place(new: nn.Module, beside: nn.Module) -> None:
@@ -159,12 +231,27 @@ def check_blocks(owner: nn.Module, blocks: list[nn.Module], known: Mapping[str, 
                 f"retrofit knows the blocks {names} in {here}, got {type(block).__name__}, whose forward may add "
                 "elsewhere; wrap its branches with deepdelta.DeltaStream."
             )
-        if "forward" in vars(block):
+        refuse_own_forward(block, "hide the delta version; retrofit before they are set, or take them off first")
+        if any(one.is_meta for one in block.parameters()) and any(has_own_forward(one) for one in block.modules()):
             raise UserError(
-                f"{type(block).__name__} has a forward set on the object itself, as hooks of device maps do, and that "
-                "would hide the delta version; retrofit before they are set, or take them off first."
+                f"the weights of {type(block).__name__} are offloaded, so that new ones beside them would have no "
+                "values; retrofit before the model is offloaded."
             )
     if len(set(map(id, blocks))) < len(blocks):
         raise UserError(
             f"retrofit needs blocks that each stand in one place, and this {here} runs one of them several times."
+        )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether another forward than the class's is set on the object; hooks that were taken off leave the class's."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def refuse_own_forward(block: nn.Module, consequence: str) -> None:
+    if has_own_forward(block):
+        raise UserError(
+            f"{type(block).__name__} has a forward set on the object itself, as hooks of device maps do, which would "
+            f"{consequence}."
         )

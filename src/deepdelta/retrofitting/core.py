@@ -1,6 +1,7 @@
 """Delta residuals for a network that exists, which computes the same function until it is trained further."""
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,11 +10,12 @@ from torch import nn
 
 from deepdelta.config import from_plain
 from deepdelta.errors import UserError, nearest
-from deepdelta.retrofitting.blocks import Job, full_name
+from deepdelta.retrofitting.blocks import Job, full_name, has_own_forward
 from deepdelta.retrofitting.config import RetrofitConfig, RetrofitReport
 from deepdelta.retrofitting.encoder import retrofit_encoder, retrofit_layer
 from deepdelta.retrofitting.gpt import retrofit_gpt
 from deepdelta.retrofitting.huggingface import retrofit_h, retrofit_layers
+from deepdelta.retrofitting.places import named, places
 from deepdelta.retrofitting.resnet import retrofit_resnet
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,8 +51,14 @@ class Retrofitted(NamedTuple):
     families: tuple[str, ...]
     plain: int
     """Parameters before."""
+    added: Mapping[str, int]
+    """Parameters added, by the name of the module that holds them."""
+    names: Mapping[nn.Module, str]
+    """Every module of the model, by which it is known whatever is wrapped around it later."""
     keys: tuple[str, ...]
-    """Keys of the state dict that are new."""
+    """Names of the tensors that are new."""
+    tensors: frozenset[str]
+    """Names of all tensors."""
 
 
 def retrofit(model: Model, value_channels: int = 4, **options: Any) -> Model:
@@ -80,11 +88,11 @@ def retrofit(model: Model, value_channels: int = 4, **options: Any) -> Model:
     _refuse_again(model)
     if config.seed is None:
         config = replace(config, seed=int(torch.randint(2**62, ())))
-    job = Job(config, {module: name for name, module in model.named_modules()})
+    job = Job(config, {module: name for name, module in named(model, {})})
     found = list(_stacks(model))
     if not found:
         raise UserError(_nothing_found(model))
-    before, keys = list(model.parameters()), set(model.state_dict())
+    before, keys = list(model.parameters()), set(places(model, {}))
     try:
         for module, name in found:
             FAMILIES[name](module, job)
@@ -94,9 +102,16 @@ def retrofit(model: Model, value_channels: int = 4, **options: Any) -> Model:
     if config.trainable == "residual":
         for parameter in before:
             job.freeze(parameter)
-    added = tuple(key for key in model.state_dict() if key not in keys)
-    count = sum(parameter.numel() for parameter in before)
-    setattr(model, ATTRIBUTE, Retrofitted(job, tuple(_short(name) for _, name in found), count, added))
+    job.hook(model.register_state_dict_pre_hook(refuse_losing))  # type: ignore[no-untyped-call]
+    tensors = places(model, {})
+    new = tuple(key for key in tensors if key not in keys)
+    added = dict.fromkeys(job.parts, 0)
+    for key in new:
+        part = next(part for part in added if f"{key}.".startswith(f"{part}.") or not part)
+        added[part] += tensors[key].value().numel()
+    plain, families = sum(parameter.numel() for parameter in before), tuple(_short(name) for _, name in found)
+    names = {module: name for name, module in named(model, {})}
+    setattr(model, ATTRIBUTE, Retrofitted(job, families, plain, added, names, new, frozenset(tensors)))
     return model
 
 
@@ -107,24 +122,41 @@ def retrofitted(model: nn.Module) -> RetrofitReport:
         UserError: nothing was.
     """
     record = record_of(model)
-    added = dict.fromkeys(record.job.parts, 0)
-    parameters = dict(model.named_parameters())
-    for key in record.keys:
-        part = next(part for part in added if f"{key}.".startswith(f"{part}.") or not part)
-        added[part] += parameters[key].numel()
-    trained = sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
-    return RetrofitReport(record.families, record.job.config, added, record.plain, trained)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return RetrofitReport(record.families, record.job.config, record.added, record.plain, trained)
 
 
 def undo_retrofit(model: Model) -> Model:
     """Give `model` its plain residuals back; its own parameters stay as they are now, what was added is dropped.
 
     Raises:
-        UserError: the model was not retrofitted.
+        UserError: the model was not retrofitted, or something that was put on or around its blocks since would break:
+            a forward of their own (hooks of device maps), an adapter in place of what was added. Nothing is changed.
     """
-    record_of(model).job.undo()
+    job = record_of(model).job
+    job.check_undo()
+    job.undo()
     delattr(model, ATTRIBUTE)
     return model
+
+
+def refuse_losing(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """State-dict hook: what a retrofit added and a PEFT adapter does not hold is lost when that is saved.
+
+    Raises:
+        UserError: it is trained beside such an adapter.
+    """
+    inside = prefix.startswith("base_model.") and "peft" in sys.modules
+    if not inside and not any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        return
+    record = record_of(model)
+    found = places(model, record.names)
+    if lost := [key for key in record.keys if key in found and found[key].trained]:
+        raise UserError(
+            f"a PEFT adapter does not save what is trained outside of it, and '{lost[0]}' and {len(lost) - 1} more "
+            "tensors of the retrofit are: give the adapter modules_to_save=['delta'], or freeze them first and keep "
+            "them with deepdelta.save_retrofit."
+        )
 
 
 def record_of(model: nn.Module) -> Retrofitted:
@@ -156,7 +188,7 @@ def _stacks(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         name = next((name for name in bases if name in FAMILIES), "")
         if not name or module in inside:
             continue
-        if type(module).forward is not bases[name].forward or "forward" in vars(module):
+        if type(module).forward is not bases[name].forward or has_own_forward(module):
             raise UserError(
                 f"{type(module).__name__} has a forward of its own in place of {_short(name)}'s, and may use what its "
                 "blocks return; wrap the branches with deepdelta.DeltaStream."

@@ -4,7 +4,7 @@ torch computes a whole layer in one kernel in evaluation mode, residual addition
 layer never does, and the encoder no longer makes nested tensors for that kernel. Post-norm acts on each value channel.
 """
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,10 +32,10 @@ class EncoderBlock(DeltaBlock):
         padding = F._canonical_mask(src_key_padding_mask, "src_key_padding_mask", floating, "src_mask", src.dtype)
         mask = F._canonical_mask(src_mask, "src_mask", None, "", src.dtype, False)
         state, first = self.delta.enter(src), layer.norm_first
-        c, rewrite = self.delta["attention"].open(state, layer.norm1 if first else None)
+        c, rewrite = self.delta.open("attention", state, layer.norm1 if first else None)
         state = rewrite(layer._sa_block(c, mask, padding, is_causal))
         state = state if first else layer.norm1(state)
-        c, rewrite = self.delta["feed_forward"].open(state, layer.norm2 if first else None)
+        c, rewrite = self.delta.open("feed_forward", state, layer.norm2 if first else None)
         state = rewrite(layer._ff_block(c))
         return self.delta.leave(state if first else layer.norm2(state))
 
@@ -48,6 +48,20 @@ def retrofit_encoder(encoder: nn.Module, job: Job) -> None:
     layers = list(cast(nn.ModuleList, encoder.layers))
     _retrofit(encoder, layers, job)
     job.change(encoder, "use_nested_tensor", False)
+    job.hook(encoder.register_forward_hook(refuse_open_state, with_kwargs=True))
+
+
+def refuse_open_state(encoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+    """Forward hook: the state begins in the first layer and ends in the last, so both must have run.
+
+    Raises:
+        UserError: one has not.
+    """
+    if output.ndim != (args[0] if args else kwargs["src"]).ndim:
+        raise UserError(
+            f"a retrofitted {type(encoder).__name__} must run its first layer and its last, which begin and end the "
+            "state, and one of them is gone; undo_retrofit before you take layers out."
+        )
 
 
 def retrofit_layer(layer: nn.Module, job: Job) -> None:

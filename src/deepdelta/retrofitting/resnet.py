@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deepdelta.errors import UserError
-from deepdelta.retrofitting.blocks import DeltaBlock, Deltas, Job, check_blocks
+from deepdelta.retrofitting.blocks import DeltaBlock, Deltas, Job, check_blocks, full_name
 
 
 class ResNetBlock(DeltaBlock):
@@ -26,7 +26,7 @@ class ResNetBlock(DeltaBlock):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        state, residual = self.delta.enter(x), self.delta["convolutions"]
+        state = self.delta.enter(x)
         if self.downsample is None:
             x_in = self.delta.read("convolutions", state)
         else:
@@ -34,7 +34,7 @@ class ResNetBlock(DeltaBlock):
             assert before is not None
             x_in = before.reduce(state)
             state = before.map_channels(self.downsample, state)
-        _, rewrite = residual.open(state)
+        _, rewrite = self.delta.open("convolutions", state)
         new = rewrite(self.branch(x_in))
         # The block's own ReLU works in place, on what the backward pass may still need.
         return self.delta.leave(torch.relu(new) if isinstance(self.relu, nn.ReLU) else self.relu(new))
@@ -87,7 +87,7 @@ def retrofit_resnet(network: nn.Module, job: Job) -> None:
     check_blocks(network, blocks, BLOCKS)
     entry = stream = job.stream(_convolution(blocks[0], "conv1").in_channels, **OPTIONS)
     for i, block in enumerate(blocks):
-        version = BLOCKS[f"{type(block).__module__}.{type(block).__qualname__}"]
+        version = BLOCKS[full_name(type(block))]
         before = None
         if block.downsample is not None:
             last = "conv2" if version is BasicBlock else "conv3"
@@ -99,6 +99,20 @@ def retrofit_resnet(network: nn.Module, job: Job) -> None:
             before=before,
         )
         job.convert(block, version, deltas)
+    job.hook(network.get_submodule("avgpool").register_forward_pre_hook(refuse_open_state))
+
+
+def refuse_open_state(pool: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Hook before the pooling: the state ends in the last block, so that must have run.
+
+    Raises:
+        UserError: it has not.
+    """
+    if args[0].ndim > 4:
+        raise UserError(
+            "a retrofitted ResNet must run its last block, which ends the state, and that is gone; undo_retrofit "
+            "before you take blocks out."
+        )
 
 
 def _convolution(block: nn.Module, name: str) -> nn.Conv2d:

@@ -8,7 +8,6 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from deepdelta.config import to_plain
 from deepdelta.errors import UserError
 from deepdelta.files import atomic_path, read_object, write_json
 from deepdelta.retrofitting.core import Model, record_of, retrofit, undo_retrofit
+from deepdelta.retrofitting.places import Place, places
 
 SETTINGS = "retrofit.json"
 TENSORS = re.compile(r"retrofit-[0-9a-f]{16}\.safetensors")
@@ -25,15 +25,20 @@ TENSORS = re.compile(r"retrofit-[0-9a-f]{16}\.safetensors")
 def save_retrofit(model: nn.Module, folder: str | Path) -> None:
     """Write a retrofitted model's options and tensors to `folder`.
 
-    With trainable='all' every tensor of the model is written, with 'residual' those that the retrofit added and the
-    buffers, which training changes too (the statistics of batch norms): the other parameters are the plain model's.
+    With trainable='all' every tensor of the model is written, with 'residual' those that the retrofit added, those that
+    are trained all the same, and the buffers, which training changes too (the statistics of batch norms): the other
+    parameters are the plain model's. Names are those at the time of the retrofit, whatever is wrapped around parts of
+    the model now (torch.compile, checkpointing); a parametrized tensor is written as what it computes to, and of an
+    adapter by PEFT nothing, which saves itself.
 
     Raises:
-        UserError: the model was not retrofitted.
+        UserError: the model was not retrofitted, or does not hold the same tensors any more, or holds them on the
+            device meta. The folder is then as it was.
     """
     record, folder = record_of(model), Path(folder)
     config = record.job.config
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in _kept(model).items()}
+    kept = _kept(model, _all(model))
+    contiguous = {name: place.value().cpu().contiguous() for name, place in kept.items()}
     name = f"retrofit-{secrets.token_hex(8)}.safetensors"
     with atomic_path(folder / name) as temporary:
         save_file(contiguous, temporary)
@@ -63,32 +68,47 @@ def load_retrofit(model: Model, folder: str | Path) -> Model:
         raise UserError(f"{file} is missing or damaged ({error}); restore a copy, or save the model anew.") from None
     retrofit(model, **settings["options"])
     try:
-        own = _kept(model)
-        _check(file, tensors, own)
+        own = _all(model)
+        needed = _kept(model, own)
+        _check(file, tensors, needed, own)
     except BaseException:
         undo_retrofit(model)
         raise
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        own[name].fill(tensor)
+        if name not in needed:
+            own[name].train()
     return model
 
 
-def distinct(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by name, tied ones under the first of their names alone."""
-    found: dict[Any, tuple[str, Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        found.setdefault(id(tensor), (name, tensor))
-    return dict(found.values())
+def _all(model: nn.Module) -> dict[str, Place]:
+    """Every tensor of a retrofitted model, under the name that it had when it was retrofitted.
+
+    Raises:
+        UserError: one is not found any more, another has come, or one has no values.
+    """
+    record = record_of(model)
+    found = places(model, record.names)
+    missing, new = sorted(record.tensors - found.keys()), sorted(found.keys() - record.tensors)
+    if missing or new:
+        raise UserError(
+            "the model must hold the tensors that it had when it was retrofitted: missing now are "
+            f"{missing[:5]}, new are {new[:5]}; take off what was put in their place (pruning, sharding, new modules)."
+        )
+    if empty := [name for name, place in found.items() if place.value().is_meta]:
+        raise UserError(
+            f"the model must hold its values, and '{empty[0]}' is on the device meta; take off the hooks that offload "
+            "it, or give it memory with .to_empty(device=...)."
+        )
+    return found
 
 
-def _kept(model: nn.Module) -> dict[str, Tensor]:
+def _kept(model: nn.Module, found: dict[str, Place]) -> dict[str, Place]:
     """What is written of a retrofitted model."""
-    record, own = record_of(model), distinct(model)
+    record = record_of(model)
     if record.job.config.trainable == "all":
-        return own
-    frozen = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(record.keys)
-    return {name: tensor for name, tensor in own.items() if name not in frozen}
+        return found
+    return {name: place for name, place in found.items() if name in record.keys or place.is_buffer or place.trained}
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -102,13 +122,18 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _check(file: Path, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+def _check(file: Path, tensors: dict[str, Tensor], needed: dict[str, Place], own: dict[str, Place]) -> None:
+    missing, unknown = sorted(set(needed) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or unknown:
         raise UserError(f"{file} does not fit this model: missing tensors {missing[:5]}, unknown {unknown[:5]}.")
     for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
+        if not own[name].can_be_filled:
             raise UserError(
-                f"{file} does not fit this model: '{name}' has shape {tuple(tensor.shape)} there and "
-                f"{tuple(own[name].shape)} here."
+                f"{file} does not fit this model: '{name}' is computed by a parametrization without a right_inverse "
+                "here; load first, then register it."
+            )
+        if tensor.shape != (shape := own[name].value().shape):
+            raise UserError(
+                f"{file} does not fit this model: '{name}' has shape {tuple(tensor.shape)} there and {tuple(shape)} "
+                "here."
             )
