@@ -3,19 +3,21 @@
 import copy
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import fx, nn
 
 import deepdelta
 from deepdelta import PRESETS, UserError, load_retrofit, retrofit, retrofitted, save_retrofit, undo_retrofit
 from deepdelta.config import to_plain
 from deepdelta.retrofitting import saving
+from deepdelta.tensors import save_tensors
 from retrofit_models import FAMILIES, encoder, gpt2, llama, made, models, moved, open_gates, output, tensors_file
 from tiny_runs import config, quietly, rows, text_file
 
@@ -82,7 +84,13 @@ def changed(folder: Path, change: Any) -> None:
     file = tensors_file(folder)
     tensors = load_file(file)
     change(tensors)
-    save_file(tensors, file)
+    save_tensors(file, tensors)
+
+
+def flip(file: Path) -> None:
+    whole = bytearray(file.read_bytes())
+    whole[-3] ^= 0x20
+    file.write_bytes(whole)
 
 
 OPENING = "model.layers.0.delta.mlp.erase_gate.opening"
@@ -94,8 +102,10 @@ OPENING = "model.layers.0.delta.mlp.erase_gate.opening"
         (lambda f: changed(f, lambda t: t.pop(OPENING)), rf"missing tensors \['{OPENING}'\], unknown \[\]"),
         (lambda f: changed(f, lambda t: t.update(extra=torch.ones(1))), r"missing tensors \[\], unknown \['extra'\]"),
         (lambda f: changed(f, lambda t: t.update({OPENING: torch.ones(2)})), rf"'{OPENING}' has shape \(2,\) there"),
-        (lambda f: tensors_file(f).write_bytes(b"short"), "missing or damaged"),
-        (lambda f: tensors_file(f).unlink(), "missing or damaged"),
+        (lambda f: changed(f, lambda t: t.update({OPENING: torch.tensor([math.nan])})), f"'{OPENING}' holds NaN"),
+        (lambda f: tensors_file(f).write_bytes(b"short"), "truncated or damaged"),
+        (lambda f: flip(tensors_file(f)), r"safetensors is damaged: .*checksum.*; restore a copy, or save the model"),
+        (lambda f: tensors_file(f).unlink(), "cannot be read: No such file"),
         (lambda f: (f / "retrofit.json").unlink(), "holds no retrofit: it has no retrofit.json"),
         (lambda f: (f / "retrofit.json").write_text("{"), "must hold a JSON object, but is damaged"),
         (lambda f: (f / "retrofit.json").write_text("[]"), "must hold a JSON object, got list"),

@@ -8,15 +8,14 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import atomic_path, read_object, write_json
+from deepdelta.files import read_object, write_json
 from deepdelta.retrofitting.core import Model, record_of, retrofit, undo_retrofit
 from deepdelta.retrofitting.places import Place, places
+from deepdelta.tensors import check_finite, load_tensors, save_tensors
 
 SETTINGS = "retrofit.json"
 TENSORS = re.compile(r"retrofit-[0-9a-f]{16}\.safetensors")
@@ -38,10 +37,8 @@ def save_retrofit(model: nn.Module, folder: str | Path) -> None:
     record, folder = record_of(model), Path(folder)
     config = record.job.config
     kept = _kept(model, _all(model))
-    contiguous = {name: place.value().cpu().contiguous() for name, place in kept.items()}
     name = f"retrofit-{secrets.token_hex(8)}.safetensors"
-    with atomic_path(folder / name) as temporary:
-        save_file(contiguous, temporary)
+    save_tensors(folder / name, {tensor: place.value() for tensor, place in kept.items()})
     write_json(folder / SETTINGS, {"families": record.families, "options": to_plain(config), "tensors": name})
     for old in folder.glob("retrofit-*.safetensors"):
         if old.name != name and TENSORS.fullmatch(old.name):
@@ -56,16 +53,13 @@ def load_retrofit(model: Model, folder: str | Path) -> Model:
 
     Raises:
         UserError: no retrofit in the folder, a damaged one, tensors that are missing in it or unknown to the model or
-            of another shape, each named; or what `retrofit` raises. The model is then as it was.
+            of another shape, weights that are not finite, each named; or what `retrofit` raises. The model is then as
+            it was.
     """
     folder = Path(folder)
     settings = _settings(folder)
     file = folder / settings["tensors"]
-    try:
-        with file.open("rb"):  # for the true reason: of each file that it cannot open, the library says there is none
-            tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is missing or damaged ({error}); restore a copy, or save the model anew.") from None
+    tensors, _ = load_tensors(file, "restore a copy, or save the model anew")
     retrofit(model, **settings["options"])
     try:
         own = _all(model)
@@ -137,3 +131,5 @@ def _check(file: Path, tensors: dict[str, Tensor], needed: dict[str, Place], own
                 f"{file} does not fit this model: '{name}' has shape {tuple(tensor.shape)} there and {tuple(shape)} "
                 "here."
             )
+    # Buffers may hold infinity, as masks do.
+    check_finite({name: tensor for name, tensor in tensors.items() if not own[name].is_buffer}, file)
