@@ -1,5 +1,8 @@
 """Delta residuals for PyTorch: X' = X + beta k (v^T - k^T X) in place of x + F(x)."""
 
+from deepdelta import interruption as interruption  # first, for what importing the others takes
+
+# isort: split
 from deepdelta import interop, ops
 from deepdelta.errors import UserError
 from deepdelta.models import GPT, GPTConfig, generate

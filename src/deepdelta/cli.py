@@ -4,7 +4,9 @@ import io
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -15,6 +17,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
+from deepdelta import interruption
 from deepdelta.analysis.selfcheck import self_check
 from deepdelta.config import from_plain, merged, to_plain
 from deepdelta.data import DataConfig, load_corpus
@@ -28,7 +31,7 @@ from deepdelta.studies.config import load_study, named_studies
 from deepdelta.training import RunDirectory, TrainConfig, evaluate, load, train
 from deepdelta.training.environment import choose_device, compiler_problem, machine, versions
 from deepdelta.training.loop import corpus_facts
-from deepdelta.training.progress import reporting
+from deepdelta.training.progress import reporting, show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ class Evaluate:
         chosen = choose_device(self.device, "fp32")
         if environment["corpus_sha256"] is None:
             raise UserError(f"{self.run} was imported without a corpus; import it again with --source.")
-        corpus = load_corpus(config.data, progress=lambda text: print(text, file=sys.stderr))
+        corpus = load_corpus(config.data, progress=lambda text: print(printable(text), file=sys.stderr))
         directory.check_environment(corpus_facts(corpus), exact=False)
         model = load(self.run).model.to(chosen.device)
         total = corpus.validation.shape[0]
@@ -123,9 +126,11 @@ class Generate:
             seed=self.seed,
             vocab_size=tokenizer.vocab_size,
         )
-        print(self.prompt, end="", flush=True)
+        # A model may have learnt, or been made, to write what a terminal obeys; a file gets the text as it is.
+        shown = printable if sys.stdout.isatty() else str
+        print(shown(self.prompt), end="", flush=True)
         for piece in tokenizer.stream(ids):
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
         print()
 
 
@@ -164,11 +169,11 @@ class Audit:
             batch_size=self.batch_size,
             device=self.device,
             command=shlex.join(["deepdelta", *sys.argv[1:]]),
-            say=lambda text: print(text, file=sys.stderr),
+            say=lambda text: print(printable(text), file=sys.stderr),
         )
         write_audit(results, out)
         print_audit(results, Console())
-        print(f"Numbers: {out / 'audit.json'}\nTables:  {out / 'table.md'}\nPage:    {out / 'audit.html'}")
+        show(f"Numbers: {out / 'audit.json'}\nTables:  {out / 'table.md'}\nPage:    {out / 'audit.html'}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +193,7 @@ class Import:
         data = None if self.source is None else DataConfig(source=self.source, tokenizer=self.tokenizer)
         model = import_published(self.folder, self.run, data)
         count = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{self.run} holds the published model: {count:,} parameters, {model.config.residual}")
+        show(f"{self.run} holds the published model: {count:,} parameters, {model.config.residual}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,13 +332,13 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exit code 0, or 2 for an error that is the user's to mend, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal of ASCII shows what it can
+    interruption.imported()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of ASCII shows what it can
     try:
         command = _parse(given)
         command()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:
         sys.exit(1)
     except KeyboardInterrupt:
@@ -371,7 +376,18 @@ def _parse(given: list[str]) -> Any:
     )
     description = f"Delta residuals, trained against their controls. Named studies: {', '.join(named_studies())}."
     commands: Any = Union[kinds]  # noqa: UP007
-    return tyro.cli(commands, prog="deepdelta", description=description, args=given)
+    parse = partial(tyro.cli, commands, prog="deepdelta", description=description, args=given)
+    try:
+        with redirect_stderr(io.StringIO()):
+            return parse(console_outputs=False)
+    except SystemExit as ended:
+        # What a setting's own check says is behind the exit: tyro words it with names of its own.
+        error: BaseException | None = ended
+        while error is not None:
+            if isinstance(error, UserError):
+                raise error from None
+            error = error.__context__
+    return parse()  # once more, for the help or what tyro says of the options themselves
 
 
 def _value_of(option: str, given: list[str]) -> str | None:

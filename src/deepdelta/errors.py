@@ -1,7 +1,12 @@
 """The one exception that is the user's to mend, and the search for the name they meant."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Control characters but tab and line break, line and paragraph separators, what turns the direction of text, halves of
+# surrogate pairs, and the two that are no characters.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 class UserError(ValueError):
@@ -16,10 +21,8 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """The text with all but line breaks and what can be seen escaped as in a Python string, "\\x1b" for an escape."""
-    return "".join(
-        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode("ascii") for one in text
-    )
+    """The text with what a terminal would obey and XML cannot hold escaped as in a Python string: `\\x1b`."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

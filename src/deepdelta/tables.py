@@ -7,6 +7,8 @@ from rich import box, get_console
 from rich.table import Table
 from rich.text import Text
 
+from deepdelta.errors import printable
+
 ABSENT = "-"
 FOLDED = 16  # characters of a column beside the first that a narrow terminal keeps in a line
 
@@ -40,8 +42,8 @@ def render_cells(cells: Cells, bold: Sequence[int] = (), width: int | None = Non
     """Any table for a terminal of so many columns (None: this one), some rows in bold type."""
     shown = _fitting(cells, width or get_console().width)
     table = Table(
-        title=Text(cells.title),
-        caption=Text(" ".join(cells.notes)) if cells.notes else None,
+        title=Text(printable(cells.title)),
+        caption=Text(printable(" ".join(cells.notes))) if cells.notes else None,
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -52,9 +54,11 @@ def render_cells(cells: Cells, bold: Sequence[int] = (), width: int | None = Non
         column = cells.columns[number]
         left = column.words or number == 0
         # Folded, not cut, where the terminal is too narrow: no digit may be lost. Names, in the first, stay whole.
-        table.add_column(Text(column.title), justify="left" if left else "right", overflow="fold", no_wrap=number == 0)
+        table.add_column(
+            Text(printable(column.title)), justify="left" if left else "right", overflow="fold", no_wrap=number == 0
+        )
     for number, row in enumerate(cells.rows):
-        table.add_row(*(Text(row[index]) for index in shown), style="bold" if number in bold else None)
+        table.add_row(*(Text(printable(row[index])) for index in shown), style="bold" if number in bold else None)
     return table
 
 
@@ -102,6 +106,7 @@ def _markdown_row(cells: tuple[str, ...]) -> str:
 
 def markdown_text(text: str) -> str:
     # Backslashes before what Markdown would read as a mark, entities for what it would read as HTML.
+    text = printable(text)
     for mark in "\\|*_`[]":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())

@@ -1,8 +1,8 @@
-"""Jinja's templates of a package, every value escaped."""
+"""Jinja's templates of a package, every value escaped and without control characters."""
 
 from typing import Any
 
-from deepdelta.errors import without_extra
+from deepdelta.errors import printable, without_extra
 
 
 def templates(package: str) -> Any:
@@ -16,5 +16,11 @@ def templates(package: str) -> Any:
     except ModuleNotFoundError as error:
         raise without_extra("pages and pictures", "study", error) from None
     return Environment(
-        loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader(package),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Text alone: what is marked up already, and what is missing, are left for Jinja.
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )

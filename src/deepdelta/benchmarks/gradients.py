@@ -31,7 +31,7 @@ from deepdelta.nn.replay import Plan
 from deepdelta.ops.step import fused_problem
 from deepdelta.tables import Cells, Column, markdown_page, render_cells
 from deepdelta.training.environment import Device, Provenance, choose_device, now, provenance, usable_cores
-from deepdelta.training.progress import reporting
+from deepdelta.training.progress import reporting, show
 
 QUESTION = "How far from fp64 are the gradients of a deep model, by backend and by what is saved?"
 ALL, PLAIN, WORST = "all gradients", "of PyTorch's own", "worst parameter"
@@ -150,7 +150,7 @@ def run_gradients(
     write_text(out / "table.md", markdown(results))
     for one in cells(results):
         Console().print(render_cells(one))
-    print(f"Results and table: {out}")
+    show(f"Results and table: {out}")
     return results
 
 

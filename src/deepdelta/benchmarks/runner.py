@@ -24,7 +24,7 @@ from deepdelta.training.environment import (
     usable_cores,
     versions,
 )
-from deepdelta.training.progress import Reporter, reporting
+from deepdelta.training.progress import Reporter, reporting, show
 
 COMPILATIONS = 4
 """Compilations that a model may need (training, without gradients, and room)."""
@@ -103,7 +103,7 @@ def run_suite(
     results = so_far()
     for table in tables.render(results):
         console.print(table)
-    console.print(f"Results, table and plot: {out}", highlight=False, soft_wrap=True)
+    show(f"Results, table and plot: {out}")
     return results
 
 

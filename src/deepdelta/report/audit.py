@@ -9,6 +9,7 @@ from rich.console import Console
 from deepdelta.analysis.audit import INTERVENTIONS
 from deepdelta.analysis.findings import AuditResults, Effect, Findings, Regimes, ResidualAudit
 from deepdelta.analysis.shortcut import Distribution
+from deepdelta.errors import printable
 from deepdelta.files import write_text
 from deepdelta.report import audit_figures as figures
 from deepdelta.report.audit_figures import row_name
@@ -81,7 +82,7 @@ def print_audit(results: AuditResults, console: Console) -> None:
     for table in audit_tables(results):
         console.print(render_cells(table))
     for sentence in audit_summary(results):
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
 
 
 def render_audit(results: AuditResults) -> str:

@@ -35,6 +35,7 @@ from deepdelta.studies.search import RungResult, SearchResults, rank, save_searc
 from deepdelta.studies.tuning import chosen
 from deepdelta.tables import render_cells
 from deepdelta.training.environment import choose_device, now, provenance, usable_cores
+from deepdelta.training.progress import show
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, com
     write_report(results, out / "report.html")
     for table in (render_table(results), *map(render_cells, detail_tables(results))):
         study.console.print(table)
-    _say(study.console, summarise(results).headline)
-    _say(study.console, f"Results: {out / 'results.json'}\nReport:  {out / 'report.html'}")
+    show(summarise(results).headline)
+    show(f"Results: {out / 'results.json'}\nReport:  {out / 'report.html'}")
     return results
 
 
@@ -114,7 +115,7 @@ def run_sizes(config: StudyConfig, out: Path, *, workers: int | None = None, com
     write_text(out / "table.md", scaling_markdown(found, studies))
     console = Console()
     console.print(render_cells(scaling_table(found)))
-    _say(console, f"Scaling: {out / 'scaling.json'}")
+    show(f"Scaling: {out / 'scaling.json'}")
     return found
 
 
@@ -149,7 +150,7 @@ def run_search(config: StudyConfig, out: Path, *, workers: int | None = None, co
     save_search(found, out / "search.json")
     write_text(out / "table.md", search_markdown(found))
     study.console.print(render_cells(search_table(found)))
-    _say(study.console, f"Search: {out / 'search.json'}")
+    show(f"Search: {out / 'search.json'}")
     return found
 
 
@@ -160,7 +161,7 @@ def _prepare(config: StudyConfig, out: Path, workers: int | None) -> Prepared:
     check_folder(out)
     console = Console()
     settings = config.train_config(config.baseline, config.seeds[0])
-    corpus = load_corpus(replace(settings.data, held_out="validation"), progress=console.print)
+    corpus = load_corpus(replace(settings.data, held_out="validation"), progress=show)
     tail = train_tail(corpus)
     choose_device(settings.device, settings.precision)
     for name in config.conditions:
@@ -197,7 +198,3 @@ def _chosen(study: Prepared, cells: Mapping[str, Cell]) -> dict[str, Tuned]:
 
 def _rates(tuned: Mapping[str, Tuned]) -> dict[str, float]:
     return {name: choice.lr for name, choice in tuned.items()}
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)

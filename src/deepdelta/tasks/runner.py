@@ -22,7 +22,7 @@ from deepdelta.tasks.registry import load_task
 from deepdelta.tasks.results import TaskCell, TaskResults, conditions_of, markdown, table
 from deepdelta.tasks.task import Task
 from deepdelta.training.environment import commit, keep_freed_memory, machine, now, provenance, usable_cores, versions
-from deepdelta.training.progress import reporting
+from deepdelta.training.progress import reporting, show
 
 POLL_SECONDS = 0.5
 UNITS = 100
@@ -74,7 +74,7 @@ def run_task(
     write_text(out / "table.md", markdown(results))
     console = Console()
     console.print(table(results))
-    console.print(f"Results and table: {out}", highlight=False, soft_wrap=True)
+    show(f"Results and table: {out}")
     return results
 
 

@@ -36,7 +36,7 @@ from deepdelta.training.environment import (
 from deepdelta.training.evaluation import evaluate
 from deepdelta.training.metrics import append_json
 from deepdelta.training.optimizer import build_optimizer, learning_rate, rate_change
-from deepdelta.training.progress import Reporter, duration, reporting
+from deepdelta.training.progress import Reporter, duration, reporting, show
 from deepdelta.training.rundir import RunDirectory
 from deepdelta.training.step import micro_losses
 
@@ -60,7 +60,7 @@ def train(
     *,
     init_from: Path | None = None,
     inexact_resume: bool = False,
-    say: Say = print,
+    say: Say = show,
 ) -> Trained:
     """Start the run in `path`, or continue the one that is there.
 

@@ -8,8 +8,15 @@ from typing import Protocol, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from deepdelta.errors import printable
+
 PLAIN_INTERVAL = 10.0
 """Seconds between two plain lines."""
+
+
+def show(line: str) -> None:
+    """A line for people on the standard output."""
+    print(printable(line), flush=True)
 
 
 @runtime_checkable
@@ -30,7 +37,7 @@ class _Bar:
         self.progress.update(self.task, completed=done, facts=facts)
 
     def note(self, text: str) -> None:
-        self.progress.console.print(text, markup=False, highlight=False)
+        self.progress.console.print(printable(text), markup=False, highlight=False)
 
 
 class _Lines:
@@ -51,7 +58,7 @@ class _Lines:
         return duration(seconds / steps * (self.total - done)) if steps else "unknown"
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -64,15 +71,15 @@ def duration(seconds: float) -> str:
 @contextmanager
 def reporting(label: str, total: int, done: int = 0, console: Console | None = None) -> Iterator[Reporter]:
     """A reporter for `total` steps of which `done` are behind us."""
-    console = console or Console(stderr=True)
+    console, label = console or Console(stderr=True), printable(label)
     if not console.is_terminal:
         yield _Lines(console, label, total, done)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[facts]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
