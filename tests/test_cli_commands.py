@@ -24,7 +24,8 @@ from tiny_runs import ENVIRONMENT, command, config, nats, quietly, rows, setting
 # As users run it: tyro's mark for a missing option is no Path, which the run-time type checks would refuse.
 pytestmark = pytest.mark.usefixtures("unchecked")
 
-TINY = (*("--model.context", "16", "--model.dim", "16", "--model.layers", "1", "--model.heads", "2"),)
+PLAIN_START = ("--model.embedding-std", "0.02", "--lr", "2e-3")
+TINY = ("--model.context", "16", "--model.dim", "16", "--model.layers", "1", "--model.heads", "2", *PLAIN_START)
 SHORT = (*TINY, "--steps", "6", "--batch-size", "2", "--device", "cpu", "--threads", "1")
 
 
@@ -183,7 +184,7 @@ def test_options_beat_the_preset_and_the_preset_beats_the_file(
     assert (read.steps, read.lr, read.betas, read.model.dim) == (7, 0.25, (0.5, 0.6), 64)
     chosen = read.model.residual
     assert (chosen.rule, chosen.value_channels, chosen.gate_init) == ("write_only", 2, 0.5)
-    assert (read.batch_size, chosen.expansion) == (TrainConfig().batch_size, "embedding_conv")
+    assert (read.batch_size, chosen.expansion) == (TrainConfig().batch_size, "repeat")
     both = resolved(monkeypatch, f"--config={file}", "--steps", "9", "--model.residual.gate-init", "1.5")
     assert (both.steps, both.lr, both.model.residual.gate_init) == (9, 0.25, 1.5)
     assert both.model.residual.rule == "write_only"

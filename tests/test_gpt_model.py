@@ -94,7 +94,7 @@ def test_how_parameters_start():
     for name, parameter in model.named_parameters():
         p = parameter.detach()
         if name == "embedding.weight":
-            expected = 0.02
+            expected = 1 / math.sqrt(dim)
         elif name.endswith("branch.out.weight"):
             expected = std / math.sqrt(layers)
         elif "branch" in name and p.ndim == 2:

@@ -230,7 +230,8 @@ def test_no_other_preset_is_exported(name):
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("published")])
 def test_the_published_presets_go_out_and_come_back(name):
     residual = PRESETS[name]
-    config = GPTConfig(vocab_size=11, context=8, layers=2, heads=2, dim=8, residual=residual)
+    sizes = {"vocab_size": 11, "context": 8, "layers": 2, "heads": 2, "dim": 8}
+    config = GPTConfig(**sizes, embedding_std=0.02, residual=residual)  # the published default
     made = GPT(config, seed=3)
     keys: dict[str, Any] = {"vocab_size": 11, "block_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     back = load_published(keys | {"hidden_size": 8, "head_dim": 4}, to_published(made))

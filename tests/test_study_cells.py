@@ -230,7 +230,7 @@ def test_checkpoints_need_not_be_kept(tmp_path: Path, launched: list[str]) -> No
 
 
 def test_the_fingerprint_is_of_every_setting_that_decides_numbers(tmp_path: Path) -> None:
-    base = TrainConfig(schedule="constant")  # the one that a cooldown goes with
+    base = TrainConfig(lr=1e-3, schedule="constant")  # the one that a cooldown goes with
     same = {"device": "cpu", "threads": 3, "checkpoint_every": 7, "data": {"source": "x", "pattern": "*.py"}}
     other: dict[str, Any] = {
         "model": {"dim": 64, "residual": {"rule": "write_only"}},

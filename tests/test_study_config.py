@@ -53,12 +53,12 @@ def test_conditions_differ_from_the_common_settings_in_their_changes_alone(tmp_p
     assert (delta.steps, delta.lr, delta.seed) == (5, 0.5, 3)
     assert (delta.model.dim, delta.model.heads) == (32, 2)
     plain = config.train_config("plain", 1)
-    assert (plain.steps, plain.lr, plain.seed, plain.model.dim) == (5, TrainConfig().lr, 1, 16)
+    assert (plain.steps, plain.lr, plain.seed, plain.model.dim) == (5, TrainConfig(model=plain.model).rate, 1, 16)
     assert plain.model.residual.rule == "additive"
     common = to_plain(TrainConfig(steps=5, seed=1))
     assert {line.split(":")[0] for line in differences(common, to_plain(plain))} == {
         *("model.dim", "model.heads", "model.residual.rule", "model.residual.value_channels"),
-        "model.residual.expansion",
+        *("model.residual.expansion", "lr"),
     }
 
 

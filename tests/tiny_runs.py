@@ -26,14 +26,15 @@ ENVIRONMENT = os.environ | {
     "COLUMNS": "200",
     "PYTHONPATH": str(Path(deepdelta.__file__).resolve().parents[1]),
 }
-MODEL = {"context": 16, "layers": 1, "heads": 2, "dim": 16}
+MODEL = {"context": 16, "layers": 1, "heads": 2, "dim": 16, "embedding_std": 0.02}
 RUNS = """
 batch_size = 2
 device = "cpu"
 threads = 1
 backend = "reference"
 data = { source = "SOURCE" }
-model = { context = 16, layers = 1, heads = 2, dim = 16 }
+lr = 2e-3
+model = { context = 16, layers = 1, heads = 2, dim = 16, embedding_std = 0.02 }
 """
 """What the runs of a tiny study share, as lines of its table [train]; SOURCE is to be replaced by a text file."""
 
@@ -52,6 +53,7 @@ def settings(source: Path, **changes: Any) -> dict[str, Any]:
         "data": {"source": str(source)},
         "steps": 20,
         "batch_size": 2,
+        "lr": 2e-3,
         "warmup": 3,
         "eval_every": 8,
         "eval_tokens": 64,

@@ -1,14 +1,15 @@
 """The command `deepdelta`: the only file that knows every room."""
 
 import io
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
 import torch
 import tyro
@@ -19,16 +20,16 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from deepdelta import interruption
 from deepdelta.analysis.selfcheck import self_check
-from deepdelta.config import from_plain, merged, to_plain
 from deepdelta.data import DataConfig, load_corpus
 from deepdelta.errors import UserError, nearest, printable
 from deepdelta.files import read_object
 from deepdelta.interop import import_published
 from deepdelta.models import generate
 from deepdelta.nn import use_backend
-from deepdelta.nn.presets import PRESETS
+from deepdelta.nn.config import Rule
 from deepdelta.studies.config import load_study, named_studies
 from deepdelta.training import RunDirectory, TrainConfig, evaluate, load, train
+from deepdelta.training.config import run_settings
 from deepdelta.training.environment import choose_device, compiler_problem, machine, versions
 from deepdelta.training.loop import corpus_facts
 from deepdelta.training.progress import reporting, show
@@ -336,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal of ASCII shows what it can
     try:
-        command = _parse(given)
+        command = _at_home(_parse(given))
         command()
         print(end="", flush=True)
     except BrokenPipeError:
@@ -368,8 +369,7 @@ def _parse(given: list[str]) -> Any:
         raise UserError(f"there is no command '{given[0]}'; {nearest(given[0], COMMANDS)}")
     defaults: dict[str, Any] = {}
     if given[:1] == ["train"]:
-        settings = _settings(_value_of("--config", given), _value_of("--preset", given))
-        defaults["train"] = Train(run=tyro.MISSING, settings=settings)
+        defaults["train"] = Train(run=tyro.MISSING, settings=_settings(given))
     kinds = tuple(
         Annotated[kind, subcommand(name, default=defaults[name]) if name in defaults else subcommand(name)]
         for name, kind in COMMANDS.items()
@@ -390,6 +390,15 @@ def _parse(given: list[str]) -> Any:
     return parse()  # once more, for the help or what tyro says of the options themselves
 
 
+def _at_home(command: Any) -> Any:
+    """The command, its paths with a leading ~ in the home directory: shells leave it alone in --run=~/runs."""
+    return replace(command, **{name: _home(path) for name, path in vars(command).items() if isinstance(path, Path)})
+
+
+def _home(path: Path) -> Path:
+    return Path(os.path.expanduser(path))
+
+
 def _value_of(option: str, given: list[str]) -> str | None:
     """The value of an option that decides the defaults of the others, so must be known before they are parsed."""
     for position, word in enumerate(given):
@@ -400,12 +409,11 @@ def _value_of(option: str, given: list[str]) -> str | None:
     return None
 
 
-def _settings(file: str | None, preset: str | None) -> TrainConfig:
-    plain = to_plain(TrainConfig())
-    if file is not None:
-        plain = merged(plain, read_object(Path(file), "mend it, or give another --config"))
-    if preset is not None:
-        if preset not in PRESETS:
-            raise UserError(f"there is no preset '{preset}'; {nearest(preset, PRESETS)}")
-        plain = merged(plain, {"model": {"residual": to_plain(PRESETS[preset])}})
-    return from_plain(TrainConfig, plain, where=file or "")
+def _settings(given: list[str]) -> TrainConfig:
+    """What the settings are before the options: those of --config, the residual that of --preset or of a typed rule."""
+    file, preset, rule = (_value_of(option, given) for option in ("--config", "--preset", "--model.residual.rule"))
+    typed = {"preset": preset, "rule": rule if rule in get_args(Rule) else None}
+    residual = {name: value for name, value in typed.items() if value is not None}
+    layer = {"model": {"residual": residual}} if residual else {}
+    below = {} if file is None else read_object(_home(Path(file)), "mend it, or give another --config")
+    return run_settings(below, layer, where=file or "")

@@ -52,7 +52,7 @@ class PeerGPT(nn.Module):
     def __init__(self, config: GPTConfig, peer: Peer, seed: int = 0) -> None:
         super().__init__()
         assert config.vocab_size is not None
-        self.embedding = Embedding(config.vocab_size, config.dim, config.embedding_std)
+        self.embedding = Embedding(config.vocab_size, config.dim, config.embedding_scale)
         self.rotary = Rotary(config.head_width, config.context, config.rope_base, config.rope_fraction)
         branches = [branch for _ in range(config.layers) for branch in layer_branches(config, self.rotary)]
         # Some peers draw their parameters from torch's generator, which others must find as it was.

@@ -28,9 +28,10 @@ class ResidualConfig:
     """
 
     rule: Rule = "delta"
-    """delta | write_only | erase_only | additive | additive_erase | two_gate (section 1)."""
-    value_channels: int = 4
-    """V, the number of width-D vectors that a token's state holds."""
+    """delta | write_only | erase_only | additive | additive_erase | two_gate (docs/settings.md, Rule and
+    state)."""
+    value_channels: int = None  # type: ignore[assignment]  # __post_init__ puts the rule's own
+    """V, the number of width-D vectors that a token's state holds; 4, and 1 with rule additive, unless it is given."""
     rank: int = 1
     """Rewrites per residual: r learned maps of h, r targets, r gates, applied in index order."""
     direction: Direction = "branch"
@@ -89,6 +90,8 @@ class ResidualConfig:
     """eps of that norm."""
 
     def __post_init__(self) -> None:
+        if vars(self)["value_channels"] is None:
+            object.__setattr__(self, "value_channels", 1 if self.rule == "additive" else 4)
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
             choices = get_args(kind)
@@ -181,7 +184,7 @@ class Illegal:
 ILLEGAL: tuple[Illegal, ...] = (
     Illegal(
         "value_channels=1 with expansion='embedding_conv'",
-        "one value channel has nothing to expand; use expansion='repeat'.",
+        "one value channel has nothing to expand; use expansion='repeat', or more value_channels.",
         lambda c: c.value_channels == 1 and c.expansion != "repeat",
     ),
     Illegal(

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
+from deepdelta.config import Plain, to_plain
+from deepdelta.errors import UserError, nearest
 from deepdelta.nn.config import ResidualConfig
 
 _DDL = ResidualConfig(expansion="embedding_conv")
@@ -19,12 +22,14 @@ _PUBLISHED_TC = replace(_PUBLISHED, compression="token")
 
 PRESETS: Mapping[str, ResidualConfig] = MappingProxyType(
     {
-        "additive": ResidualConfig(rule="additive", value_channels=1),
+        "additive": ResidualConfig(rule="additive"),
+        "additive-convolution": ResidualConfig(rule="additive", compression="token", compression_init="random"),
         "ddl": _DDL,
         "ddl-scalar": ResidualConfig(value_channels=1),
         "ddl-tc": replace(_DDL, compression="token"),
         "ddl-tc-repeat": ResidualConfig(compression="token"),
         "ddl-cc-repeat": ResidualConfig(),
+        "delta-token-random": replace(_DDL, gate_init=0.25, compression="token", compression_init="random"),
         "ddl-v1": ResidualConfig(direction="pooled", target="branch"),
         "retrofit": ResidualConfig(rule="additive_erase", plain_start=True, erase_init=1.0, gate_per_channel=True),
         "published-cc": _PUBLISHED,
@@ -34,5 +39,41 @@ PRESETS: Mapping[str, ResidualConfig] = MappingProxyType(
         "published-scalar": ResidualConfig(value_channels=1, target="scaled_sigmoid", gate_hidden_bias=False),
     }
 )
-"""`ddl` is the paper's DDL-CC with the library's defaults; `retrofit` starts as the plain residual; `published-*` carry
-the authors' code's choices."""
+"""`ddl` is the paper's DDL-CC with the library's defaults; `delta-token-random` is the best of the search, and
+`additive-convolution` the plain residual with its short convolution; `retrofit` starts as the plain residual;
+`published-*` carry the authors' code's choices."""
+
+
+def preset_named(name: Any) -> ResidualConfig:
+    """The preset of this name.
+
+    Raises:
+        UserError: there is none; the nearest is named.
+    """
+    if not isinstance(name, str) or name not in PRESETS:
+        raise UserError(f"there is no preset {name!r}; {nearest(str(name), PRESETS)}")
+    return PRESETS[name]
+
+
+def settled(residual: Mapping[str, Any]) -> Plain:
+    """Settings of a residual with `preset` replaced by what it sets, the others laid over that."""
+    given = dict(residual)
+    return to_plain(preset_named(given.pop("preset"))) | given if "preset" in given else given
+
+
+def overlaid(base: Mapping[str, Any], layer: Mapping[str, Any]) -> Plain:
+    """`base` with `layer` laid over it, dictionaries key by key.
+
+    A `residual` in the layer that names a `preset` or a `rule` takes nothing from the one below: it is that preset, or
+    a bare stream's residual of that rule, with what stands beside it. Any other is laid over the one below.
+    """
+    result = dict(base)
+    for key, value in layer.items():
+        below = result.get(key)
+        if key == "residual" and isinstance(value, Mapping):
+            value = settled(value)
+            below = None if "rule" in value else below
+        if isinstance(value, Mapping):
+            value = overlaid(below if isinstance(below, Mapping) else {}, value)
+        result[key] = value
+    return result

@@ -16,6 +16,7 @@ from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.expansion import build_expansion
 from deepdelta.nn.layout import Layout, check_kind
 from deepdelta.nn.linear import initialise
+from deepdelta.nn.presets import settled
 from deepdelta.nn.residual import DeltaResidual
 
 
@@ -32,16 +33,17 @@ class DeltaStream(nn.Module):
     Args:
         dim: D, the width of the vectors that the branches see.
         value_channels: V, how many such vectors the state holds; 1 keeps the network's state as it is. None stands for
-            4, and for 1 with rule 'additive', which then is the plain residual x + branch(norm(x)) (with compression
-            'channel').
+            the preset's, or for 4, and for 1 with rule 'additive', which then is the plain residual
+            x + branch(norm(x)) (with compression 'channel').
+        preset: a name in `deepdelta.PRESETS`, whose settings the options are laid over.
         channel_first: vectors are (N, C, *space) and states (N, V, C, *space), as convolutional networks have them,
             instead of (..., D) and (..., V, D).
         seed: what the parameters are drawn from, together with their names; None takes it from torch's generator.
-        init_factor: matrices start N(0, (init_factor / sqrt(dim))^2) (section 3).
+        init_factor: matrices start N(0, (init_factor / sqrt(dim))^2).
         options: the fields of `ResidualConfig`: rule, direction, target, gate, expansion, compression and so on.
 
     Raises:
-        UserError: an unknown option (the nearest valid one is named) or settings that do not go together.
+        UserError: an unknown option or preset (the nearest valid one is named) or settings that do not go together.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class DeltaStream(nn.Module):
         dim: int,
         value_channels: int | None = None,
         *,
+        preset: str | None = None,
         channel_first: bool = False,
         seed: int | None = None,
         init_factor: float = 0.5,
@@ -59,11 +62,13 @@ class DeltaStream(nn.Module):
             raise UserError(f"dim must be at least 1, got {dim}.")
         known = [field.name for field in fields(ResidualConfig)]
         if unknown := sorted(options.keys() - known):
-            own = ("channel_first", "seed", "init_factor")
+            own = ("preset", "channel_first", "seed", "init_factor")
             raise UserError(f"DeltaStream: unknown key '{unknown[0]}'; {nearest(unknown[0], [*known, *own])}")
-        if value_channels is None:
-            value_channels = 1 if options.get("rule") == "additive" else 4
-        self.config = from_plain(ResidualConfig, {"value_channels": value_channels, **options}, where="DeltaStream")
+        if value_channels is not None:
+            options["value_channels"] = value_channels
+        if preset is not None:
+            options["preset"] = preset
+        self.config = from_plain(ResidualConfig, settled(options), where="DeltaStream")
         if channel_first and self.config.needs_tokens:
             raise UserError(
                 "channel_first=True has no token axis; use expansion='repeat' and compression='channel' or "

@@ -10,6 +10,7 @@ from torch import nn
 
 from deepdelta.config import from_plain
 from deepdelta.errors import UserError, nearest
+from deepdelta.nn.presets import PRESETS, preset_named
 from deepdelta.retrofitting.blocks import Job, full_name, has_own_forward
 from deepdelta.retrofitting.config import RetrofitConfig, RetrofitReport
 from deepdelta.retrofitting.encoder import retrofit_encoder, retrofit_layer
@@ -61,7 +62,7 @@ class Retrofitted(NamedTuple):
     """Names of all tensors."""
 
 
-def retrofit(model: Model, value_channels: int = 4, **options: Any) -> Model:
+def retrofit(model: Model, value_channels: int = 4, *, preset: str = "retrofit", **options: Any) -> Model:
     """Replace the residual additions x + F(x) of `model`, in place, by delta residuals that compute the same at first.
 
     Every residual is X' = X + h w_h^T - a beta k (k^T X) (rule additive_erase), with a = 0 and w_h = 1 + W c, W = 0 at
@@ -73,15 +74,19 @@ def retrofit(model: Model, value_channels: int = 4, **options: Any) -> Model:
         model: a model that holds a Llama, Qwen3, GPT-2 or ViT of transformers, a torchvision ResNet, an
             nn.TransformerEncoder (or layers of one), or a `deepdelta.GPT` with plain residuals.
         value_channels: V.
+        preset: one of `deepdelta.PRESETS` that starts as the plain residual: `retrofit`.
         options: the other fields of `RetrofitConfig`: trainable, gate, erase_init, seed and so on.
 
     Returns:
         The same object. `retrofitted(model)` reports on it, `undo_retrofit(model)` takes everything back.
 
     Raises:
-        UserError: no residual structure that is known, blocks that are not the library's own, a model that has been
-            retrofitted already, or an unknown option. The model is then as it was.
+        UserError: another preset, no residual structure that is known, blocks that are not the library's own, a model
+            that has been retrofitted already, or an unknown option. The model is then as it was.
     """
+    if not preset_named(preset).plain_start:
+        fitting = ", ".join(name for name, one in PRESETS.items() if one.plain_start)
+        raise UserError(f"preset must be one that starts as the plain residual ({fitting}), got '{preset}'.")
     config = from_plain(RetrofitConfig, {"value_channels": value_channels, **options}, where="retrofit")
     if not isinstance(model, nn.Module):
         raise UserError(f"retrofit takes a torch.nn.Module, got {type(model).__name__}.")

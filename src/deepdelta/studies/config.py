@@ -16,6 +16,7 @@ from deepdelta.studies.factorial import design
 from deepdelta.studies.results import BudgetName, Factorial, Power
 from deepdelta.studies.statistics import seeds_needed
 from deepdelta.training import TrainConfig
+from deepdelta.training.config import run_settings, settings_over
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -98,7 +99,8 @@ class StudyConfig:
     baseline: str
     seeds: tuple[int, ...]
     train: dict[str, Any]
-    """Common settings, keys of TrainConfig; the seed comes from `seeds`."""
+    """Common settings, keys of TrainConfig or `preset`; the seed comes from `seeds`. A condition whose residual names
+    a `rule` or a `preset` takes nothing from the residual here."""
     conditions: dict[str, Condition]
     cost_rounds: int = 12
     """Interleaved rounds of the cost phase."""
@@ -262,14 +264,18 @@ class StudyConfig:
     def sized(self, size: str) -> "StudyConfig":
         """The study at one of its sizes."""
         return replace(
-            self, name=f"{self.name}-{size}", train=merged(self.train, self.sizes[size]), sizes={}, extrapolate=None
+            self,
+            name=f"{self.name}-{size}",
+            train=settings_over(self.train, self.sizes[size]),
+            sizes={},
+            extrapolate=None,
         )
 
     def train_config(self, condition: str, seed: int) -> TrainConfig:
         """The run of one condition and seed."""
-        common = merged(to_plain(TrainConfig()), self.train)
-        plain = merged(common, self.conditions[condition].changes) | {"seed": seed}
-        run = from_plain(TrainConfig, plain, where=f"study {self.name}, condition {condition}")
+        changes = self.conditions[condition].changes
+        run = run_settings(self.train, changes, {"seed": seed}, where=f"study {self.name}, condition {condition}")
+        run = replace(run, lr=run.rate)
         if self.match_parameters and condition != self.baseline:
             model = as_large_as(self.train_config(self.baseline, seed).model, run.model, condition)
             return replace(run, model=model)
@@ -278,8 +284,8 @@ class StudyConfig:
     def start_config(self, seed: int) -> TrainConfig:
         """The run that those of a seed start from."""
         assert self.start is not None
-        plain = merged(to_plain(self.train_config(self.baseline, seed)), self.start) | {"seed": seed + START_SEED}
-        return from_plain(TrainConfig, plain, where=f"study {self.name}, start")
+        baseline, other = to_plain(self.train_config(self.baseline, seed)), {"seed": seed + START_SEED}
+        return run_settings(baseline, self.start, other, where=f"study {self.name}, start")
 
 
 def as_large_as(baseline: GPTConfig, model: GPTConfig, condition: str) -> GPTConfig:

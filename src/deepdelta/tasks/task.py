@@ -8,6 +8,7 @@ from typing import Any
 from deepdelta.config import Plain, from_plain, merged, to_plain
 from deepdelta.errors import UserError, nearest
 from deepdelta.files import parse
+from deepdelta.nn.presets import overlaid
 
 Progress = Callable[[int, int], None]
 """progress(done, total), in steps of the run."""
@@ -57,7 +58,7 @@ class Task:
             raise UserError(
                 f"{both[0]} is what condition {condition} of task {self.name} sets itself, so it cannot be set for all."
             )
-        plain = merged(merged(to_plain(self.settings), overrides or {}), changes)
+        plain = overlaid(to_plain(self.settings), merged(overrides or {}, changes))
         return from_plain(type(self.settings), plain, where=f"task {self.name}")
 
 

@@ -1,13 +1,15 @@
 """Everything that decides the numbers of a training run."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
-from deepdelta.config import refuse_not_finite
+from deepdelta.config import Plain, from_plain, merged, refuse_not_finite, to_plain
 from deepdelta.data import DataConfig
 from deepdelta.errors import UserError
 from deepdelta.models import GPTConfig
-from deepdelta.nn import Backend, Plan
+from deepdelta.nn import Backend, Plan, ResidualConfig
+from deepdelta.nn.presets import overlaid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,9 @@ class TrainConfig:
     """Sequences per micro-batch."""
     accumulate: int = 1
     """Micro-batches per step."""
-    lr: float = 2e-3
-    """Peak learning rate, reached after `warmup` steps; `schedule` says what follows."""
+    lr: float | None = None
+    """Peak learning rate, reached after `warmup` steps; `schedule` says what follows. None: `tuned_rate`, what the
+    studies found for such a residual."""
     final_lr: float = 0.1
     """The share of `lr` that the last step has."""
     warmup: int = 100
@@ -74,8 +77,9 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}.")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be greater than 0, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} must be greater than 0, got {value}.")
         for name, low, high in (
             ("final_lr", 0, 1),
             ("warmup", 0, 1 << 62),
@@ -95,6 +99,21 @@ class TrainConfig:
             raise UserError(f"betas must lie in [0, 1), got {self.betas}.")
 
     @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return tuned_rate(self.model.residual, self.model.dim) if self.lr is None else self.lr
+
+    @property
+    def warning(self) -> str | None:
+        """What is likely to be a mistake in these settings."""
+        if self.warmup < self.steps:
+            return None
+        return (
+            f"Warning: warmup={self.warmup} reaches steps={self.steps}, so training ends while the learning rate still "
+            f"rises; set warmup to {self.steps // 10}, or more steps."
+        )
+
+    @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.accumulate * self.model.context
 
@@ -105,3 +124,38 @@ class TrainConfig:
         warmup = round(self.warmup * steps / self.steps)
         cooldown = self.cooldown * steps // self.steps
         return replace(self, steps=steps, warmup=max(min(1, self.warmup), warmup), cooldown=cooldown)
+
+
+def tuned_rate(residual: ResidualConfig, dim: int) -> float:
+    """The learning rate that the studies chose at d 64 for the nearest residual, times 64 / dim.
+
+    Found by `headline`, `published` and `control-matrix` at d 64; `sizes` and `larger` found that rates fall about so
+    from d 32 to d 96. Elsewhere it is a place to start from, no result.
+    """
+    if residual.compression == "token":
+        at_64 = 9e-3
+    elif residual.expansion == "embedding_conv" and not residual.writes_branch:
+        at_64 = 2.8e-2
+    else:
+        at_64 = 5e-3
+    return at_64 * 64 / dim
+
+
+def settings_over(base: Mapping[str, Any], layer: Mapping[str, Any]) -> Plain:
+    """Plain settings of a run with others laid over them (`overlaid`); `preset` stands for `model.residual.preset`."""
+    rest = dict(layer)
+    if "preset" in rest:
+        rest = merged({"model": {"residual": {"preset": rest.pop("preset")}}}, rest)
+    return overlaid(base, rest)
+
+
+def run_settings(*layers: Mapping[str, Any], where: str) -> TrainConfig:
+    """The settings of a run that plain data from several places give, a later one laid over those before.
+
+    Raises:
+        UserError: naming `where`, for what no run can have.
+    """
+    plain = {"model": {"residual": to_plain(GPTConfig().residual)}}
+    for layer in layers:
+        plain = settings_over(plain, layer)
+    return from_plain(TrainConfig, plain, where=where)

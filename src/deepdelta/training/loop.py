@@ -154,11 +154,11 @@ def _check_continues(
 
 
 def resolve(config: TrainConfig, corpus: Corpus) -> TrainConfig:
-    """The configuration with the vocabulary filled in from the corpus."""
+    """The configuration with the vocabulary filled in from the corpus, and the learning rate from the residual."""
     size = config.model.vocab_size
     if size is not None and size < corpus.vocab_size:
         raise UserError(f"model.vocab_size must be at least the corpus's {corpus.vocab_size}, got {size}.")
-    return replace(config, model=replace(config.model, vocab_size=size or corpus.vocab_size))
+    return replace(config, lr=config.rate, model=replace(config.model, vocab_size=size or corpus.vocab_size))
 
 
 def describe(chosen: Device, corpus: Corpus) -> dict[str, Any]:
@@ -305,7 +305,7 @@ class Trainer:
         self._record({"step": self.step + 1, "diverged": True})
         return UserError(
             f"{what}: training diverged. {self._last_good} "
-            f"Lower lr (now {self.config.lr:g}) or clip, or lengthen warmup."
+            f"Lower lr (now {self.config.rate:g}) or clip, or lengthen warmup."
         )
 
     def _validate(self, tokens: int | None, reporter: Reporter, *, final: bool) -> float:

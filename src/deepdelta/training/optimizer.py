@@ -41,7 +41,7 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> AdamW:
-    return AdamW(param_groups(module, config.weight_decay), lr=config.lr, betas=config.betas, fused=True)
+    return AdamW(param_groups(module, config.weight_decay), lr=config.rate, betas=config.betas, fused=True)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -50,13 +50,13 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     A cosine from `lr`, or `lr` up to the cooldown of c steps and lr (1 - (1 - final_lr) n / c) in its n-th.
     """
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+        return config.rate * (step + 1) / config.warmup
     if config.schedule == "constant":
         cooled = max(0, step + 1 - (config.steps - config.cooldown))
-        return config.lr * (1 - (1 - config.final_lr) * cooled / max(1, config.cooldown))
+        return config.rate * (1 - (1 - config.final_lr) * cooled / max(1, config.cooldown))
     progress = (step - config.warmup) / max(1, config.steps - config.warmup - 1)
     share = config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * share
+    return config.rate * share
 
 
 def rate_change(there: TrainConfig, here: TrainConfig, step: int) -> str | None:
