@@ -1,6 +1,7 @@
 # make study   set up, then train the quick study and write its report
 # make test    set up, then run the whole test suite on all cores
 # make matrix  set up, then try all 29,298 combinations of the residual's settings (about 20 minutes)
+# make docs    set up, then build the pages of docs/ as a site into build/site
 # make check   lint, format and types, without running anything
 # make fingerprint BASE=COMMIT   losses of 20 steps of every preset here and at that commit, bit for bit
 # make fresh-clone   both README commands in a fresh clone of the last commit
@@ -9,8 +10,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 EXTRAS_study := study,fast
 EXTRAS_test := test
+EXTRAS_docs := docs
 
-.PHONY: study test matrix check fingerprint fresh-clone clean
+.PHONY: study test docs matrix check fingerprint fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
@@ -18,12 +20,15 @@ study: .venv/study.stamp
 test: .venv/test.stamp .venv/torchvision.stamp
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
+docs: .venv/docs.stamp
+	$(BIN)/mkdocs build --strict --quiet
+
 matrix: .venv/test.stamp
 	$(BIN)/python -m pytest tests/test_matrix.py -m matrix --timeout 7200
 
 check: .venv/test.stamp
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests docs/site
+	$(BIN)/ruff format --check src tests docs/site
 	$(BIN)/mypy
 
 fingerprint: .venv/test.stamp

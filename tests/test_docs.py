@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 SETTINGS, NUMBERS, AUDIT = DOCS / "settings.md", DOCS / "numbers.md", DOCS / "audit.md"
 PARTS = sorted((DOCS / "parts").glob("*.md"))
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *PARTS]
+ROOTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md"]
+PAGES = [*ROOTS, *sorted(DOCS.glob("*.md")), *PARTS]
 SETTING_COLUMNS = ["setting", "value", "meaning", "source", "default", "deviation"]
 
 # Which part's page explains the choices of a field.
