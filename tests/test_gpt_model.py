@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deepdelta import GPT, PRESETS, GPTConfig, ResidualConfig, UserError
+from deepdelta import GPT, PRESETS, GPTConfig, ResidualConfig, UserError, use_backend
 from deepdelta.models.gpt import label_loss
 from helpers import perturb, randn
 
@@ -227,6 +227,19 @@ def test_without_a_label_that_counts_loss_and_gradients_are_0(ignored):
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize("preset", ["additive", "ddl", "ddl-tc"])
+def test_no_rows_or_no_tokens(preset, backend):
+    model = small(residual=PRESETS[preset])
+    use_backend(model, backend)
+    for shape in ((0, 5), (2, 0), (0, 0)):
+        ids = torch.zeros(shape, dtype=torch.long)
+        logits, loss = model(ids, ids)
+        loss.backward()
+        assert logits.shape == (*shape, 11) and loss.item() == 0
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_precisions(gate_dtypes):

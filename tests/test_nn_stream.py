@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from deepdelta import DeltaResidual, DeltaStream, UserError
+from deepdelta import DeltaResidual, DeltaStream, UserError, use_backend
 from helpers import gradients, near, perturb, randn
 
 D, V = 6, 3
@@ -256,6 +256,24 @@ def test_every_part_keeps_the_state_in_fp32_under_autocast(expansion, compressio
         state = stream.expand(randn(2, 5, D).float())
         assert state.dtype == torch.float32
         assert stream.wrap(nn.Linear(D, D))(state).dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize("expansion", ["repeat", "embedding_conv"])
+@pytest.mark.parametrize("compression", ["channel", "channel_conv", "token"])
+def test_of_nothing_comes_nothing_of_the_right_shape(backend, expansion, compression):
+    """Without tokens and without rows: the shapes of every step, and zero gradients for every parameter."""
+    for shape in ((0, 5), (2, 0), (0, 0), (3, 0, 2), (3, 2, 0), (0,)):
+        network = Network(expansion=expansion, compression=compression, compression_kernel=2)
+        use_backend(network, backend)
+        x = torch.zeros(*shape, D, requires_grad=True)
+        state = network.blocks[0](network.stream.expand(x))
+        assert state.shape == (*shape, V, D)
+        result = network(x)
+        assert result.shape == x.shape
+        result.sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape
+        assert all(p.grad is not None and not p.grad.any() for p in network.parameters())
 
 
 def test_one_argument_makes_the_plain_residual():

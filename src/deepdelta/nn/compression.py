@@ -114,6 +114,9 @@ class TokenConvolution(ConvolutionCompression):
     def forward(self, state_BTVD: Tensor) -> Tensor:
         channels, width, taps = self.weight.shape
         batch, tokens = state_BTVD.shape[:-3], state_BTVD.shape[-3]
+        if tokens == 0:
+            # PyTorch has no convolution of nothing; this has the shape and the gradients of one.
+            return (state_BTVD * self.folded()[..., -1].to(state_BTVD.dtype)).sum(-2)
         if self.fused and state_BTVD.device.type == "cpu":
             state_NTVD = state_BTVD.reshape(-1, tokens, channels, width)
             return compress_tokens(state_NTVD, self.folded()).view(*batch, tokens, width)

@@ -45,6 +45,9 @@ class EmbeddingConvolution(Initialised):
         """The tokens' states; what came before them is in `history`, or nothing did."""
         channels, width, taps = self.weight.shape
         batch, tokens = x_BTD.shape[:-2], x_BTD.shape[-2]
+        if tokens == 0:
+            # PyTorch has no convolution of nothing; this has the shape and the gradients of one.
+            return x_BTD.unsqueeze(-2) * self.weight[..., -1].to(x_BTD.dtype)
         if self.fused and history is None and x_BTD.device.type == "cpu":
             return expand_tokens(x_BTD.reshape(-1, tokens, width), self.weight).view(*batch, tokens, channels, width)
         if history is None:
