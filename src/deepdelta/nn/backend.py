@@ -26,7 +26,8 @@ def use_backend(module: nn.Module, backend: Backend = "auto", *, compiled: bool 
 
     - reference: plain PyTorch; differentiable any number of times and by torch.func, and what a new residual has.
     - fused: one pass over the state per sublayer, with the next sublayer's compression and norm in it where the model
-      hands it on; compiled by numba on the CPU and by Triton on CUDA. First derivatives.
+      hands it on; compiled by numba on the CPU and by Triton on CUDA. First derivatives, by backward(); second ones,
+      forward-mode ones and torch.func are refused.
     - auto: at V = 1, unless a token compression gains from being fused on the CPU, reference with rule additive, a
       plain addition, and on the CPU in a module that is compiled: there the compiler does as well or better. Elsewhere
       fused where it can run, else reference.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from deepdelta.errors import UserError, nearest
+from deepdelta.ops.derivatives import transformed
 
 Plan = Literal["save", "replay", "recover"]
 Remake = Callable[[Tensor], Tensor]
@@ -89,7 +90,14 @@ class Memory:
 
     def watching(self, state: Tensor) -> AbstractContextManager[None]:
         """Within, saving `state` for the backward pass saves its entry instead."""
-        return self._watching(state) if self.on and state.requires_grad else nullcontext()
+        if not self.on or not state.requires_grad:
+            return nullcontext()
+        if transformed():
+            raise UserError(
+                f"the memory plan '{self.plan}' is for backward(), not for gradients by torch.func (grad, vjp, jacrev, "
+                'hessian); for these choose use_memory(module, "save").'
+            )
+        return self._watching(state)
 
     @contextmanager
     def _watching(self, state: Tensor) -> Iterator[None]:
@@ -151,6 +159,8 @@ def use_memory(module: nn.Module, plan: Plan = "replay", every: int = 8) -> None
     - save: each state, V times what the additive model saves of its own.
     - replay: every `every`-th state; the others are made again from it, bit for bit as in the forward pass.
     - recover: the last state; each is made from the one after it, which adds rounding errors from layer to layer.
+
+    The last two are for backward(), second derivatives by it included; gradients by torch.func are refused under them.
 
     Raises:
         UserError: another plan, or every < 1.

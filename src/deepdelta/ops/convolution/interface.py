@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from deepdelta.ops.derivatives import check_plain, once
 from deepdelta.ops.precision import accumulation_dtype
 
 
@@ -20,6 +21,7 @@ def expand_tokens(x: Float[Tensor, "B T D"], weight: Float[Tensor, "V D K"]) -> 
     x and y have one dtype; weights and sums are fp32, or fp64 for an fp64 x. On the CPU, by numba: ask
     `ops.step.fused_problem` first whether that can run.
     """
+    check_plain(x, weight)
     y: Tensor = convolve(x.unsqueeze(2).contiguous(), _by_tap(weight, x), weight.shape[0])
     return y
 
@@ -29,6 +31,7 @@ def compress_tokens(x: Float[Tensor, "B T V D"], weight: Float[Tensor, "V D K"])
 
     Dtypes and code as for `expand_tokens`, whose transpose it is.
     """
+    check_plain(x, weight)
     y: Tensor = convolve(x.contiguous(), _by_tap(weight, x), 1)
     return y.squeeze(2)
 
@@ -73,3 +76,4 @@ def _gradients(ctx, d_y):  # type: ignore[no-untyped-def]
 
 
 convolve.register_autograd(_gradients, setup_context=_save)
+once(convolve_backward)

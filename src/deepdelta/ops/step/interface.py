@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deepdelta.errors import UserError
+from deepdelta.ops.derivatives import check_plain, once
 from deepdelta.ops.precision import accumulation_dtype
 from deepdelta.ops.step.reference import Gating, Normalise
 
@@ -72,8 +73,11 @@ def fused_step(
         gating: the numbers that write and erase come from, instead of these; some kernels make them in their pass.
 
     Raises:
-        UserError: the device or dtype has no fused step, with the reason; raised when the operator runs.
+        UserError: the device or dtype has no fused step, with the reason, raised when the operator runs; or more than
+            first derivatives are asked for.
     """
+    given = (state, h, write, erase, compression, norm_weight, None if gating is None else gating.numbers)
+    check_plain(*(tensor for tensor in given if isinstance(tensor, Tensor)))
     *batch, channels, width = state.shape
     wide = accumulation_dtype(state.dtype)
     if gating is not None and state.device.type not in MAKE_COEFFICIENTS:
@@ -271,3 +275,4 @@ def _gradients(ctx, d_new, d_c, *_):  # type: ignore[no-untyped-def]
 
 
 step.register_autograd(_gradients, setup_context=_save)
+once(step_backward)

@@ -1,0 +1,49 @@
+"""Fused code has first derivatives, by backward passes; whatever else PyTorch can ask of it is refused here.
+
+Without this, some of that would come out wrong without a word: tangents of 0 under torch.func.jvp.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.library import Library
+
+from deepdelta.errors import UserError
+
+_LIBRARY = Library("deepdelta", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, hessian and so on) is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def check_plain(*tensors: Tensor) -> None:
+    """Refuse the inputs of a fused operator under torch.func or with forward-mode tangents.
+
+    Raises:
+        UserError: with what to use instead.
+    """
+    if transformed() or (not torch.compiler.is_compiling() and any(map(_has_tangent, tensors))):
+        _refuse()
+
+
+def once(backward: Any) -> None:
+    """Let the operator of a backward pass refuse to be differentiated or batched itself."""
+    backward.register_autograd(_refuse)
+    backward.register_vmap(_refuse)
+    # The batches of torch.autograd.grad(is_grads_batched=True), which are not torch.func's.
+    _LIBRARY.impl(backward._name, _refuse, "Batched")  # type: ignore[no-untyped-call]
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise UserError(
+        "fused code has first derivatives by backward(), not second ones, forward-mode ones or torch.func transforms "
+        '(grad, vmap, jvp, hessian); for these choose use_backend(module, "reference").'
+    )
