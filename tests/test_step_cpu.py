@@ -178,14 +178,6 @@ def test_compiled_models_keep_their_graph_over_batches_and_lengths(unchecked: No
     assert len(compilations) == 1
 
 
-def test_no_second_derivatives() -> None:
-    state, h, write = (randn(*shape).requires_grad_() for shape in ((3, 2, 5), (3, 5), (3, 2)))
-    new = fused_step(state, h, write, None, Normalise(1e-6, 1)).state
-    (first,) = torch.autograd.grad(new.square().sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError):
-        first.sum().backward()
-
-
 def test_what_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused_problem(torch.device("cpu"), torch.float32) is None
     tiny = torch.zeros(3, 2, 5, dtype=torch.float8_e5m2)

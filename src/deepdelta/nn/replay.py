@@ -7,18 +7,20 @@ that are the state are replaced by an `Entry`, which knows how to make it again 
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepdelta.errors import UserError, nearest
 from deepdelta.ops.derivatives import transformed
 
 Plan = Literal["save", "replay", "recover"]
 Remake = Callable[[Tensor], Tensor]
-ATTRIBUTE = "_deepdelta_entry"
+_ENTRIES = WeakTensorKeyDictionary()
+"""The entry of each state that is alive: kept here, since what hangs on a tensor is pickled with it."""
 
 
 class Entry:
@@ -77,6 +79,14 @@ class Entry:
         return self.made
 
 
+Value = TypeVar("Value", Tensor, Tensor | float, Tensor | None)
+
+
+def detached(value: Value) -> Value:
+    """Tensors without their graph, what else there is as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
 class Memory:
     """A plan for the states of one residual's rewrites."""
 
@@ -106,7 +116,8 @@ class Memory:
 
         def pack(tensor: Tensor) -> Any:
             same = tensor.data_ptr() == address and tensor.dtype == dtype and tensor.numel() == state_size
-            return (entry, tensor.shape, tensor.stride()) if same else tensor
+            # Detached: a node that saves its own result would otherwise hold itself.
+            return (entry, tensor.shape, tensor.stride()) if same else tensor.detach()
 
         def unpack(packed: Any) -> Tensor:
             if isinstance(packed, Tensor):
@@ -119,38 +130,42 @@ class Memory:
             yield
 
     def follow(self, state: Tensor, new: Tensor, redo: Remake, undo: Remake) -> None:
-        """Note that `new` was made from `state` by `redo`."""
+        """Note that `new` was made from `state` by `redo`. What `redo` and `undo` hold must be `detached`, and neither
+        may hold `new`: an entry would keep its own state."""
         if not self.on or not new.requires_grad:
             return
         parent = _entry(state)
         depth = parent.depth + 1
         keep = self.plan == "recover" or depth % self.every == 0
         entry = Entry(new.detach() if keep else None, None if keep else parent, redo, depth)
-        entry.undo, entry.version = undo, new._version
+        entry.version = new._version
         if self.plan == "recover":
-            parent.child = entry
+            parent.child, entry.undo = entry, undo
             if parent.undo is not None:
                 parent.kept = None
         else:
             parent.child = weakref.ref(entry)
-        setattr(new, ATTRIBUTE, entry)
+        _ENTRIES[new] = entry
+
+    def hand_on(self, state: Tensor, view: Tensor) -> Tensor:
+        """`view` of the same state, known by the same entry."""
+        entry = _known(state) if self.on else None
+        if entry is not None and view is not state:
+            _ENTRIES[view] = entry
+        return view
+
+
+def _known(state: Tensor) -> Entry | None:
+    return _ENTRIES.get(state)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _entry(state: Tensor) -> Entry:
-    entry: Entry | None = getattr(state, ATTRIBUTE, None)
+    entry = _known(state)
     if entry is None or entry.version != state._version:
         # Not as a residual made it (an expansion, a user's operation in between): it is saved like any other tensor.
         entry = Entry(state.detach(), None, None, 0)
-        setattr(state, ATTRIBUTE, entry)
+        _ENTRIES[state] = entry
     return entry
-
-
-def hand_on(state: Tensor, view: Tensor) -> Tensor:
-    """`view` of the same state, known by the same entry."""
-    entry = getattr(state, ATTRIBUTE, None)
-    if entry is not None and view is not state:
-        setattr(view, ATTRIBUTE, entry)
-    return view
 
 
 def use_memory(module: nn.Module, plan: Plan = "replay", every: int = 8) -> None:

@@ -21,7 +21,7 @@ from deepdelta.nn.gate import Gate
 from deepdelta.nn.layout import Layout, check_kind
 from deepdelta.nn.linear import RMSNorm, precise_linear
 from deepdelta.nn.reading import Folded, Opened, Reading
-from deepdelta.nn.replay import Memory, hand_on
+from deepdelta.nn.replay import Memory, detached
 from deepdelta.nn.target import BranchWrite, Target
 from deepdelta.ops import read_along, rewrite
 from deepdelta.ops.step import FusedStep, Gating, Normalise, Rewritten, fused_step, remake, rewrite_along, scale_of
@@ -115,7 +115,7 @@ class DeltaResidual(nn.Module):
         # The norm's first: a branch may have parameters of another kind.
         parameter = self.norm.weight if isinstance(self.norm, RMSNorm) else next(self.parameters(), None)
         check_kind("the state", state, "residual", parameter)
-        state_VD = hand_on(state, self.layout.state_inward(state))
+        state_VD = self.memory.hand_on(state, self.layout.state_inward(state))
         with self.memory.watching(state_VD):
             opened = self.reading().open(state_VD)
             if norm is not None:
@@ -201,7 +201,7 @@ class DeltaResidual(nn.Module):
                 "the state and expand it again."
             )
         state_VD = self._rewritten(opened, h_D)
-        return hand_on(state_VD, self.layout.state_outward(state_VD))
+        return self.memory.hand_on(state_VD, self.layout.state_outward(state_VD))
 
     def _rewritten(self, opened: Opened, h_D: Tensor) -> Tensor:
         state_VD = opened.state
@@ -215,7 +215,9 @@ class DeltaResidual(nn.Module):
                 rewritten = rewrite_along(state_VD, step.h, step.write, step.erase, step.normalise)
             if self.recorder is not None:
                 self.recorder(_record(state_VD, step, rewritten, self.config.direction_eps))
-            self.memory.follow(state_VD, rewritten.state, partial(_redo, step), partial(_undo, step, rewritten))
+            if self.memory.on:
+                bare, scale, read = step.detached(), detached(rewritten.scale), detached(rewritten.read)
+                self.memory.follow(state_VD, rewritten.state, partial(_redo, bare), partial(_undo, bare, scale, read))
             state_VD = rewritten.state
         return state_VD
 
@@ -281,6 +283,10 @@ class Step(NamedTuple):
     gating: Gating | None = None
     """What a fused step is to make write and erase of."""
 
+    def detached(self) -> "Step":
+        """What is needed to do it again, without its graph."""
+        return Step(detached(self.h), detached(self.write), detached(self.erase), self.normalise, None, None)
+
 
 @torch.no_grad()
 def _redo(step: Step, state_VD: Tensor) -> Tensor:
@@ -288,12 +294,12 @@ def _redo(step: Step, state_VD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _undo(step: Step, done: Rewritten, new_VD: Tensor) -> Tensor:
+def _undo(step: Step, scale: Tensor | float, read_V: Tensor | None, new_VD: Tensor) -> Tensor:
     """X = X' - h a^T with the coefficients a that the step had."""
     power = step.normalise.power if isinstance(step.write, Tensor) else 0
-    coefficient = step.write * done.scale**power
-    if step.erase is not None and done.read is not None:
-        coefficient = coefficient - step.erase * done.scale**2 * done.read
+    coefficient = step.write * scale**power
+    if step.erase is not None and read_V is not None:
+        coefficient = coefficient - step.erase * scale**2 * read_V
     return rewrite(new_VD, step.h, -coefficient, None)[0]
 
 

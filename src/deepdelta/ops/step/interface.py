@@ -36,7 +36,7 @@ def fused_problem(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 class Done(NamedTuple):
-    """What a step needs to be done again: X' = X + h a^T, tokens as one axis."""
+    """What a step needs to be done again, without derivatives: X' = X + h a^T, tokens as one axis."""
 
     h: Tensor
     coefficient: Tensor
@@ -114,7 +114,9 @@ def fused_step(
         norm_eps,
         opens,
     )
-    return FusedStep(new.view(state.shape), c.view(h.shape) if opens else None, Done(h_ND, coefficient))
+    return FusedStep(
+        new.view(state.shape), c.view(h.shape) if opens else None, Done(h_ND.detach(), coefficient.detach())
+    )
 
 
 @torch.no_grad()
