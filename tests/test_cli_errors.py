@@ -201,7 +201,7 @@ def test_divergence(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: 
     ("options", "message"),
     [
         (("--prompt", ""), "the prompt must hold at least one token"),
-        (("--prompt", "a\udcff"), "the prompt must be UTF-8 text"),
+        (("--prompt", "a\udcff"), "every argument must be UTF-8"),
         (("--prompt", "a", "--temperature", "-1"), "temperature must be at least 0, got -1"),
         (("--prompt", "a", "--top-k", "0"), "top_k must be at least 1, got 0"),
         ((), "--prompt"),

@@ -87,9 +87,9 @@ def test_two_threads_building_at_once_share_one_result(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [tmp_path / "tokens" / "key"] * 2
+    assert found == [tmp_path / "tokens" / "key-2"] * 2
     assert (found[0] / "who").read_text() in ("a", "b")
-    assert os.listdir(tmp_path / "tokens") == ["key"]
+    assert os.listdir(tmp_path / "tokens") == ["key-2"]
 
 
 def test_processes_loading_at_once_all_succeed(text: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     hashed: list[Path] = []
     real = corpus.digest
     monkeypatch.setattr(cache, "REMEMBER_FROM", 1)
-    monkeypatch.setattr(corpus, "digest", lambda document: hashed.append(document.path) or real(document))
+    monkeypatch.setattr(corpus, "digest", lambda document, count: hashed.append(document.path) or real(document, count))
     return hashed
 
 
@@ -194,8 +194,8 @@ def test_damage_is_named(text: Path, tmp_path: Path) -> None:
         file.write(b"x")
     with pytest.raises(UserError, match=r"train.bin in the cache is damaged; delete the folder"):
         load_corpus(DataConfig(source=str(text)), cache=tmp_path / "cache")
-    (folder / "about.json").write_text("{")
-    with pytest.raises(UserError, match=r"about.json must hold .*damaged .*it is in the cache: delete it"):
+    (folder / "sha256.json").write_text("{")
+    with pytest.raises(UserError, match=r"sha256.json must hold a JSON object, but is damaged.*delete the folder"):
         load_corpus(DataConfig(source=str(text)), cache=tmp_path / "cache")
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from deepdelta.config import from_plain, to_plain
 from deepdelta.data import DataConfig, check_context, documents, load_corpus
+from deepdelta.data.sources import list_source
 from deepdelta.errors import UserError
 
 
@@ -187,6 +188,15 @@ def unprivileged() -> Iterator[Path]:
             os.seteuid(user)
 
 
+def test_names_that_are_too_long(tmp_path: Path) -> None:
+    long = "x" * 300
+    (tmp_path / "a.txt").write_text("some text " * 9)
+    refused("(cannot be read: File name too long|there is nothing at)", tmp_path / long, tmp_path / "c")
+    refused("(cannot be read: File name too long|there is no file)", tmp_path / "a.txt", tmp_path / "c", tokenizer=long)
+    with pytest.raises(UserError, match=r"the cache folder .* must be writable; it says: File name too long"):
+        load_corpus(DataConfig(source=str(tmp_path / "a.txt"), tokenizer="bpe"), cache=tmp_path / long)
+
+
 def test_unreadable() -> None:
     with unprivileged() as place:
         folder = place / "text"
@@ -201,7 +211,18 @@ def test_unreadable() -> None:
         (folder / "inner").mkdir(0)
         refused(r"inner cannot be read: Permission denied", folder, place / "c")
         refused(r"inner cannot be read: Permission denied", folder / "inner", place / "c", pattern="*")
+        # Folders that a pattern leads into, which glob would pass over; and no others.
+        refused(r"inner cannot be read: Permission denied", folder, place / "c", pattern="*/*.txt")
+        refused(r"inner cannot be read: Permission denied", folder, place / "c", pattern="in*/**/*.txt")
+        refused(r"matches 'out\*/\*.txt'; none does", folder, place / "c", pattern="out*/*.txt")
+        assert len(list_source(DataConfig(source=str(folder), pattern="*.txt")).documents) == 20
         (folder / "inner").rmdir()
+        (place / "shut").mkdir(0)
+        refused(r"shut/a cannot be read: Permission denied", place / "shut" / "a", place / "c")
+        tokenizer = {"tokenizer": str(place / "shut" / "t.json")}
+        refused(r"t.json cannot be read: Permission denied", folder, place / "c", **tokenizer)
+        with pytest.raises(UserError, match=r"cache folder .*shut/c must be writable; it says: Permission denied"):
+            load_corpus(DataConfig(source=str(folder)), cache=place / "shut" / "c")
         (place / "c").mkdir(0o500, exist_ok=True)
         (place / "c").chmod(0o500)
         refused(r"cache folder .* must be writable; it says: Permission denied", folder, place / "c")

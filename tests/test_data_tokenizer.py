@@ -1,15 +1,18 @@
 """Tokenizers: round trips, streams that never show a broken character, saving and loading."""
 
 import json
+import random
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
-from tokenizers import models
+from tokenizers import models, pre_tokenizers, trainers
 
 from deepdelta.data import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from deepdelta.data.tokenizer import _without_long_words
 from deepdelta.errors import UserError
 
 BYTES = ByteTokenizer()
@@ -116,3 +119,37 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes, 
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
+
+
+@given(runs=st.lists(st.tuples(st.sampled_from("a€7 \n=_"), st.integers(1, 3000)), max_size=5))
+def test_no_word_handed_to_the_training_is_long(runs: list[tuple[str, int]]) -> None:
+    text = "".join(letter * count for letter, count in runs)
+    pieces = list(_without_long_words(text))
+    assert "".join(pieces) == text
+    # A run is cut at each multiple of 512 at whose left 512 characters of it lie.
+    assert all(
+        run.end() - run.start() < 2 * 512 for piece in pieces for run in re.finditer(r"(.)\1*", piece, re.DOTALL)
+    )
+
+
+def test_text_with_words_below_512_characters_is_trained_on_as_it_is() -> None:
+    text = "".join(f"{'ab' * n} {'x1' * 900} {'=' * (500 - n)}\n" for n in range(1, 250, 7)) + " " * 511
+    assert list(_without_long_words(text)) == [text]
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.train_from_iterator(
+        [text],
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    assert BPETokenizer.train([text], vocab_size=300).encode(text) == library.encode(text).ids
+
+
+def test_text_without_spaces_comes_back() -> None:
+    text = "".join(random.Random(0).choice("acgt") for _ in range(20_000))
+    tokenizer = BPETokenizer.train([text], vocab_size=300)
+    assert len(tokenizer.encode(text)) < len(text) / 2 and tokenizer.decode(tokenizer.encode(text)) == text

@@ -21,7 +21,7 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from deepdelta import interruption
 from deepdelta.analysis.selfcheck import self_check
 from deepdelta.data import DataConfig, load_corpus
-from deepdelta.errors import UserError, nearest, printable
+from deepdelta.errors import UserError, check_utf8, nearest, printable
 from deepdelta.files import read_object
 from deepdelta.interop import import_published
 from deepdelta.models import generate
@@ -107,10 +107,6 @@ class Generate:
     seed: int = 0
 
     def __call__(self) -> None:
-        try:
-            self.prompt.encode()
-        except UnicodeEncodeError:
-            raise UserError("the prompt must be UTF-8 text; it holds other bytes.") from None
         model, tokenizer = load(self.run)
         if tokenizer is None:
             raise UserError(
@@ -365,6 +361,8 @@ def _in_one_line(error: Exception) -> str | None:
 
 
 def _parse(given: list[str]) -> Any:
+    for word in given:
+        check_utf8("every argument", word)
     if given and not given[0].startswith("-") and given[0] not in COMMANDS:
         raise UserError(f"there is no command '{given[0]}'; {nearest(given[0], COMMANDS)}")
     defaults: dict[str, Any] = {}

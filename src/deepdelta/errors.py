@@ -32,6 +32,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(options)}."
 
 
+def check_utf8(what: str, name: str) -> None:
+    """Raise a UserError for a name with bytes that are not UTF-8: no settings file could hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        raise UserError(f"{what} must be UTF-8, got '{shown}'; give another.") from None
+
+
 def without_extra(what: str, extra: str, error: ModuleNotFoundError) -> UserError:
     """What to raise where a package of an optional extra is absent; `what`, in the plural, needs it."""
     return UserError(

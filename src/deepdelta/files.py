@@ -5,6 +5,7 @@ They are read by one reader of JSON and TOML, and what the file system refuses i
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -156,6 +157,12 @@ def read_plain(source: Path, mend: str) -> Any:
         kind = "a TOML table" if toml else "a JSON object"
         raise UserError(f"{source} must hold {kind}, but is damaged ({error}); {mend}.") from None
     return parse(text, str(source), mend, toml=toml)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_object(source: Path, mend: str) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def audit_run(
     chosen = choose_device(device, "fp32")
     corpus = _corpus(directory, text, say)
     windows = spread_windows(corpus.validation, config.model.context, tokens)
+    corpus.check_unchanged()
     model = load(run).model.to(chosen.device)
     count, context = windows.shape[0], config.model.context
     total = count * passes(config.model.residual, len(model.residuals()))

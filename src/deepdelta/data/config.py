@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal
 
-from deepdelta.errors import UserError
+from deepdelta.errors import UserError, check_utf8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,8 @@ class DataConfig:
     Attributes:
         source: "stdlib", the source code of the running interpreter's standard library; or the path to a text file,
             to a folder of text files, to a nanoGPT `.bin` file of uint16 ids, or to a folder holding train.bin and
-            val.bin. (A folder that is itself called stdlib is written ./stdlib.)
+            val.bin. (A folder that is itself called stdlib is written ./stdlib.) What is no text, such as a compressed
+            file, a table or JSON records, is refused by name, also within a folder.
         pattern: which files of a folder are documents, as a shell's glob relative to it; `**` spans folders. As in a
             shell, names that begin with a dot are left out unless the pattern spells the dot.
         tokenizer: "bytes", 256 ids; "bpe", a byte-level BPE trained on the training split; or the path to a
@@ -40,6 +41,7 @@ class DataConfig:
         for name in ("source", "pattern", "tokenizer"):
             if not getattr(self, name):
                 raise UserError(f"{name} must not be empty.")
+            check_utf8(name, getattr(self, name))
         if PurePath(self.pattern).is_absolute() or ".." in PurePath(self.pattern).parts:
             raise UserError(f"pattern must stay inside the folder that source names, got '{self.pattern}'.")
         if self.bpe_vocab_size < 257:

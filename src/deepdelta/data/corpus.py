@@ -3,23 +3,20 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt
 
-from deepdelta.data.cache import built_once, default_cache, read_json, remembered
+from deepdelta.data.cache import built_once, remembered
 from deepdelta.data.config import DataConfig
-from deepdelta.data.documents import Document, chunks, digest, texts
+from deepdelta.data.documents import CHUNK, Document, FileState, Say, chunks, digest, reading, telling, texts
 from deepdelta.data.sources import Listing, list_source, split_by_group
 from deepdelta.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer
 from deepdelta.errors import UserError, nearest
-from deepdelta.files import write_text
-
-Progress = Callable[[str], None]
-_FORMAT = 1  # part of the name of cached token files: raise it when what is written changes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +32,7 @@ class Corpus:
         train_bytes, validation_bytes: bytes of text in each split, separators not counted; None where only ids are
             known.
         description: one line of plain English.
+        sources, mapped: the documents' files and those that `train` and `validation` are mapped from, as they were.
     """
 
     train: UInt[np.ndarray, " train_tokens"]
@@ -45,9 +43,29 @@ class Corpus:
     train_bytes: int | None
     validation_bytes: int | None
     description: str
+    sources: tuple[FileState, ...]
+    mapped: tuple[FileState, ...]
+
+    def check_mapped(self) -> None:
+        """Look at size and time of the mapped files again: costs microseconds, and to be called before ids are read.
+
+        Raises:
+            UserError: a file has changed. Where it became shorter, reading its ids would end the process.
+        """
+        for file in self.mapped:
+            file.check()
+
+    def check_unchanged(self) -> None:
+        """Look at size and time of every file again, those of the documents too; to be called before numbers are kept.
+
+        Raises:
+            UserError: a file has changed since the corpus was loaded.
+        """
+        for file in {*self.sources, *self.mapped}:
+            file.check()
 
 
-def load_corpus(config: DataConfig, *, cache: Path | None = None, progress: Progress | None = None) -> Corpus:
+def load_corpus(config: DataConfig, *, cache: Path | None = None, progress: Say | None = None) -> Corpus:
     """The corpus that `config` describes.
 
     A single text file at byte level and `.bin` files are mapped where they lie. Everything else is encoded, document
@@ -59,16 +77,19 @@ def load_corpus(config: DataConfig, *, cache: Path | None = None, progress: Prog
     - train.bin and val.bin as they are.
 
     Args:
-        cache: the folder for token files and for the hashes of large files; `default_cache()` if None.
-        progress: called with a line of text before each slow step.
+        cache: the folder for token files and for the hashes of large files; `default_cache()` if None, which is asked
+            for only where it is needed.
+        progress: called with a line of text before each slow step, and every two seconds of it.
 
     Raises:
-        UserError: the source is missing, empty, unreadable or cannot be split; text is not UTF-8 when BPE is asked;
-            an id is beyond the vocabulary; the tokenizer is unknown; the cache cannot be written.
+        UserError: the source is missing, empty, unreadable, no text, changes meanwhile or cannot be split; text is not
+            UTF-8 when BPE is asked; an id is beyond the vocabulary; the tokenizer is unknown; the cache cannot be
+            written, or is damaged.
     """
-    cache = cache or default_cache()
     say = progress or (lambda _: None)
     listing = list_source(config)
+    sources = _states(listing.documents)
+    mapped = sources
     given = _given_tokenizer(config, listing)
     hashes = _hashes(listing, cache, say)
     train, validation = _split(listing, hashes, config.validation_fraction)
@@ -83,15 +104,21 @@ def load_corpus(config: DataConfig, *, cache: Path | None = None, progress: Prog
         tokenizer, vocab_size = given, given.vocab_size
         maps = (_map(train[0], "u1"), _map(validation[0], "u1"))
     else:
-        folder = built_once(
-            cache,
-            f"{sha256}-{_tokenizer_key(config, given)}-{_FORMAT}",
-            lambda folder: _encode(folder, train, validation, given, config.bpe_vocab_size, say),
-        )
+
+        def build(folder: Path) -> None:
+            _encode(folder, train, validation, given, config.bpe_vocab_size, say)
+            for file in sources:  # what was encoded is what was hashed
+                file.check()
+
+        key = given.sha256 if given else f"bpe{config.bpe_vocab_size}"
+        folder = built_once(cache, f"{sha256}-{key}", build)
         tokenizer = load_tokenizer(folder)
         assert tokenizer is not None
         vocab_size = tokenizer.vocab_size
-        maps = (_map_cached(folder, "train"), _map_cached(folder, "validation"))
+        files = [folder / f"{split}.bin" for split in ("train", "validation")]
+        with reading(folder):
+            maps = (np.memmap(files[0], _dtype(vocab_size), "r"), np.memmap(files[1], _dtype(vocab_size), "r"))
+        mapped = tuple(FileState.now(file) for file in files)
     sizes = [sum(document.size for document in split) for split in (train, validation)]
     corpus = Corpus(
         train=maps[0],
@@ -102,7 +129,10 @@ def load_corpus(config: DataConfig, *, cache: Path | None = None, progress: Prog
         train_bytes=None if listing.ids else sizes[0],
         validation_bytes=None if listing.ids else sizes[1],
         description=_describe(listing, len(train) + len(validation), sizes, maps, vocab_size),
+        sources=sources,
+        mapped=mapped,
     )
+    corpus.check_unchanged()  # what is mapped is what was hashed
     return corpus if config.held_out == "validation" else train_tail(corpus)
 
 
@@ -147,7 +177,9 @@ def _given_tokenizer(config: DataConfig, listing: Listing) -> Tokenizer | None:
     if config.tokenizer == "bytes":
         return None if listing.ids else ByteTokenizer()
     path = Path(os.path.expanduser(config.tokenizer))
-    if not path.is_file():
+    with reading(path):
+        there = path.is_file()
+    if not there:
         raise UserError(
             f"tokenizer must be 'bytes', 'bpe' or the path of a `tokenizers` JSON file; there is no file "
             f"'{config.tokenizer}'; {nearest(config.tokenizer, ('bytes', 'bpe'))}"
@@ -155,10 +187,12 @@ def _given_tokenizer(config: DataConfig, listing: Listing) -> Tokenizer | None:
     return read_tokenizer(path)
 
 
-def _hashes(listing: Listing, cache: Path, say: Progress) -> dict[Document, str]:
+def _hashes(listing: Listing, cache: Path | None, say: Say) -> dict[Document, str]:
     def find() -> list[str]:
-        say(f"Hashing {listing.title}: {sum(document.size for document in listing.documents):,} bytes.")
-        return [digest(document) for document in listing.documents]
+        total = sum(document.size for document in listing.documents)
+        say(f"Hashing {listing.title}: {total:,} bytes.")
+        count = telling(say, "Hashed", total)
+        return [digest(document, count) for document in listing.documents]
 
     return dict(zip(listing.documents, remembered(cache, "sha256", listing.documents, find), strict=True))
 
@@ -181,10 +215,12 @@ def _corpus_hash(train: Sequence[Document], validation: Sequence[Document], hash
     return sha.hexdigest()
 
 
-def _check_ids(documents: Sequence[Document], vocab_size: int, cache: Path, say: Progress) -> None:
+def _check_ids(documents: Sequence[Document], vocab_size: int, cache: Path | None, say: Say) -> None:
     def find() -> list[int]:
-        say(f"Checking {sum(document.size for document in documents) // 2:,} ids.")
-        return [max(int(_ids(chunk).max()) for chunk in chunks(document)) for document in documents]
+        total = sum(document.size for document in documents)
+        say(f"Checking {total // 2:,} ids.")
+        count = telling(say, "Checked", total)
+        return [max(int(_ids(chunk).max()) for chunk in chunks(document, count)) for document in documents]
 
     for document, largest in zip(documents, remembered(cache, "largest id", documents, find), strict=True):
         if largest < vocab_size:
@@ -206,12 +242,13 @@ def _ids(chunk: bytes) -> UInt[np.ndarray, " ids"]:
     return np.frombuffer(chunk, "<u2")
 
 
-def _tokenizer_key(config: DataConfig, given: Tokenizer | None) -> str:
-    if given is None:
-        return f"bpe{config.bpe_vocab_size}"
-    if isinstance(given, ByteTokenizer):
-        return "bytes"
-    return hashlib.sha256(Path(os.path.expanduser(config.tokenizer)).read_bytes()).hexdigest()
+def _states(documents: Sequence[Document]) -> tuple[FileState, ...]:
+    """The files of the documents, which are whole between them, as they were listed."""
+    sizes: Counter[Path] = Counter()
+    for document in documents:
+        sizes[document.path] += document.size
+    modified = {document.path: document.modified_ns for document in documents}
+    return tuple(FileState(path=path, size=size, modified_ns=modified[path]) for path, size in sizes.items())
 
 
 def _encode(
@@ -220,54 +257,53 @@ def _encode(
     validation: Sequence[Document],
     given: Tokenizer | None,
     bpe_vocab_size: int,
-    say: Progress,
+    say: Say,
 ) -> None:
-    """Write tokenizer.json, train.bin, validation.bin and, last, about.json into `folder`."""
+    """Write tokenizer.json, train.bin and validation.bin into `folder`."""
+    total = sum(d.size for d in train)
     if given is None:
-        say(f"Training a BPE of {bpe_vocab_size:,} ids on {sum(d.size for d in train):,} bytes.")
+        say(f"Training a BPE of {bpe_vocab_size:,} ids on {total:,} bytes.")
+        count = telling(say, "Read for the BPE", total)
         tokenizer: Tokenizer = BPETokenizer.train(
-            (text for document in train for text in texts(document)), vocab_size=bpe_vocab_size
+            (text for document in train for text in texts(document, count)),
+            vocab_size=bpe_vocab_size,
+            show_progress=total >= CHUNK,
         )
     else:
         tokenizer = given
-    dtype = np.dtype("u1" if tokenizer.vocab_size <= 1 << 8 else "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     tokenizer.save(folder)
-    about: dict[str, object] = {"dtype": dtype.str}
     for split, documents in (("train", train), ("validation", validation)):
         say(f"Encoding the {split} split: {sum(d.size for d in documents):,} bytes.")
-        about[split] = _encode_split(folder / f"{split}.bin", documents, tokenizer, dtype)
-    write_text(folder / "about.json", json.dumps(about))
+        _encode_split(folder / f"{split}.bin", documents, tokenizer, say)
 
 
-def _encode_split(path: Path, documents: Sequence[Document], tokenizer: Tokenizer, dtype: np.dtype) -> int:
-    """Write the documents' ids, a separator between each two; returns how many ids."""
+def _encode_split(path: Path, documents: Sequence[Document], tokenizer: Tokenizer, say: Say) -> None:
+    """Write the documents' ids, a separator between each two."""
+    count = telling(say, "Encoded", sum(d.size for d in documents))
+    dtype = _dtype(tokenizer.vocab_size)
     with path.open("wb") as file:
         for number, document in enumerate(documents):
             if number:
                 file.write(np.array([tokenizer.separator], dtype).tobytes())
             if isinstance(tokenizer, ByteTokenizer):
-                for chunk in chunks(document):
+                for chunk in chunks(document, count):
                     file.write(chunk)
             else:
-                for text in texts(document):
+                for text in texts(document, count):
                     file.write(np.array(tokenizer.encode(text), dtype).tobytes())
         file.flush()
         os.fsync(file.fileno())
-        return file.tell() // dtype.itemsize
+
+
+def _dtype(vocab_size: int) -> str:
+    """The narrowest type that holds the ids of a token file in the cache."""
+    return "u1" if vocab_size <= 1 << 8 else "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
 def _map(document: Document, dtype: str) -> UInt[np.ndarray, " tokens"]:
     count = document.size // np.dtype(dtype).itemsize
-    return np.memmap(document.path, dtype=dtype, mode="r", offset=document.start, shape=(count,))
-
-
-def _map_cached(folder: Path, split: str) -> UInt[np.ndarray, " tokens"]:
-    about = read_json(folder / "about.json")
-    path = folder / f"{split}.bin"
-    dtype = np.dtype(about["dtype"])
-    if not path.exists() or path.stat().st_size != about[split] * dtype.itemsize:
-        raise UserError(f"{path} in the cache is damaged; delete the folder {folder} and start again.")
-    return np.memmap(path, dtype=dtype, mode="r", shape=(about[split],))
+    with reading(document.path):
+        return np.memmap(document.path, dtype=dtype, mode="r", offset=document.start, shape=(count,))
 
 
 def _describe(listing: Listing, count: int, sizes: Sequence[int], maps: Sequence[np.ndarray], vocab_size: int) -> str:

@@ -2,15 +2,45 @@
 
 import codecs
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from deepdelta.errors import UserError
+from deepdelta.files import naming
 
 CHUNK = 1 << 20  # bytes read at once: no document is ever held whole
+_QUIET = 2.0  # seconds that may pass without a word
+
+Say = Callable[[str], None]
+Count = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileState:
+    """A file as it was when a corpus was made of it."""
+
+    path: Path
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def now(cls, path: Path) -> "FileState":
+        with reading(path):
+            found = path.stat()
+        return cls(path=path, size=found.st_size, modified_ns=found.st_mtime_ns)
+
+    def check(self) -> None:
+        """Raise a UserError if the file's size or time of last change is another now."""
+        if (now := self.now(self.path)) != self:
+            sizes = f"{self.size:,} bytes then, {now.size:,} now" if now.size != self.size else "another time now"
+            raise UserError(
+                f"{self.path} must stay as it was when it was loaded, but was changed since ({sizes}): what is "
+                "computed of it would belong to no one text. Put the old file back, or start anew with the new one."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +65,34 @@ class Document:
         return self.stop - self.start
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> AbstractContextManager[None]:
     """Errors of the file system while `path` is read, as the user's."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}. Mend or remove it, or give another source."
-        ) from error
+    return naming(path, "read", "Mend or remove it, or give another source.")
 
 
-def chunks(document: Document) -> Iterator[bytes]:
-    """The document's bytes, at most `CHUNK` at a time."""
+def telling(say: Say, what: str, total: int) -> Count:
+    """A function that takes how many more bytes are done, and says how many of `total` are, every two seconds."""
+    last, done = time.monotonic(), 0
+
+    def count(more: int) -> None:
+        nonlocal last, done
+        done += more
+        if (now := time.monotonic()) - last >= _QUIET:
+            last = now
+            say(f"{what}: {done:,} of {total:,} bytes.")
+
+    return count
+
+
+def head(document: Document, size: int) -> bytes:
+    """The first `size` bytes of the document, all of them if it is shorter."""
+    with reading(document.path), document.path.open("rb") as file:
+        file.seek(document.start)
+        return file.read(min(size, document.size))
+
+
+def chunks(document: Document, count: Count = lambda _: None) -> Iterator[bytes]:
+    """The document's bytes, at most `CHUNK` at a time; `count` takes how many were read."""
     with reading(document.path), document.path.open("rb") as file:
         file.seek(document.start)
         left = document.size
@@ -56,18 +101,19 @@ def chunks(document: Document) -> Iterator[bytes]:
             if not chunk:
                 raise UserError(f"{document.path} became shorter while it was read; start again.")
             left -= len(chunk)
+            count(len(chunk))
             yield chunk
 
 
-def digest(document: Document) -> str:
+def digest(document: Document, count: Count = lambda _: None) -> str:
     """The SHA-256 of the document's bytes."""
     sha = hashlib.sha256()
-    for chunk in chunks(document):
+    for chunk in chunks(document, count):
         sha.update(chunk)
     return sha.hexdigest()
 
 
-def texts(document: Document) -> Iterator[str]:
+def texts(document: Document, count: Count = lambda _: None) -> Iterator[str]:
     """The document's text in pieces of about `CHUNK` bytes, cut after a line break where there is one.
 
     Raises:
@@ -76,7 +122,7 @@ def texts(document: Document) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = document.start
     rest = ""
-    for chunk in chain(chunks(document), [b""]):
+    for chunk in chain(chunks(document, count), [b""]):
         held = len(decoder.getstate()[0])
         try:
             text = rest + decoder.decode(chunk, final=not chunk)

@@ -9,11 +9,13 @@ import sysconfig
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
 from typing import Literal
 
 from deepdelta.data.config import DataConfig
 from deepdelta.data.documents import Document, reading
+from deepdelta.data.formats import check_ids, check_text
 from deepdelta.errors import UserError
 
 # Near-duplicates, generated files and tests, wherever they lie; then what is no part of the library.
@@ -44,7 +46,7 @@ def list_source(config: DataConfig) -> Listing:
     """The documents of `config.source`.
 
     Raises:
-        UserError: it is missing, empty or unreadable, or ids of two bytes do not fill a `.bin` file.
+        UserError: it is missing, empty, unreadable or no text, or a `.bin` file is no bare row of uint16 ids.
     """
     if config.source == "stdlib":
         return _list_stdlib()
@@ -116,11 +118,11 @@ def _list_stdlib() -> Listing:
 
 
 def _list_folder(folder: Path, pattern: str) -> Listing:
-    if "**" in pattern:
-        _refuse_loops(folder)
+    _check_folders(folder, PurePath(pattern).parts)
     documents = []
     for name in sorted(set(glob.iglob(pattern, root_dir=folder, recursive=True))):
         if document := _whole_file(folder / name, Path(name).as_posix(), group=Path(name).as_posix()):
+            check_text(document, pattern=pattern)
             documents.append(document)
     if not documents:
         raise UserError(
@@ -138,19 +140,25 @@ def _whole_file(path: Path, name: str, *, group: str) -> Document | None:
     return Document(name=name, group=group, path=path, start=0, stop=found.st_size, modified_ns=found.st_mtime_ns)
 
 
-def _refuse_loops(folder: Path) -> None:
-    """Raise for a folder that cannot be listed and for a link by which a folder would contain itself."""
+def _check_folders(folder: Path, parts: Sequence[str]) -> None:
+    """Raise for a folder on the way of a pattern of `parts` that cannot be listed, which glob would pass over, and,
+    where the pattern has no end, for a link by which a folder would contain itself."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}. Mend it or choose a narrower pattern.")
 
     above: dict[str, tuple[Path, ...]] = {str(folder): (folder.resolve(),)}
     for here, names, _ in os.walk(folder, followlinks=True, onerror=refuse):
-        names[:] = [name for name in names if not name.startswith(".")]
+        level = len(above[here]) - 1
+        endless = "**" in parts[: level + 1]
+        wanted = "*" if endless else parts[level]
+        if not endless and level == len(parts) - 1:
+            names.clear()  # the last part is the files' own
+        names[:] = [n for n in names if fnmatchcase(n, wanted) and (n[0] != "." or wanted[0] == ".")]
         for name in names:
             child = os.path.join(here, name)
             real = Path(child).resolve()
-            if any(parent.is_relative_to(real) for parent in above[here]):
+            if endless and any(parent.is_relative_to(real) for parent in above[here]):
                 raise UserError(
                     f"the link {child} leads to a folder that contains it, so the folder has no end: remove the link "
                     "or choose a pattern without **."
@@ -164,7 +172,8 @@ def _list_token_files(folder: Path) -> Listing:
         document = _whole_file(folder / name, "ids", group=group)
         if document is None:
             raise UserError(f"{folder / name} must hold uint16 ids; it is empty.")
-        documents.append(_whole_ids(document))
+        check_ids(document)
+        documents.append(document)
     return Listing(title=f"the token files in {folder}", documents=documents, split_by="file", ids=True)
 
 
@@ -174,8 +183,10 @@ def _list_file(path: Path, fraction: float) -> Listing:
     if whole is None:
         raise UserError(f"source must be a file with something in it or a folder; '{path}' is not.")
     if ids:
-        cut = int(_whole_ids(whole).size // 2 * (1 - fraction)) * 2
+        check_ids(whole)
+        cut = int(whole.size // 2 * (1 - fraction)) * 2
     else:
+        check_text(whole)
         cut = _start_of_character(path, int(whole.size * (1 - fraction)))
     if not 0 < cut < whole.size:
         raise UserError(
@@ -188,15 +199,6 @@ def _list_file(path: Path, fraction: float) -> Listing:
     ]
     title = f"the {'token' if ids else 'text'} file {path}"
     return Listing(title=title, documents=parts, split_by="position", ids=ids)
-
-
-def _whole_ids(document: Document) -> Document:
-    if document.size % 2:
-        raise UserError(
-            f"{document.path} must hold uint16 ids of 2 bytes each; its length of {document.size:,} bytes is odd. It "
-            "is cut off, or was not written by numpy.uint16's tofile."
-        )
-    return document
 
 
 def _start_of_character(path: Path, position: int) -> int:

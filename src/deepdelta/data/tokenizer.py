@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -16,6 +17,10 @@ from deepdelta.files import read_plain, write_text
 SEPARATOR = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
 _BYTES_FILE = {"deepdelta_tokenizer": "bytes"}
+
+_LONG = 512
+# Letters, digits, spaces or other characters alone: the words that the byte-level BPE splits text into are such runs.
+_RUN = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
 
 
 @runtime_checkable
@@ -106,8 +111,15 @@ class BPETokenizer:
         self._tokenizer.encode_special_tokens = True
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int) -> "BPETokenizer":
-        """A byte-level BPE of at most `vocab_size` ids, trained on `texts`; it encodes every text without loss."""
+    def train(cls, texts: Iterable[str], *, vocab_size: int, show_progress: bool = False) -> "BPETokenizer":
+        """A byte-level BPE of at most `vocab_size` ids, trained on `texts`; it encodes every text without loss.
+
+        The time that `tokenizers` needs is quadratic in the length of a word. So text without spaces (DNA, one long
+        number) is cut every 512 characters before it is trained on. Words below 512 characters are never cut.
+
+        Args:
+            show_progress: show a bar of `tokenizers` on a terminal.
+        """
         trained = tokenizers.Tokenizer(models.BPE())
         trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trained.decoder = decoders.ByteLevel()
@@ -115,9 +127,9 @@ class BPETokenizer:
             vocab_size=vocab_size,
             special_tokens=[SEPARATOR],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
+            show_progress=show_progress,
         )
-        trained.train_from_iterator(texts, trainer)
+        trained.train_from_iterator((piece for text in texts for piece in _without_long_words(text)), trainer)
         return cls(trained.to_str(), where="the trained BPE")
 
     def encode(self, text: str) -> list[int]:
@@ -147,6 +159,16 @@ class BPETokenizer:
 
     def save(self, folder: Path) -> None:
         write_text(folder / FILE_NAME, self._tokenizer.to_str())
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text in pieces, cut at each multiple of `_LONG` characters that ends as many of one run."""
+    start = 0
+    for end in range(_LONG, len(text), _LONG):
+        if _RUN.fullmatch(text, end - _LONG, end):
+            yield text[start:end]
+            start = end
+    yield text[start:]
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -235,6 +235,7 @@ def _rewrites(run: Path, settings: TrainConfig, corpus: Corpus, tokens: int) -> 
     chosen = spread(corpus.validation, context=settings.model.context, limit=tokens)
     totals: dict[str, RewriteTotals] = {}
     rewrite_totals(load(run).model, (part[:, :-1] for part in torch.split(chosen, settings.batch_size)), into=totals)
+    corpus.check_unchanged()
     return tuple(_rewrite(residual, total) for residual, total in totals.items())
 
 

@@ -2,10 +2,12 @@
 
 import ctypes
 import datetime
+import hashlib
 import importlib.util
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,19 +132,43 @@ def provenance(command: str, packages: dict[str, str] | None = None) -> dict[str
 
 
 def commit() -> str | None:
-    """The commit of the source tree that this package runs from, '+changes' where it differs; None outside of one."""
+    """The commit of the source tree that this package runs from, '+changes' where it differs.
+
+    None where there is no repository, or one that does not track this file, such as that of a project in whose folder
+    the package is installed. Nothing that a repository's configuration names is run, and no variable of the
+    environment chooses another repository.
+    """
     folder = Path(__file__).parents[1]
     try:
-        head = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--", str(folder))
+        head = _git(folder, "rev-parse", "--verify", "HEAD^{commit}").strip()
+        # Each entry: mode, kind and id, a tab, the path in `folder`.
+        entries = [entry.partition("\t") for entry in _git(folder, "ls-tree", "-rz", head).split("\0")[:-1]]
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+changes" if changed else "")
+    tree = {name: about.rpartition(" ")[2] for about, _, name in entries}
+    if Path(__file__).relative_to(folder).as_posix() not in tree:
+        return None
+    kind = hashlib.sha1 if len(head) == 40 else hashlib.sha256
+    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")} | set(tree)
+    same = all(_blob(folder / name, kind) == tree.get(name) for name in here)
+    return head if same else f"{head}+changes"
+
+
+def _blob(path: Path, kind: Callable[[bytes], Any]) -> str | None:
+    """Git's id of a file's content; None where there is no such file."""
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    return str(kind(b"blob %d\0" % len(content) + content).hexdigest())
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    """What a command of git prints that reads objects alone: no filter, monitor or hook has a part in that."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    # A partial clone would fetch what it lacks, by a command that it names itself.
+    environment |= {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none"}
+    command = ["git", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments]
+    return os.fsdecode(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
 
 
 def _processor() -> str:

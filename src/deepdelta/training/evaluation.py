@@ -61,7 +61,7 @@ def evaluate(
     start of a window are predicted with little context. Sums are kept in fp64.
 
     Raises:
-        UserError: a batch_size below 1.
+        UserError: a batch_size below 1; the corpus has changed since it was loaded.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
@@ -70,6 +70,7 @@ def evaluate(
     if len(split) < 2:
         raise UserError(f"the validation split must hold at least 2 tokens to predict one, got {len(split)}.")
     total, count = 0.0, 0
+    corpus.check_mapped()
     if tokens is None or _whole(context, len(split), tokens):
         number, pairs = window_count(split, context=context), windows(split, context=context, batch_size=batch_size)
     else:
@@ -85,7 +86,9 @@ def evaluate(
         losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1, reduction="none")
         total += losses.double().sum().item()
         count += int((labels != -1).sum())
+        corpus.check_mapped()  # before the next windows are read
         if progress is not None:
             progress(index + 1, batches)
+    corpus.check_unchanged()
     model.train(was_training)
     return Evaluation(total / count, count, contexts(context, len(split), tokens))

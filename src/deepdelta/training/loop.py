@@ -210,6 +210,7 @@ class Trainer:
                 if last or self.step % config.eval_every == 0:
                     self._validate(config.eval_tokens, reporter, final=False)
                 if last or stopped() or self.step % config.checkpoint_every == 0:
+                    self.corpus.check_unchanged()
                     self._check_good()
                     self.save()
             if self.step < config.steps:
@@ -284,6 +285,7 @@ class Trainer:
     def _losses(self, forward: nn.Module) -> Iterator[Tensor]:
         """The share of each micro-batch in the loss of the next step."""
         config = self.config
+        self.corpus.check_mapped()
         inputs, labels = batch(
             self.corpus.train,
             seed=config.seed,

@@ -8,7 +8,6 @@ checkpoint.safetensors   weights, optimiser state and step, in one file so that 
 """
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -22,8 +21,8 @@ from torch.optim import Optimizer
 
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
-from deepdelta.errors import UserError
-from deepdelta.files import read_object, write_json, write_text
+from deepdelta.errors import UserError, check_utf8
+from deepdelta.files import read_object, sha256_of, write_json, write_text
 from deepdelta.tensors import check_finite, load_tensors, save_tensors
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.metrics import damaged, last_step, read_rows
@@ -76,12 +75,7 @@ class RunDirectory:
     path: Path
 
     def __post_init__(self) -> None:
-        try:
-            str(self.path).encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"the name of a run directory must be UTF-8, got {str(self.path)!a}; give another."
-            ) from None
+        check_utf8("the name of a run directory", str(self.path))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -187,7 +181,7 @@ class RunDirectory:
 
     def _tokenizer_sha(self) -> str | None:
         file = self.path / FILE_NAME
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+        return sha256_of(file) if file.exists() else None
 
     def write_config(self, config: TrainConfig) -> None:
         write_json(self.path / CONFIG, to_plain(config))
