@@ -52,7 +52,7 @@ def test_configuration_is_plain_data() -> None:
 
 def test_source_that_is_missing_or_empty(tmp_path: Path) -> None:
     refused("there is nothing at 'no/such/text'", "no/such/text", tmp_path / "c")
-    refused("there is nothing at 'a\0b'", "a\0b", tmp_path / "c")
+    refused(r"there is nothing at 'a\\x00b'", "a\0b", tmp_path / "c")
     (tmp_path / "empty").touch()
     refused("empty' is not", tmp_path / "empty", tmp_path / "c")
     (tmp_path / "tiny").write_bytes(b"x")
