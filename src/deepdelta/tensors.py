@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deepdelta.errors import UserError
 from deepdelta.files import atomic_path, check_readable
+from deepdelta.limits import check_memory
 
 CHECKSUM = "sha256"
 """The key of the checksum among a file's metadata."""
@@ -37,6 +38,7 @@ def load_tensors(file: Path, mend: str) -> tuple[dict[str, Tensor], dict[str, st
         UserError: no such file, one that cannot be read, a truncated one, or one that is not as it was written.
     """
     check_readable(file, f"{mend[:1].upper()}{mend[1:]}.")
+    check_memory(file.stat().st_size, f"what {file} holds")
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}

@@ -16,6 +16,7 @@ from deepdelta.data.sources import list_source
 from deepdelta.data.tokenizer import FILE_NAME
 from deepdelta.errors import UserError
 from deepdelta.files import check_folder, write_json
+from deepdelta.limits import check_memory
 from deepdelta.training import RunDirectory, load
 from deepdelta.training.environment import choose_device, now, provenance
 from deepdelta.training.loop import corpus_facts
@@ -69,6 +70,8 @@ def audit_run(
     corpus.check_unchanged()
     model = load(run).model.to(chosen.device)
     count, context = windows.shape[0], config.model.context
+    logits = min(batch_size, count) * context * model.embedding.weight.shape[0]
+    check_memory(8 * logits, "the logits of a batch and their logarithms (batch_size times context)", chosen.device)
     total = count * passes(config.model.residual, len(model.residuals()))
     with reporting(f"Auditing {run}", total) as reporter:
         findings = audit(model, windows, sample=sample, batch_size=batch_size, progress=reporter.update)

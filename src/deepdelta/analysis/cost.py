@@ -17,6 +17,7 @@ from deepdelta.models import GPT
 from deepdelta.nn import use_backend, use_memory
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.environment import Device, choose_device, keep_freed_memory
+from deepdelta.training.loop import check_size
 from deepdelta.training.optimizer import build_optimizer
 from deepdelta.training.step import micro_losses
 
@@ -149,7 +150,9 @@ class _Trial:
     def __init__(self, config: TrainConfig, vocab_size: int, chosen: Device) -> None:
         vocabulary = config.model.vocab_size or vocab_size
         self.config, self.chosen, self.tokens = config, chosen, config.tokens_per_step
-        self.model = GPT(replace(config.model, vocab_size=vocabulary), seed=config.seed).to(chosen.device)
+        model = replace(config.model, vocab_size=vocabulary)
+        check_size(replace(config, model=model), chosen)
+        self.model = GPT(model, seed=config.seed).to(chosen.device)
         use_backend(self.model, config.backend, compiled=config.compile)
         use_memory(self.model, config.memory)
         self.optimizer = build_optimizer(self.model, config)

@@ -24,6 +24,7 @@ from deepdelta.benchmarks.suites import GRADIENTS
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
 from deepdelta.files import check_folder, write_json, write_text
+from deepdelta.limits import check_threads
 from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import ResidualConfig, use_backend, use_memory
 from deepdelta.nn.presets import PRESETS
@@ -124,10 +125,9 @@ def run_gradients(
         trial: another one than these.
 
     Raises:
-        UserError: threads below 1, or the fused step cannot run here.
+        UserError: threads outside of 1 to 1,024, or the fused step cannot run here.
     """
-    if threads is not None and threads < 1:
-        raise UserError(f"threads must be at least 1, got {threads}.")
+    check_threads(threads)
     if problem := fused_problem(torch.device("cpu"), torch.float32):
         raise UserError(f"{problem}; it is what `deepdelta bench {GRADIENTS}` measures.")
     check_folder(out)

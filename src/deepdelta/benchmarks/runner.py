@@ -15,6 +15,7 @@ from deepdelta.benchmarks.results import BenchResults, GroupResult, Row, bars_of
 from deepdelta.benchmarks.subjects import Subject, build, code_of, problem, triad
 from deepdelta.errors import UserError
 from deepdelta.files import check_folder, write_text
+from deepdelta.limits import check_threads
 from deepdelta.training.environment import (
     Device,
     choose_device,
@@ -54,9 +55,9 @@ def run_suite(
         UserError: rounds or threads below 1, the suite's device is absent, nothing in a group can run, or a check
             failed, in which case nothing more is timed or written.
     """
-    for name, value in (("rounds", rounds), ("threads", threads)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}.")
+    if rounds is not None and rounds < 1:
+        raise UserError(f"rounds must be at least 1, got {rounds}.")
+    check_threads(threads)
     rounds, threads = rounds or suite.rounds, threads or usable_cores()
     chosen = choose_device(suite.device, suite.precision)
     console, began = Console(), now()

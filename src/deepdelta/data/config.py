@@ -6,6 +6,9 @@ from typing import Literal
 
 from deepdelta.errors import UserError, check_utf8
 
+MOST_MERGED = 1 << 20
+"""The most ids that a BPE may be trained to."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -48,6 +51,8 @@ class DataConfig:
             raise UserError(
                 f"bpe_vocab_size must be at least 257 (the 256 bytes and a separator), got {self.bpe_vocab_size}."
             )
+        if self.bpe_vocab_size > MOST_MERGED:
+            raise UserError(f"bpe_vocab_size must be at most {MOST_MERGED:,}, got {self.bpe_vocab_size:,}.")
         if not 2 <= self.bin_vocab_size <= 65536:
             raise UserError(f"bin_vocab_size must lie in 2 to 65536 (ids are uint16), got {self.bin_vocab_size}.")
         if not 0 < self.validation_fraction < 1:

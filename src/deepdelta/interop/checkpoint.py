@@ -15,6 +15,7 @@ from deepdelta.data import DataConfig, load_corpus
 from deepdelta.errors import UserError
 from deepdelta.files import check_folder, check_readable, read_object
 from deepdelta.interop.published import load_published
+from deepdelta.limits import check_memory
 from deepdelta.models import GPT
 from deepdelta.training import RunDirectory, TrainConfig
 from deepdelta.training.environment import versions
@@ -136,6 +137,7 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     check_readable(file, "Have it made readable for you.")
+    check_memory(file.stat().st_size, f"what {file} holds")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

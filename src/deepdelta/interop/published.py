@@ -13,7 +13,8 @@ from torch import Tensor
 
 from deepdelta.config import from_plain
 from deepdelta.errors import UserError, nearest
-from deepdelta.models import GPT, GPTConfig
+from deepdelta.limits import check_memory
+from deepdelta.models import GPT, GPTConfig, least_bytes, parameter_shapes
 from deepdelta.nn.config import LEARNING
 from deepdelta.tensors import check_finite
 
@@ -58,6 +59,9 @@ class PublishedResidual:
     ddl_v_dim1_constant: bool = False
     ddl_v_dim1_constant_value: float = 2.0
 
+
+MOST_NAMED = 20
+"""Missing tensors that a message names."""
 
 RESIDUAL = tuple(field.name for field in fields(PublishedResidual))
 
@@ -139,27 +143,35 @@ def load_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
             unknown tensor, one of the wrong shape, or one that holds NaN or infinity.
     """
     tensors = plain_names(tensors)
-    model = GPT(_model_config(config, tensors))
-    channels = model.config.residual.value_channels
-    own = dict(model.named_parameters())
-    names = published_names(model.config)
+    settings = _model_config(config, tensors)
     given = dict(tensors)
     head = given.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, given.get("transformer.wte.weight", head)):
         raise UserError(
             "lm_head.weight must equal transformer.wte.weight: the published head is tied to the embedding."
         )
-    unused_shapes = _unused_shapes(model.config)
+    # Names before shapes, and shapes before numbers: what is made never exceeds what the tensors themselves are. Where
+    # there are fewer tensors than layers, the first layers show what is missing.
+    layers = min(settings.layers, len(tensors) + 1)
+    names = published_names(replace(settings, layers=layers))
+    unused_shapes = _unused_shapes(replace(settings, layers=layers))
     unused = {name: given.pop(name) for name in unused_shapes if name in given}
-    if missing := sorted(set(names) - set(given)):
-        raise UserError(f"the published tensors {', '.join(missing)} are missing.")
+    if missing := [name for name in names if name not in given]:
+        more = f" and {len(missing) - MOST_NAMED:,} more" if len(missing) > MOST_NAMED else ""
+        raise UserError(f"the published tensors {', '.join(missing[:MOST_NAMED])}{more} are missing.")
     if unknown := sorted(set(given) - set(names)):
         raise UserError(f"unknown tensor '{unknown[0]}'; {nearest(unknown[0], names)}")
     for name, tensor in unused.items():
         _check_tensor(name, tensor, unused_shapes[name])
+    shapes = parameter_shapes(settings)
+    for name, (ours, layout) in names.items():
+        outward = layout.outward(torch.empty(shapes[ours], device="meta"))
+        _check_tensor(name, given[name], tuple(outward.shape))
+    check_memory(least_bytes(settings), "the published model")
+    model = GPT(settings)
+    own, channels = dict(model.named_parameters()), settings.residual.value_channels
     with torch.no_grad():
         for name, (ours, layout) in names.items():
-            _check_tensor(name, given[name], tuple(layout.outward(own[ours]).shape))
             own[ours].copy_(layout.inward(given[name], channels))
     model.unused_published = {name: tensor.clone() for name, tensor in unused.items()}
     return model

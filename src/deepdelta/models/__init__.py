@@ -2,6 +2,16 @@
 
 from deepdelta.models.cache import CacheMemory, DecodingCache
 from deepdelta.models.generation import generate
-from deepdelta.models.gpt import GPT, GPTConfig, GPTOutput, parameter_count
+from deepdelta.models.gpt import GPT, GPTConfig, GPTOutput, least_bytes, parameter_count, parameter_shapes
 
-__all__ = ["GPT", "CacheMemory", "DecodingCache", "GPTConfig", "GPTOutput", "generate", "parameter_count"]
+__all__ = [
+    "GPT",
+    "CacheMemory",
+    "DecodingCache",
+    "GPTConfig",
+    "GPTOutput",
+    "generate",
+    "least_bytes",
+    "parameter_count",
+    "parameter_shapes",
+]

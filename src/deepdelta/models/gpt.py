@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, V value channels, D model width.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -20,6 +20,9 @@ from deepdelta.nn.linear import Initialised
 from deepdelta.nn.presets import PRESETS
 from deepdelta.nn.reading import Reading
 from deepdelta.ops import accumulation_dtype
+
+LARGEST = 1 << 24
+"""The largest size that a model may have in any one direction: products of such can be counted in 64 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,10 @@ class GPTConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}.")
+            if value is not None and value > LARGEST:
+                raise UserError(f"{name} must be at most {LARGEST:,}, got {value:,}.")
+        if self.heads * self.head_width > LARGEST:
+            raise UserError(f"heads times head_dim must be at most {LARGEST:,}, got {self.heads * self.head_width:,}.")
         if self.head_dim is None and self.dim % self.heads:
             raise UserError(
                 f"dim must be a multiple of heads, got dim={self.dim}, heads={self.heads}; or set head_dim."
@@ -140,9 +147,23 @@ def layer_branches(config: GPTConfig, rotary: Rotary) -> tuple[nn.Module, nn.Mod
 
 @cache
 def parameter_count(config: GPTConfig) -> int:
-    """Numbers that a GPT learns, counted without making them."""
+    """Numbers that a GPT learns, counted without making them: the layers after the first are all of one size."""
+    one, two = (
+        sum(shape.numel() for shape in parameter_shapes(replace(config, layers=layers)).values()) for layers in (1, 2)
+    )
+    return one + (config.layers - 1) * (two - one)
+
+
+def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """The shapes of a GPT's parameters by name, without their numbers; memory and time are those of its modules."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GPT(config).parameters())
+        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
+
+
+def least_bytes(config: GPTConfig) -> int:
+    """Bytes that a GPT takes at least: its parameters and the table of its rotations."""
+    rotated = int(config.head_width * config.rope_fraction) // 2 * 2
+    return 4 * (parameter_count(config) + config.context * rotated)
 
 
 class Layer(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from deepdelta.config import Plain, from_plain, merged, refuse_not_finite, to_plain
 from deepdelta.data import DataConfig
 from deepdelta.errors import UserError
+from deepdelta.limits import check_threads
 from deepdelta.models import GPTConfig
 from deepdelta.nn import Backend, Plan, ResidualConfig
 from deepdelta.nn.presets import overlaid
@@ -71,11 +72,12 @@ class TrainConfig:
             "eval_tokens",
             "final_eval_tokens",
             "checkpoint_every",
-            "threads",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}.")
+            if value is not None and not 1 <= value <= 1 << 62:
+                bound = f"at least 1, got {value}" if value < 1 else f"at most {1 << 62:,}, got {value:,}"
+                raise UserError(f"{name} must be {bound}.")
+        check_threads(self.threads)
         for name in ("lr", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from deepdelta.data import Corpus, spread, window_count, windows
 from deepdelta.errors import UserError
+from deepdelta.limits import check_memory
 from deepdelta.models import GPT
 
 
@@ -61,7 +62,7 @@ def evaluate(
     start of a window are predicted with little context. Sums are kept in fp64.
 
     Raises:
-        UserError: a batch_size below 1; the corpus has changed since it was loaded.
+        UserError: a batch_size below 1, or one past memory; the corpus has changed since it was loaded.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
@@ -69,6 +70,8 @@ def evaluate(
     split = corpus.validation
     if len(split) < 2:
         raise UserError(f"the validation split must hold at least 2 tokens to predict one, got {len(split)}.")
+    logits = min(batch_size, window_count(split, context=context)) * context * model.embedding.weight.shape[0]
+    check_memory(8 * logits, "the logits of a batch and their logarithms (batch_size times context)", device)
     total, count = 0.0, 0
     corpus.check_mapped()
     if tokens is None or _whole(context, len(split), tokens):

@@ -21,7 +21,6 @@ def load(run: str | Path) -> Loaded:
         UserError: `run` is not a run directory, or its checkpoint or its tokenizer is damaged.
     """
     directory = RunDirectory(Path(run))
-    model = GPT(directory.config().model)
-    directory.load_weights(model)
+    model = directory.model()
     model.unused_published = directory.load_unused()
     return Loaded(model.eval(), directory.tokenizer())

@@ -21,7 +21,8 @@ from deepdelta.config import to_plain
 from deepdelta.data import Corpus, batch, check_context, load_corpus
 from deepdelta.errors import UserError
 from deepdelta.files import check_folder
-from deepdelta.models import GPT
+from deepdelta.limits import check_memory
+from deepdelta.models import GPT, least_bytes, parameter_count
 from deepdelta.nn import use_backend, use_memory
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.environment import (
@@ -92,6 +93,7 @@ def train(
     check_context(corpus, config.model.context)
     config = resolve(config, corpus)
     say(corpus.description)
+    check_size(config, chosen)
     model = GPT(config.model, seed=config.seed).to(chosen.device)
     if init_from is not None:
         start_from(RunDirectory(init_from), model)
@@ -117,6 +119,23 @@ def train(
         # Written last: it makes the directory a run, or gives the run its new number of steps.
         run.write_config(config)
         return trainer.run_steps()
+
+
+def check_size(config: TrainConfig, chosen: Device) -> None:
+    """Refuse a run that no step of can fit into memory, before its model is made.
+
+    Counted are weights, gradients and AdamW's two moments, of a micro-batch the logits with their gradient, and of a
+    batch its ids and labels: what every step needs.
+
+    Raises:
+        UserError: the model, its training state or a batch is too large for the machine or its device.
+    """
+    assert config.model.vocab_size is not None, "the configuration is resolved"
+    check_memory(least_bytes(config.model), "the model")
+    check_memory(16 * config.tokens_per_step, "a batch (batch_size times accumulate times context)")
+    logits = config.batch_size * config.model.context * config.model.vocab_size
+    state = least_bytes(config.model) + 12 * parameter_count(config.model)
+    check_memory(state + 8 * logits, "a training step (the model's size, batch_size times context)", chosen.device)
 
 
 def start_from(run: RunDirectory, model: GPT) -> None:

@@ -23,6 +23,8 @@ from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from deepdelta.errors import UserError, check_utf8
 from deepdelta.files import read_object, sha256_of, write_json, write_text
+from deepdelta.limits import check_memory
+from deepdelta.models import GPT, least_bytes, parameter_count
 from deepdelta.tensors import check_finite, load_tensors, save_tensors
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.metrics import damaged, last_step, read_rows
@@ -285,6 +287,25 @@ class RunDirectory:
     def load_unused(self) -> dict[str, Tensor]:
         file = self.path / UNUSED
         return load_tensors(file, f"restore it, or import {self.path} anew")[0] if file.exists() else {}
+
+    def model(self) -> GPT:
+        """The model that the run's configuration describes, with the checkpoint's weights, on the CPU.
+
+        Raises:
+            UserError: see `config` and `load_weights`; a configuration that describes a larger model than the weights
+                are of, which is said before that model is made.
+        """
+        config, checkpoint = self.config().model, self.checkpoint()
+        held = sum(tensor.numel() for tensor in checkpoint.weights.values())
+        if config.layers > len(checkpoint.weights) or parameter_count(config) > held:
+            raise UserError(
+                f"{self.path / CHECKPOINT} does not fit {CONFIG}, which describes a model of {config.layers:,} layers "
+                f"and {parameter_count(config):,} numbers: it holds {len(checkpoint.weights):,} tensors of {held:,}."
+            )
+        check_memory(least_bytes(config), f"the model of {self.path}")
+        model = GPT(config)
+        self._load_weights(checkpoint, model)
+        return model
 
     def load_weights(self, model: nn.Module, absent: Collection[str] = ()) -> None:
         """Load the checkpoint's weights into `model`; those in `absent` keep their start where it has none for them.
