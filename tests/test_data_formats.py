@@ -112,6 +112,8 @@ def test_other_files_that_are_no_text(tmp_path: Path, content: bytes, message: s
 def test_text_is_text(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     assert load_corpus(DataConfig(source=str(tmp_path / "a.json"))).train_bytes
+    (tmp_path / "code.jl").write_text("f(x) = 2x  # Julia, not JSON lines\n" * 9)
+    assert load_corpus(DataConfig(source=str(tmp_path / "code.jl"))).train_bytes
     (tmp_path / "latin.txt").write_bytes("größe\n".encode("latin-1") * 99)
     assert load_corpus(DataConfig(source=str(tmp_path / "latin.txt"))).train_bytes
 
