@@ -200,7 +200,7 @@ def dense_residual(
     branch: Callable[[Tensor], Tensor],
     shared: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """X' of one residual around `branch`, by the table of section 1."""
+    """X' of one residual around `branch`, by the table of docs/parts/rules.md."""
     rule = config.rule
     x_in = compressed(config, p if shared is None else shared, state)
     c = normed(config, p, x_in)

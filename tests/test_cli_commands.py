@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import deepdelta.cli
+import deepdelta.cli.runs
 from deepdelta import PRESETS, generate, load
 from deepdelta.cli import COMMANDS, main
 from deepdelta.config import to_plain
 from deepdelta.data import load_corpus
 from deepdelta.files import write_json
 from deepdelta.training import RunDirectory, TrainConfig
-from tiny_runs import ENVIRONMENT, command, config, nats, quietly, rows, settings, text_file
+from tiny_runs import ENVIRONMENT, command, config, nats, quietly, rows, settings, text_file, typed
 
 # As users run it: tyro's mark for a missing option is no Path, which the run-time type checks would refuse.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -97,7 +97,7 @@ def test_generate_prints_the_prompt_first_and_then_each_piece(
             shown.append(capsys.readouterr().out)
             yield one
 
-    monkeypatch.setattr(deepdelta.cli, "generate", watched)
+    monkeypatch.setattr(deepdelta.cli.runs, "generate", watched)
     options = ("--prompt", "dé", "--tokens", "12", "--temperature", "0.7", "--top-k", "9", "--seed", "4")
     last = out(capsys, "generate", run, *options)
     assert shown[0] == "dé" and sum(map(bool, shown)) > 6
@@ -155,16 +155,8 @@ def test_folder(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
         main(["evaluate", str(tmp_path / "run")])
 
 
-def resolved(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> TrainConfig:
-    """The settings with which `deepdelta train` would train."""
-    given: list[TrainConfig] = []
-    monkeypatch.setattr(deepdelta.cli, "train", lambda config, run, **options: given.append(config))
-    main(["train", "--run", "unused", *map(str, arguments)])
-    return given[0]
-
-
 def test_the_defaults_are_those_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolved(monkeypatch) == TrainConfig()
+    assert typed(monkeypatch) == TrainConfig()
 
 
 @pytest.mark.parametrize("form", ["toml", "json"])
@@ -180,15 +172,15 @@ def test_options_beat_the_preset_and_the_preset_beats_the_file(
             'steps = 7\nlr = 0.25\nbetas = [0.5, 0.6]\n[model]\ndim = 64\n[model.residual]\nrule = "write_only"\n'
             "value_channels = 2\ngate_init = 0.5\n"
         )
-    read = resolved(monkeypatch, "--config", file)
+    read = typed(monkeypatch, "--config", file)
     assert (read.steps, read.lr, read.betas, read.model.dim) == (7, 0.25, (0.5, 0.6), 64)
     chosen = read.model.residual
     assert (chosen.rule, chosen.value_channels, chosen.gate_init) == ("write_only", 2, 0.5)
     assert (read.batch_size, chosen.expansion) == (TrainConfig().batch_size, "repeat")
-    both = resolved(monkeypatch, f"--config={file}", "--steps", "9", "--model.residual.gate-init", "1.5")
+    both = typed(monkeypatch, f"--config={file}", "--steps", "9", "--model.residual.gate-init", "1.5")
     assert (both.steps, both.lr, both.model.residual.gate_init) == (9, 0.25, 1.5)
     assert both.model.residual.rule == "write_only"
-    preset = resolved(monkeypatch, "--config", file, "--preset", "additive", "--model.residual.norm-eps", "0.5")
+    preset = typed(monkeypatch, "--config", file, "--preset", "additive", "--model.residual.norm-eps", "0.5")
     assert preset.steps == 7 and preset.model.residual.norm_eps == 0.5
     assert to_plain(preset.model.residual) == to_plain(PRESETS["additive"]) | {"norm_eps": 0.5}
 

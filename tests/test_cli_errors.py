@@ -230,7 +230,7 @@ def test_a_reader_that_goes_away_and_an_interruption(monkeypatch: pytest.MonkeyP
         def stop(*arguments: object, raised: type[BaseException] = raised, **options: object) -> None:
             raise raised
 
-        monkeypatch.setattr("deepdelta.cli.load", stop)
+        monkeypatch.setattr("deepdelta.cli.runs.load", stop)
         with pytest.raises(SystemExit) as ended:
             main(["generate", str(finished), "--prompt", "a"])
         assert ended.value.code == code

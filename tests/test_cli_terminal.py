@@ -93,7 +93,7 @@ def test_what_the_machine_refuses_is_one_line(
     def refuse(*arguments: object) -> None:
         raise raised
 
-    monkeypatch.setattr("deepdelta.cli.load", refuse)
+    monkeypatch.setattr("deepdelta.cli.runs.load", refuse)
     assert said in error(capsys, "generate", "run", "--prompt", "a")
 
 
@@ -103,7 +103,7 @@ def test_errors_that_are_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPat
         def fail(*arguments: object, ours: Exception = ours) -> None:
             raise ours
 
-        monkeypatch.setattr("deepdelta.cli.load", fail)
+        monkeypatch.setattr("deepdelta.cli.runs.load", fail)
         with pytest.raises(type(ours), match=str(ours)):
             main(["generate", "run", "--prompt", "a"])
 

@@ -1,4 +1,4 @@
-"""The additive GPT at V = 1 against a plain pre-norm transformer written here, from section 3 of the method alone."""
+"""The additive GPT at V = 1 against a plain pre-norm transformer written here, from its description alone."""
 
 import math
 

@@ -193,7 +193,7 @@ def test_presets_are_legal_and_survive_plain_data(name):
 
 
 def test_the_library_s_defaults():
-    """Section 2: branch direction, linear target, linear gate with beta0 = 1, V = 4, embedding convolution, channel
+    """As published: branch direction, linear target, linear gate with beta0 = 1, V = 4, embedding convolution, channel
     compression with mean initialisation; a bare stream repeats instead, which needs no token axis."""
     ddl = PRESETS["ddl"]
     assert (ddl.rule, ddl.direction, ddl.target, ddl.gate, ddl.gate_init) == ("delta", "branch", "linear", "linear", 1)

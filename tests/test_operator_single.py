@@ -1,4 +1,4 @@
-"""A single I - beta k k^T against dense linear algebra and the closed forms of section 1 of the method."""
+"""A single I - beta k k^T against dense linear algebra and the closed forms of docs/method.md."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Section 1 of the method, fact by fact, through `delta_rewrite` alone, in fp64."""
+"""The method, fact by fact, through `delta_rewrite` alone, in fp64."""
 
 import math
 

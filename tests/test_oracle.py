@@ -1,4 +1,4 @@
-"""Imported published models give the published code's logits, loss and gradients (tests/oracle, section 5)."""
+"""Imported published models give the published code's logits, loss and gradients (tests/oracle)."""
 
 import json
 from pathlib import Path

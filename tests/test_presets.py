@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-import deepdelta.cli
+import deepdelta
 from deepdelta import PRESETS, DeltaStream, GPTConfig, ResidualConfig, UserError, retrofit, retrofitted
-from deepdelta.cli import main
 from deepdelta.studies.config import load_study
 from deepdelta.tasks import load_task
 from deepdelta.tasks.task import read_overrides
 from deepdelta.training import TrainConfig
 from deepdelta.training.config import run_settings
 from deepdelta.training.optimizer import build_optimizer
+from tiny_runs import typed
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -25,14 +25,6 @@ PLAIN = ResidualConfig(
     rule="additive", value_channels=1, expansion="repeat", compression="channel", compression_init="identity"
 )
 RESULTS = Path(__file__).parent.parent / "results"
-
-
-def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> TrainConfig:
-    """The settings with which `deepdelta train` would train."""
-    given: list[TrainConfig] = []
-    monkeypatch.setattr(deepdelta.cli, "train", lambda config, run, **options: given.append(config))
-    main(["train", "--run", "unused", *map(str, arguments)])
-    return given[0]
 
 
 def in_a_study(folder: Path, train: str, changes: str) -> ResidualConfig:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import deepdelta
+import deepdelta.cli.runs
 from deepdelta import GPT
+from deepdelta.cli import main
 from deepdelta.config import from_plain, merged
 from deepdelta.training import RunDirectory, TrainConfig, train
 from deepdelta.training.loop import Trained
@@ -70,6 +72,19 @@ def config(source: Path, **changes: Any) -> TrainConfig:
 
 def quietly(settings: TrainConfig, run: Path, **options: Any) -> Trained:
     return train(settings, run, say=lambda line: None, **options)
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> TrainConfig:
+    """The settings with which `deepdelta train` would train, typed so."""
+    given: list[TrainConfig] = []
+
+    def note(config: TrainConfig, run: Path, **options: Any) -> Trained:
+        given.append(config)
+        return Trained(0, False, None)
+
+    monkeypatch.setattr(deepdelta.cli.runs, "train", note)
+    main(["train", "--run", "unused", *map(str, arguments)])
+    return given[0]
 
 
 def command(*arguments: str | Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The authors' published models: their configuration keys and tensor names to ours, and back (section 5).
+"""The authors' published models: their configuration keys and tensor names to ours, and back.
 
 Their state is (batch, token, D, V) with V fastest, ours (batch, token, V, D): tensors that run over both are
 transposed on the way. The variant is not in their configuration; it is recognised from the tensor names.
@@ -130,7 +130,7 @@ def load_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     """The published model with these tensors, as a GPT of this library.
 
     Args:
-        config: the published configuration keys (section 5); missing ones take the published defaults.
+        config: the published configuration keys; missing ones take the published defaults.
         tensors: the published parameters by name; `lm_head.weight` may stand beside the embedding it is tied to. Names
             may have what wrappers put into them; see `plain_names`.
 

@@ -1,4 +1,4 @@
-"""The two branches of the reference architecture (section 3): causal attention with RoPE, and SwiGLU.
+"""The two branches of the reference architecture: causal attention with RoPE, and SwiGLU.
 
 Shapes: B batch, T tokens, D model width, H heads, E width of a head, F hidden width of the MLP.
 """

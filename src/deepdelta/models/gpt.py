@@ -1,4 +1,4 @@
-"""The reference decoder-only transformer (section 3), its residuals made by the same `DeltaStream` that users get.
+"""The reference decoder-only transformer, its residuals made by the same `DeltaStream` that users get.
 
 Shapes: B batch, T tokens, V value channels, D model width.
 """

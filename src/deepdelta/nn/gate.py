@@ -1,4 +1,4 @@
-"""Where the gate beta in [0, 2] comes from (section 2, gate).
+"""Where the gate beta in [0, 2] comes from (docs/parts/gate.md).
 
 Shapes: V value channels, r rank; c the normed input of the branch.
 """

@@ -82,7 +82,7 @@ def precise_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class RMSNorm(Initialised):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (section 3: eps 1e-5), the weight starting at `init`."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (reference: eps 1e-5), the weight starting at `init`."""
 
     def __init__(self, dim: int, eps: float = 1e-5, init: float = 1.0) -> None:
         super().__init__()

@@ -99,6 +99,8 @@ def train(
         start_from(RunDirectory(init_from), model)
     rewrites = use_backend(model, config.backend, compiled=config.compile)
     use_memory(model, config.memory)
+    if config.warning:
+        say(config.warning)
     say(f"Rewrites by the backend '{rewrites.backend}' ({rewrites.reason}).")
     environment = describe(chosen, corpus) | {"backend": rewrites.backend}
     trainer = Trainer(config, run, corpus, chosen, model, say)

@@ -1,0 +1,125 @@
+"""The commands that compare: study, task, bench."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from deepdelta.cli.shared import to_read
+from deepdelta.errors import UserError
+from deepdelta.studies.config import load_study
+from deepdelta.training.progress import show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Run a comparison: rates tuned, conditions x seeds at matched budgets, statistics, tables and report; or a search,
+    or fits over sizes, as its file says. Interrupted, the same command continues."""
+
+    study: Positional[Annotated[str, arg(metavar="NAME|FILE.toml")]]
+    """A named study, or a TOML file of your own."""
+    out: Path | None = None
+    """Where runs, cells, results.json and report.html go; runs/study-NAME by default. A run whose cell is there is not
+    made again."""
+    seeds: tuple[int, ...] | None = None
+    """Other seeds than the study's."""
+    steps: int | None = None
+    """Another number of steps per run than the study's; the warm-up keeps its share."""
+    source: str | None = None
+    """Another corpus than the study's: a file, a folder or a .bin file."""
+    threads: int | None = None
+    """Other CPU threads per run than the study's."""
+    workers: int | None = None
+    """Runs side by side; by default as many as the cores have room for."""
+
+    def __call__(self) -> None:
+        # Here, since it needs the packages of the extra `study`, which the other commands do without.
+        from deepdelta.studies.runner import run
+
+        common: dict[str, Any] = {} if self.source is None else {"data": {"source": self.source}}
+        if self.threads is not None:
+            common["threads"] = self.threads
+        overrides: dict[str, Any] = {"train": common}
+        if self.seeds is not None:
+            overrides["seeds"] = list(self.seeds)
+        config = load_study(self.study, overrides)
+        if self.seeds is not None and config.search is not None:
+            raise UserError(f"{config.name} searches on the seeds of its rungs; leave --seeds out.")
+        if self.steps is not None:
+            config = config.lasting(self.steps)
+        command = shlex.join(["deepdelta", *sys.argv[1:]])
+        out = self.out or Path("runs") / f"study-{config.name}"
+        for warning in dict.fromkeys(config.train_config(name, 0).warning for name in config.conditions):
+            if warning is not None:
+                show(warning)
+        run(config, out, workers=self.workers, command=command)
+        to_read(out / "report.html", out / "table.md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Run a task beyond text: every condition once per seed, paired comparisons, a table. Finished runs are kept."""
+
+    name: Positional[str]
+    """words, recall, digits, dynamics or tabular."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    set: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """A setting of all conditions as KEY=VALUE, any number of times: --set group=S3 --set residual.gate_init=0.5."""
+    out: Path | None = None
+    """Where cells, results.json and table.md go; runs/task-NAME by default, the settings of --set added to it."""
+    workers: int | None = None
+    """Runs side by side; one per core by default."""
+
+    def __call__(self) -> None:
+        # Here, since it needs the packages of the extra `study`, which the other commands do without.
+        from deepdelta.tasks.runner import default_folder, run_task
+        from deepdelta.tasks.task import read_overrides
+
+        out = self.out or default_folder(self.name, self.set)
+        command = shlex.join(["deepdelta", *sys.argv[1:]])
+        overrides = read_overrides(self.set)
+        run_task(self.name, self.seeds, out, overrides=overrides, workers=self.workers, command=command)
+        to_read(out / "table.md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time a named suite: correctness first, then interleaved rounds; JSON, table and plot."""
+
+    name: Positional[str] = "bar"
+    """bar (the table of figures to reach), peers, growth, operator or gpu; gradients measures errors, no times."""
+    out: Path | None = None
+    """Where results.json, table.md, plot.svg and plot.html go; runs/bench-NAME by default."""
+    rounds: int | None = None
+    """Another number of interleaved rounds than the suite's."""
+    threads: int | None = None
+    """CPU threads; all cores by default."""
+    quick: bool = False
+    """Small sizes, five rounds, nothing compiled: to see that all of it runs. No measurement."""
+
+    def __call__(self) -> None:
+        # Here: importing what compares takes time that the other commands need not spend.
+        from deepdelta.benchmarks import GRADIENTS, load_suite, run_gradients, run_suite
+        from deepdelta.benchmarks.config import quick
+
+        out = self.out or Path("runs") / f"bench-{self.name}"
+        command = shlex.join(["deepdelta", *sys.argv[1:]])
+        if self.name == GRADIENTS:
+            if self.rounds is not None:
+                raise UserError(f"{GRADIENTS} measures no times, so it has no rounds; leave --rounds out.")
+            run_gradients(out, threads=self.threads, quick=self.quick, command=command)
+            to_read(out / "table.md")
+            return
+        suite = load_suite(self.name)
+        run_suite(
+            quick(suite) if self.quick else suite,
+            out,
+            rounds=self.rounds,
+            threads=self.threads,
+            quick=self.quick,
+            command=command,
+        )
+        to_read(out / "plot.html")

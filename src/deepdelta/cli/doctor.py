@@ -1,0 +1,35 @@
+"""The command doctor."""
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from deepdelta.analysis.selfcheck import self_check
+from deepdelta.cli.shared import use_threads
+from deepdelta.errors import UserError
+from deepdelta.training.environment import choose_device, compiler_problem, machine, versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """What this machine can run, and whether it computes values and gradients of the rewrite rightly."""
+
+    threads: int | None = None
+    """CPU threads; torch's choice by default."""
+
+    def __call__(self) -> None:
+        use_threads(self.threads)
+        for name, value in (versions() | machine()).items():
+            print(f"{name:<10} {value}")
+        chosen = choose_device("auto", "auto")
+        print(f"device     {chosen.device} ({chosen.reason}), precision {chosen.precision}")
+        print(f"compiler   {compiler_problem(chosen.device.type) or 'torch.compile has what it needs'}")
+        table = Table("backend", "device", "dtype", "values", "gradients", "", title="errors against fp64")
+        checks = list(self_check())
+        for check in checks:
+            errors = ("-" if e is None else f"{e:.1e}" for e in (check.value_error, check.gradient_error))
+            table.add_row(check.backend, check.device, check.dtype, *errors, check.verdict)
+        Console().print(table)
+        if any(check.verdict == "WRONG" for check in checks):
+            raise UserError("a backend computes wrong numbers here: use the backend 'reference', and please report it.")

@@ -1,0 +1,37 @@
+"""What several commands share."""
+
+import shlex
+from pathlib import Path
+
+import torch
+
+from deepdelta.errors import UserError
+from deepdelta.training import RunDirectory
+from deepdelta.training.progress import show
+
+MOST_THREADS = 4096
+
+
+def use_threads(threads: int | None, run: Path | None = None) -> None:
+    """Compute with so many CPU threads; None: as many as the run was trained with, or torch's choice.
+
+    Raises:
+        UserError: no such number.
+    """
+    if threads is None and run is not None:
+        threads = RunDirectory(run).config().threads
+    if threads is None:
+        return
+    if not 1 <= threads <= MOST_THREADS:
+        raise UserError(f"threads must lie in [1, {MOST_THREADS}], got {threads}.")
+    torch.set_num_threads(threads)
+
+
+def following(*commands: tuple[str | Path, ...]) -> None:
+    """Say which commands go on from here, one line."""
+    show("Next: " + ", or ".join(shlex.join(map(str, command)) for command in commands))
+
+
+def to_read(*files: Path) -> None:
+    """Say which file is to be read now: the first of these that was written."""
+    show(f"Next: read {next(file for file in files if file.exists())}")
