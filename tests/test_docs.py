@@ -217,3 +217,10 @@ def test_names_of_the_library_exist(page: Path) -> None:
     names = re.findall(r"`(deepdelta(?:\.\w+)+)", text_of(page))
     for name in names:
         pkgutil.resolve_name(name)
+
+
+def test_nothing_tells_to_install_what_no_index_has() -> None:
+    """There is no distribution yet: extras are installed from a clone."""
+    sources = [*PAGES, *(ROOT / "src").rglob("*.py")]
+    wrong = [name_of(page) for page in sources if re.search(r"install.*deep-delta-learning", page.read_text("utf-8"))]
+    assert not wrong

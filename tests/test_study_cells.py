@@ -14,16 +14,16 @@ from deepdelta.analysis.cost import Cost
 from deepdelta.config import from_plain, merged, to_plain
 from deepdelta.data import load_corpus, train_tail
 from deepdelta.files import write_text
-from deepdelta.studies import pool, runner
+from deepdelta.studies import runner
 from deepdelta.studies.cells import CURVE_POINTS, Cell, canonical, curve, fingerprint, read_cell
 from deepdelta.studies.config import StudyConfig, Tune, load_study
-from deepdelta.studies.plan import Planner, Run
+from deepdelta.studies.plan import Planner
 from deepdelta.studies.results import StudyResults, load_results
 from deepdelta.studies.runner import run_study
 from deepdelta.studies.tuning import choose
 from deepdelta.training import RunDirectory, TrainConfig
 from deepdelta.training.optimizer import learning_rate
-from tiny_runs import RUNS, quietly, text_file
+from tiny_runs import RUNS, quietly, text_file, trained_here
 
 STUDY = """
 name = "tiny"
@@ -59,34 +59,9 @@ changes.model.residual = { rule = "write_only", value_channels = 4, expansion = 
 CELLS = 3 * 2 + 3 * 2 + 2 * 2 * 2  # tuning; at equal tokens; of the two others at equal FLOPs and at equal time
 
 
-class Finished:
-    """In place of a process: the run has been made already."""
-
-    returncode = 0
-
-    def poll(self) -> int:
-        return 0
-
-    wait = terminate = poll
-
-
-def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the runs that are started from now on, each in this process and at once."""
-    names: list[str] = []
-
-    def launch(run: Run) -> Any:
-        names.append(run.name)
-        quietly(run.settings, run.path)
-        return Finished()
-
-    monkeypatch.setattr(pool, "_launch", launch)
-    monkeypatch.setattr(pool, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(runner, "measure", lambda *_: costs())
-    return names
-
-
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(runner, "measure", lambda *_: costs())
     return trained_here(monkeypatch)
 
 
@@ -119,6 +94,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyResul
     """A finished study's folder, its results and the runs that were made."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(runner, "measure", lambda *_: costs())
         names = trained_here(monkeypatch)
         results = run_study(study(folder), folder / "out", workers=2, command="deepdelta study")
     return folder, results, names
@@ -209,10 +185,11 @@ def test_a_missing_or_damaged_cell(done: tuple[StudyConfig, Path, StudyResults],
     file = out / "cells" / "plain-seed0.json"
     file.write_text(file.read_text()[:-20])
     with pytest.raises(
-        UserError, match=r"plain-seed0.json must hold a JSON object, but is damaged .*delete it to run that cell again"
+        UserError, match=r"plain-seed0.json must hold a JSON object, but is damaged .*delete it to make that run again"
     ):
         run_study(config, out, command="")
     file.unlink()  # the run is still there, so it need not be made again
+    (out / "runs" / "plain-seed0.json").unlink()  # which names the place where the text was
     assert run_study(config, out, command="").conditions == results.conditions and not launched
     file.unlink()
     shutil.rmtree(out / "runs" / "plain-seed0")

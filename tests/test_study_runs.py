@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +18,13 @@ import pytest
 from deepdelta import load
 from deepdelta.cli import main
 from deepdelta.config import merged
-from deepdelta.files import write_text
+from deepdelta.data import load_corpus
+from deepdelta.files import HELD, locked, write_text
 from deepdelta.studies import pool, runner
 from deepdelta.studies.config import load_study
+from deepdelta.studies.plan import Run
 from deepdelta.studies.results import StudyResults, load_results
+from deepdelta.studies.runs import StudyRuns, _waits
 from deepdelta.training import RunDirectory
 from tiny_runs import assert_same_run, quietly, rows, start, tensors, text_file, wait_for_step
 
@@ -108,12 +113,12 @@ def test_results_are_the_numbers_of_the_runs(finished: tuple[Path, str], folder:
     assert (results.name, results.baseline, results.seeds) == ("tiny", "additive", (0,))
     assert results.command.startswith(f"deepdelta study {folder}/study.toml --out ")
     assert (results.budget.steps, results.budget.tokens_per_step, results.budget.threads_per_run) == (30, 32, 1)
-    assert results.validation.tokens == 200 and "windows of 16 tokens" in results.validation.contexts
+    assert results.validation.tokens == 192 and "windows of 16 tokens" in results.validation.contexts
     for condition in results.conditions:
         run = out / "runs" / f"{condition.name}-seed0"
         recorded = list(RunDirectory(run).metrics())
         assert condition.runs[0].validation_loss == recorded[-1]["validation_loss"]
-        assert recorded[-1]["final"] and recorded[-1]["validation_tokens"] == 200
+        assert recorded[-1]["final"] and recorded[-1]["validation_tokens"] == 192
         assert condition.runs[0].seconds == recorded[-1]["seconds"] > 0
         curve = condition.runs[0].curve
         for kind, key in (("train_loss", "loss"), ("validation_loss", "validation_loss")):
@@ -162,7 +167,7 @@ def test_all_conditions_of_a_seed_see_the_same_data_in_the_same_order(finished: 
 def test_a_study_that_is_finished_is_not_run_again(
     capsys: pytest.CaptureFixture[str], copy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "_launch", lambda *_: pytest.fail("a finished run was started"))
+    monkeypatch.setattr(pool, "launch", lambda *_: pytest.fail("a finished run was started"))
     before, old = contents(copy / "runs"), load_results(copy / "results.json")
     costs = (copy / "costs.json").stat().st_mtime_ns
     results, _ = again(capsys, folder, copy)
@@ -237,17 +242,14 @@ def test_a_run_that_fails_passes_its_message_on(
     assert f"error: the run {run} failed: error: {run}/checkpoint.safetensors is truncated or damaged" in said
     assert f"(all of it: {run}.log)" in said
     kill = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
-    monkeypatch.setattr(pool, "_launch", lambda *_: subprocess.Popen(kill))
+    monkeypatch.setattr(pool, "launch", lambda *_: subprocess.Popen(kill))
     assert f"the run {run} was ended by SIGKILL; the same command continues" in fails(capsys, folder, copy)
 
 
-def test_interrupted_and_killed_it_continues_to_the_same_results(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_interrupted_it_continues_to_the_same_results(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file, out = study_file(tmp_path, "additive", "ddl-1.5", steps=300), tmp_path / "out"
     one, other = out / "runs" / "additive-seed0", out / "runs" / "ddl-1.5-seed0"
-    typed = ("study", file, "--out", out, "--workers", "1")
-    with start(*typed, cwd=tmp_path) as process:
+    with start("study", file, "--out", out, "--workers", "1", cwd=tmp_path) as process:
         wait_for_step(one, 25, process)
         process.send_signal(signal.SIGINT)
         printed = process.communicate()[0]
@@ -255,11 +257,6 @@ def test_interrupted_and_killed_it_continues_to_the_same_results(
     assert "Every run has saved its step; the same command continues the study." in printed
     assert 25 <= RunDirectory(one).step() == RunDirectory(one).last_recorded_step() < 300
     assert not other.exists() and not RunDirectory(one).busy
-    with start(*typed, cwd=tmp_path) as process:
-        wait_for_step(other, 25, process)
-        process.kill()
-    # The run that the killed study had started is still going on: it is waited for and not started a second time.
-    assert RunDirectory(other).busy
     results, _ = again(capsys, tmp_path, out, "--workers", "2")
     logs = {run: (run.parent / f"{run.name}.log").read_text() for run in (one, other)}
     assert [logs[run].count("Device cpu") for run in (one, other)] == [2, 1]
@@ -269,6 +266,47 @@ def test_interrupted_and_killed_it_continues_to_the_same_results(
         quietly(config.train_config(name, 0), tmp_path / name)
         assert_same_run(run, tmp_path / name)
         assert results.condition(name).runs[0].validation_loss == rows(tmp_path / name)[-1]["validation_loss"]
+
+
+def test_the_runs_of_a_killed_study_save_their_step_and_end(tmp_path: Path) -> None:
+    """They would go on for days; and the killed study's lock on the folder is free."""
+    steps, out = 10**8, tmp_path / "out"
+    run = out / "runs" / "additive-seed0"
+    file = study_file(tmp_path, "additive", steps=steps)
+    with start("study", file, "--out", out, "--workers", "1", cwd=tmp_path) as process:
+        wait_for_step(run, 5, process)
+        process.kill()
+    while RunDirectory(run).busy:
+        time.sleep(0.01)
+    assert 5 <= RunDirectory(run).step() == RunDirectory(run).last_recorded_step() < steps
+    assert (out / HELD).exists()
+    with locked(out):
+        pass
+
+
+def test_a_run_that_is_still_busy_is_waited_for(copy: Path, folder: Path) -> None:
+    config = load_study(str(folder / "study.toml"))
+    settings = config.train_config("twin", 0)
+    run = Run("twin-seed0", "twin", settings, load_corpus(settings.data), copy, 1.0)
+    assert not _waits(run, ())
+    with RunDirectory(run.path).locked():
+        assert _waits(run, ())
+
+
+def test_the_line_of_progress_tells_records_and_the_loss_of_runs(copy: Path, folder: Path) -> None:
+    config = load_study(str(folder / "study.toml"))
+    settings = config.train_config("twin", 0)
+    run = Run("twin-seed0", "twin", settings, load_corpus(settings.data), copy, 100.0)
+    RunDirectory(run.path).cut_metrics(15)
+    said: list[tuple[int, str]] = []
+    reporter = SimpleNamespace(update=lambda done, facts: said.append((done, facts)), note=said.append)
+    work = {"twin-seed0": 100.0, "other": 20.0, "third": 7.0}
+    runs = StudyRuns(config, 1, work, {"other"}, lambda: False, reporter)
+    runs._report([run], 1, "tuning")
+    runs._report([run], 0, "tuning")
+    loss = rows(run.path)[-1]["loss"]
+    facts = "s of work, 1/3 records (tuning)"
+    assert said == [(70, f"{facts}, twin-seed0 15/30 loss {loss:.3f}"), (70, facts)]
 
 
 def test_costs_belong_to_their_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +12,14 @@ from scipy import stats
 from deepdelta import UserError
 from deepdelta.config import from_plain
 from deepdelta.report.details import scaling_table, search_table
-from deepdelta.studies import pool, runner
+from deepdelta.studies import runner
 from deepdelta.studies.config import Extrapolate, StudyConfig, load_study
-from deepdelta.studies.plan import Run
 from deepdelta.studies.results import StudyResults, load_results
 from deepdelta.studies.scaling import Estimate, Law, Scaling, fit, scaling
 from deepdelta.studies.search import SearchResults
 from deepdelta.training import RunDirectory
 from report_samples import study as sample
-from test_study_cells import Finished
-from tiny_runs import RUNS, quietly, text_file
+from tiny_runs import RUNS, text_file, trained_here
 
 COMPUTE = [1e12, 4e12, 1.5e13, 8e13]
 
@@ -197,20 +194,8 @@ steps = 12
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    names: list[str] = []
-
-    def launch(run: Run) -> Any:
-        names.append(run.name)
-        try:
-            quietly(run.settings, run.path)
-        except UserError as error:
-            assert "diverged" in str(error)
-        return Finished()
-
-    monkeypatch.setattr(pool, "_launch", launch)
-    monkeypatch.setattr(pool, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(runner, "measure", lambda *_: {})
-    return names
+    return trained_here(monkeypatch)
 
 
 def study(folder: Path, kind: str, *drop: str) -> StudyConfig:

@@ -1,12 +1,10 @@
 """Studies whose runs go on from a trained one: once per seed, from exactly its weights, and never from another."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,18 +12,17 @@ import pytest
 import torch
 
 from deepdelta import UserError, load
-from deepdelta.config import from_plain, to_plain
+from deepdelta.config import from_plain
 from deepdelta.data import batch, load_corpus
-from deepdelta.files import write_json
 from deepdelta.report.table import table_cells
-from deepdelta.studies import pool, runner
+from deepdelta.studies import runner
 from deepdelta.studies.cells import Cell, canonical, fingerprint
 from deepdelta.studies.config import START_SEED, StudyConfig, load_study
 from deepdelta.studies.plan import Planner, Run
 from deepdelta.studies.results import StudyResults, load_results
 from deepdelta.studies.runner import run_study
 from deepdelta.training import RunDirectory, TrainConfig, progress
-from tiny_runs import RUNS, assert_same_run, nats, quietly, rows, text_file
+from tiny_runs import RUNS, assert_same_run, nats, quietly, rows, text_file, trained_here
 
 STUDY = """
 name = "tiny"
@@ -66,28 +63,9 @@ def study(folder: Path, *replacements: tuple[str, str], source: Path | None = No
     return load_study(str(folder / "study.toml"))
 
 
-def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the runs that are started from now on: the same commands, but in this process and at once."""
-    names: list[str] = []
-
-    def launch(run: Run) -> Any:
-        names.append(run.name)
-        write_json(run.launched, to_plain(run.settings))
-        command = pool._command(run)[4:]
-        given = dict(zip(command[::2], command[1::2], strict=True))
-        assert given.pop("--run") == str(run.path) and given.pop("--config") == str(run.launched)
-        with contextlib.suppress(UserError):  # as of a process: what is left of it is in its directory
-            quietly(run.settings, run.path, init_from=Path(given.pop("--init-from")) if given else None)
-        return SimpleNamespace(poll=lambda: 0, terminate=lambda: None, wait=lambda: None, returncode=0)
-
-    monkeypatch.setattr(pool, "_launch", launch)
-    monkeypatch.setattr(pool, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(runner, "measure", lambda *_: {})
-    return names
-
-
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(runner, "measure", lambda *_: {})
     return trained_here(monkeypatch)
 
 
@@ -96,6 +74,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyResul
     """A finished study's folder, its results and the runs that were made, in order."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(runner, "measure", lambda *_: {})
         names = trained_here(monkeypatch)
         results = run_study(study(folder), folder / "out", workers=2, command="deepdelta study")
     return folder, results, names

@@ -3,27 +3,28 @@
 import dataclasses
 import json
 import math
-import multiprocessing
 import shutil
 import statistics
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import scipy.stats
+import torch
 
 from deepdelta import UserError
 from deepdelta.cli import main
 from deepdelta.config import from_plain, to_plain
 from deepdelta.files import write_json
+from deepdelta.studies import pool
+from deepdelta.studies.pool import Job
 from deepdelta.tasks import load_task, named_tasks, registry, runner
+from deepdelta.tasks.fitting import check_loss
 from deepdelta.tasks.results import TaskCell, TaskResults, conditions_of, markdown
 from deepdelta.tasks.runner import default_folder, run_task
 from deepdelta.tasks.task import read_overrides
+from tiny_runs import Ended
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -32,64 +33,37 @@ SETS = [argument for key, value in TINY.items() for argument in ("--set", f"{key
 CONDITIONS = list(load_task("words").conditions)
 
 
-class Here:
-    """In place of a pool of processes: every run at once, in this one."""
-
-    ran: list[tuple[Any, ...]]
-    stopped: threading.Event
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        pass
-
-    def __enter__(self) -> "Here":
-        return self
-
-    def __exit__(self, *arguments: object) -> None:
-        pass
-
-    def shutdown(self, **options: Any) -> None:
-        pass
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        self.ran.append(arguments[:3])
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*arguments))
-        except UserError as error:
-            future.set_exception(error)
-        return future
-
-
-class Shared:
-    """In place of a manager's process."""
-
-    def __enter__(self) -> "Shared":
-        return self
-
-    def __exit__(self, *arguments: object) -> None:
-        pass
-
-    dict = staticmethod(dict)
-
-    def Event(self) -> threading.Event:
-        Here.stopped = threading.Event()
-        return Here.stopped
-
-
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The (task, condition, seed) of every run of the test, made in this process."""
-    Here.ran = []
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Manager", Shared)
-    return Here.ran
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the runs that are started, made in this process and at once."""
+    return made_here(monkeypatch)
+
+
+def made_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+
+    def launch(job: Job[Any]) -> Ended:
+        names.append(job.name)
+        module, given = job.command()
+        assert module == "deepdelta.tasks.runner"
+        try:
+            runner.make_cell(**json.loads(given))
+        except UserError as error:
+            job.log.write_text(f"20\nerror: {error}\n")
+            return Ended(1)
+        return Ended()
+
+    monkeypatch.setattr(pool, "launch", launch)
+    return names
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task's folder, made by the command with processes of its own."""
+    """A task's folder, made by the command."""
     out = tmp_path_factory.mktemp("task") / "out"
-    main(["task", "words", *SETS, "--seeds", "0", "1", "--workers", "1", "--out", str(out)])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        made_here(monkeypatch)
+        main(["task", "words", *SETS, "--seeds", "0", "1", "--out", str(out)])
     return out
 
 
@@ -120,11 +94,16 @@ def test_the_command_writes_cells_results_and_a_table(finished):
     assert text.startswith("# words: word problems") and "no interval" in text
 
 
-def test_a_process_gives_what_this_one_gives(finished):
-    task = load_task("words")
-    for condition in results_of(finished).conditions:
-        settings = task.settings_of(condition.name, TINY)
-        assert task.run(settings, 1, lambda done, total: None) == condition.metrics[1]
+def test_a_process_gives_what_this_one_gives(finished, tmp_path):
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    record = out / "cells" / "gate-0-2-seed1.json"
+    expected = json.loads(record.read_text())
+    record.unlink()
+    main(["task", "words", *SETS, "--seeds", "0", "1", "--out", str(out)])
+    made = json.loads(record.read_text())
+    assert made["metrics"] == expected["metrics"] and made["settings"] == expected["settings"]
+    assert to_plain(results_of(out))["conditions"] == to_plain(results_of(finished))["conditions"]
+    assert runner._share(out / "runs" / "gate-0-2-seed1.log") == 99
 
 
 def test_what_has_its_cell_is_not_run_again(finished, tmp_path, ran):
@@ -132,16 +111,16 @@ def test_what_has_its_cell_is_not_run_again(finished, tmp_path, ran):
     (out / "cells" / "gate-0-2-seed1.json").unlink()
     (out / "results.json").unlink()
     again = run_task("words", (0, 1), out, overrides=TINY)
-    assert ran == [("words", "gate-0-2", 1)]
+    assert ran == ["gate-0-2-seed1"]
     assert to_plain(again)["conditions"] == to_plain(results_of(finished))["conditions"]
     assert results_of(out) == again
     run_task("words", (1, 5), out, overrides=TINY)
-    assert ran[1:] == [("words", condition, 5) for condition in CONDITIONS]
+    assert ran[1:] == [f"{condition}-seed5" for condition in CONDITIONS]
 
 
 def test_runs_go_seed_by_seed(tmp_path, ran):
     run_task("words", (3, 2), tmp_path, overrides=TINY)
-    assert ran == [("words", condition, seed) for seed in (3, 2) for condition in CONDITIONS]
+    assert ran == [f"{condition}-seed{seed}" for seed in (3, 2) for condition in CONDITIONS]
 
 
 def test_cells_that_are_damaged_or_of_other_settings(finished, tmp_path, ran):
@@ -161,7 +140,7 @@ def test_cells_that_are_damaged_or_of_other_settings(finished, tmp_path, ran):
     with pytest.raises(UserError, match=r"gate-0-2-seed0.json: metrics: Field required"):
         run_task("words", (0, 1), out, overrides=TINY)
     cell.write_text(whole[:-20], encoding="utf-8")
-    damaged = r"gate-0-2-seed0.json must hold a JSON object, but is damaged .*delete it to run that cell again"
+    damaged = r"gate-0-2-seed0.json must hold a JSON object, but is damaged .*delete it to make that run again"
     with pytest.raises(UserError, match=damaged):
         run_task("words", (0, 1), out, overrides=TINY)
     assert not ran
@@ -175,11 +154,44 @@ def test_a_number_that_is_not_finite_is_kept_and_compared_with_nothing(tmp_path,
     task = dataclasses.replace(load_task("words"), run=measured)
     monkeypatch.setattr(runner, "load_task", lambda name: task)
     results = run_task("words", (0, 1), tmp_path, overrides=TINY)
-    assert results == results_of(tmp_path) == run_task("words", (0, 1), tmp_path, overrides=TINY)
+    assert results == results_of(tmp_path)
+    assert results.conditions == run_task("words", (0, 1), tmp_path, overrides=TINY).conditions
     by_name = {one.name: one for one in results.conditions}
     assert by_name["gate-0-1"].metrics == {0: {"accuracy": 0.5, "other": 2.0}, 1: {"accuracy": None, "other": 2.0}}
     assert by_name["gate-0-2"].against_baseline is None
     assert "not finite" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_run_that_diverges_is_a_record_without_a_number(tmp_path, ran, monkeypatch):
+    """It is left out by name, and comparisons rest on the other seeds."""
+    losses = {"gate-0-1": [0.1, 0.5, 0.3, 0.4, 0.2, 0.3], "gate-0-2": [0.9, 0.7, 0.8, 0.6, 0.9, 0.7]}
+    by_gate = {"0-1": losses["gate-0-1"], "0-2": losses["gate-0-2"]}
+
+    def measured(settings: Any, seed: int, progress: Any) -> dict[str, float]:
+        if (settings.gate_range, settings.target, seed) == ("0-2", "symbol", 1):
+            check_loss(torch.tensor(math.nan), 7, 0.5)
+        return {"accuracy": by_gate[settings.gate_range][seed]}
+
+    task = dataclasses.replace(load_task("words"), run=measured)
+    monkeypatch.setattr(runner, "load_task", lambda name: task)
+    seeds = tuple(range(6))
+    results = run_task("words", seeds, tmp_path, overrides=TINY)
+    count = len(ran)
+    assert count == 6 * len(CONDITIONS) and results_of(tmp_path) == results
+    assert run_task("words", seeds, tmp_path, overrides=TINY).conditions == results.conditions and len(ran) == count
+    record = json.loads((tmp_path / "cells" / "gate-0-2-seed1.json").read_text())
+    assert record["metrics"] == {} and record["diverged"].startswith("the training loss must stay finite, got nan at")
+    found = next(one for one in results.conditions if one.name == "gate-0-2")
+    assert found.diverged == (1,) and sorted(found.metrics) == [0, 2, 3, 4, 5]
+    pairs = [(losses["gate-0-2"][seed], losses["gate-0-1"][seed]) for seed in (0, 2, 3, 4, 5)]
+    interval = scipy.stats.ttest_rel(*zip(*pairs, strict=True)).confidence_interval()
+    assert found.against_baseline is not None and found.against_baseline.t_interval is not None
+    compared = found.against_baseline.t_interval
+    assert (compared.low, compared.high) == pytest.approx((interval.low, interval.high))
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| gate-0-2 |"))
+    assert "| 5 | 0.7800 | 0.9000 diverged 0.8000 0.6000 0.9000 0.7000 |" in row
+    assert "Diverged, and left out of means and comparisons: gate-0-2 seed 1." in text
 
 
 def test_finished_runs_are_kept_when_one_fails(tmp_path, ran, monkeypatch):
@@ -187,39 +199,23 @@ def test_finished_runs_are_kept_when_one_fails(tmp_path, ran, monkeypatch):
 
     def run(settings: Any, seed: int, progress: Any) -> dict[str, float]:
         if seed == 1:
-            raise UserError("lower lr")
+            raise UserError("no room")
         made.append(seed)
         return {"accuracy": 1.0}
 
-    monkeypatch.setattr(runner, "load_task", lambda name: type(task)(**{**vars(task), "run": run}))
-    with pytest.raises(UserError, match="lower lr"):
+    monkeypatch.setattr(runner, "load_task", lambda name: dataclasses.replace(task, run=run))
+    with pytest.raises(UserError, match=r"the run .*-seed1.json failed: error: no room \(all of it: .*-seed1.log\)"):
         run_task("words", (0, 1), tmp_path)
-    assert made == [0, 0, 0] and not (tmp_path / "results.json").exists()
+    assert made == [0, 0, 0] and len(list((tmp_path / "cells").iterdir())) == 3
+    assert not (tmp_path / "results.json").exists()
 
 
-def test_a_run_that_was_ended_from_outside(tmp_path, ran, monkeypatch):
-    def submit(self: Here, *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_exception(BrokenProcessPool())
-        return future
-
-    monkeypatch.setattr(Here, "submit", submit)
-    with pytest.raises(UserError, match="ended from outside; the same command continues"):
-        run_task("words", (0,), tmp_path, overrides=TINY)
-
-
-def test_an_interruption_ends_the_runs_at_work(tmp_path, ran, monkeypatch):
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runner, "wait", interrupted)
+def test_an_interruption_keeps_what_is_finished(tmp_path, ran, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "stop_signals", lambda: nullcontext(lambda: len(ran) == 1))
     with pytest.raises(KeyboardInterrupt):
-        run_task("words", (0,), tmp_path, overrides=TINY)
-    assert Here.stopped.is_set()
-    settings, shares = to_plain(load_task("words").settings_of("gate-0-2", TINY)), {}
-    with pytest.raises(KeyboardInterrupt):
-        runner._cell("words", "gate-0-2", 0, settings, shares, Here.stopped)
-    assert not shares
+        run_task("words", (0,), tmp_path, overrides=TINY, workers=1)
+    assert "Finished runs are kept; the same command continues with what is missing." in capsys.readouterr().err
+    assert [path.stem for path in (tmp_path / "cells").iterdir()] == ran == [f"{CONDITIONS[0]}-seed0"]
 
 
 # Names and settings
@@ -255,7 +251,9 @@ def test_a_package_that_is_absent(monkeypatch):
         raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
 
     monkeypatch.setattr(registry.importlib, "import_module", missing)
-    with pytest.raises(UserError, match=r"the task tabular needs the package sklearn, .*deep-delta-learning\[study\]"):
+    with pytest.raises(
+        UserError, match=r"the task tabular need the extra 'study', but .* sklearn is absent: .*-e \"\.\[study\]\""
+    ):
         load_task("tabular")
 
 

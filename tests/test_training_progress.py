@@ -39,12 +39,23 @@ def test_plain_lines_every_ten_seconds_and_at_the_end(clock: list[float]) -> Non
     assert "\x1b" not in out.getvalue()
 
 
-def test_there_is_no_eta_before_the_first_step(clock: list[float]) -> None:
+def test_the_time_left_follows_from_the_pace_alone_and_is_not_told_before_it_is_known(clock: list[float]) -> None:
+    """What comes before the first step, half a minute here, is not counted as time of steps."""
     out = io.StringIO()
-    with reporting("run", 100, done=20, console=Console(file=out)) as reporter:
-        clock[0] += 10
-        reporter.update(20, "starting")
-    assert out.getvalue() == "run 20/100  starting  ETA unknown\n"
+    with reporting("run", 820, done=20, console=Console(file=out)) as reporter:
+        for done in (20, 20, 20, 21, *range(22, 62)):
+            clock[0] += 10 if done == 20 else 1
+            reporter.update(done, "")
+    # From step 21 on one a second, so step 820 is 799 seconds after it.
+    assert out.getvalue().splitlines() == [
+        "run 20/820",
+        "run 20/820",
+        "run 20/820",
+        "run 30/820  ETA 13:10",
+        "run 40/820  ETA 13:00",
+        "run 50/820  ETA 12:50",
+        "run 60/820  ETA 12:40",
+    ]
 
 
 def test_a_live_bar_on_a_terminal() -> None:

@@ -1,5 +1,6 @@
 """Tiny runs that several test files start: a small text, a small model, processes of their own."""
 
+import contextlib
 import json
 import os
 import random
@@ -16,9 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import deepdelta.cli.runs
-from deepdelta import GPT
+from deepdelta import GPT, UserError
 from deepdelta.cli import main
 from deepdelta.config import from_plain, merged
+from deepdelta.studies import pool
+from deepdelta.studies.pool import Job
 from deepdelta.training import RunDirectory, TrainConfig, train
 from deepdelta.training.loop import Trained
 
@@ -101,6 +104,39 @@ def start(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+class Ended(subprocess.Popen[bytes]):
+    """In place of a process of the pool: it has ended already."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code, self.stdin = code, None
+
+    def wait(self, timeout: float | None = None) -> int:
+        return self.code
+
+    def terminate(self) -> None:
+        pass
+
+
+def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the runs of studies that are started from now on: the same commands, but in this process and at once."""
+    names: list[str] = []
+
+    def launch(job: Job[Any]) -> Ended:
+        module, train, *command = job.command()
+        names.append(job.name)
+        given = dict(zip(command[::2], command[1::2], strict=True))
+        assert (module, train, given.pop("--run")) == ("deepdelta", "train", str(job.place))
+        settings = from_plain(TrainConfig, json.loads(Path(given.pop("--config")).read_text()))
+        with contextlib.suppress(UserError):  # as of a process: what is left of it is in its directory
+            quietly(settings, job.place, init_from=Path(given.pop("--init-from")) if given else None)
+        assert not given
+        return Ended()
+
+    monkeypatch.setattr(pool, "launch", launch)
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.0)
+    return names
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:

@@ -1,8 +1,9 @@
 """The one exception that is the user's to mend, and the search for the name they meant."""
 
 import difflib
+import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 # Control characters but tab and line break, line and paragraph separators, what turns the direction of text, halves of
 # surrogate pairs, and the two that are no characters.
@@ -41,9 +42,33 @@ def check_utf8(what: str, name: str) -> None:
         raise UserError(f"{what} must be UTF-8, got '{shown}'; give another.") from None
 
 
+def unknown(kind: str, name: str, known: Mapping[str, str], more: str = "") -> UserError:
+    """What to raise for a name that is none of `known`, which are listed with what they are."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"; did you mean '{close[0]}'?" if close else "."
+    return UserError(f"there is no {kind} '{name}'{hint} {more}Known are:\n{listing(known)}")
+
+
+def listing(known: Mapping[str, str]) -> str:
+    """Names and what they are, one a line."""
+    width = max(map(len, known))
+    return "\n".join(f"  {name:<{width}}  {what}" for name, what in known.items())
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Refuse at its beginning what needs modules of an optional extra, if only at its end; `what` is a plural.
+
+    Raises:
+        UserError: one of the modules is absent.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise without_extra(what, extra, ModuleNotFoundError(name=module))
+
+
 def without_extra(what: str, extra: str, error: ModuleNotFoundError) -> UserError:
     """What to raise where a package of an optional extra is absent; `what`, in the plural, needs it."""
     return UserError(
         f"{what} need the extra '{extra}', but the package {error.name} is absent: "
-        f"install it with pip install 'deep-delta-learning[{extra}]'"
+        f'install it in a clone of the repository with pip install -e ".[{extra}]"'
     )

@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -27,6 +27,8 @@ DEPTH = 100
 """Objects and lists within each other that a file may have: beyond it, whoever walks through them fails."""
 SMALLEST, LARGEST = -(1 << 63), (1 << 64) - 1
 """Integers that a file may have: those of 64 bits."""
+HELD = ".results.lock"
+"""The file in a folder for results that holds the number of the process at work there."""
 
 
 @contextmanager
@@ -211,3 +213,46 @@ def check_folder(out: Path, option: str = "--out") -> None:
         for path in missing:
             with suppress(OSError):
                 path.rmdir()
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold a folder for results, made if absent, so that no second command works in it; nothing of it stays behind.
+
+    Raises:
+        UserError: another process holds it, or `check_folder` refuses it.
+    """
+    check_folder(out)
+    made, path = [folder for folder in (out, *out.absolute().parents) if not os.path.lexists(folder)], out / HELD
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _held(path):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):  # there are results in it
+            for folder in made:
+                folder.rmdir()
+
+
+def _held(path: Path) -> TextIO:
+    """The file, locked and holding the number of this process; the lock ends with the process, however that ends."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                holder = file.read().strip()
+            by = f"process {holder}" if holder else "another process"
+            raise UserError(f"{path.parent} is in use by {by}: wait for it, stop it, or give another --out.") from None
+        with suppress(FileNotFoundError):
+            # Whoever held it before may have deleted it after we opened it; then it locks nothing any more.
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                print(os.getpid(), file=file, flush=True)
+                return file
+        file.close()

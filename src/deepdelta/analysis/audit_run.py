@@ -14,7 +14,7 @@ from deepdelta.config import to_plain
 from deepdelta.data import Corpus, DataConfig, load_corpus, spread
 from deepdelta.data.sources import list_source
 from deepdelta.data.tokenizer import FILE_NAME
-from deepdelta.errors import UserError
+from deepdelta.errors import UserError, require
 from deepdelta.files import check_folder, write_json
 from deepdelta.limits import check_memory
 from deepdelta.training import RunDirectory, load
@@ -58,9 +58,10 @@ def audit_run(
 
     Raises:
         UserError: no run; no text, or one that cannot be put into the model's ids or is too short; `out` cannot be
-            written; see also `audit`.
+            written; the extra `study` is absent; see also `audit`.
     """
     started = now()
+    require("audits", "study", "scipy", "jinja2", "plotly")
     directory = RunDirectory(run)
     config = directory.config()
     check_folder(out)

@@ -20,10 +20,10 @@ from torch import Tensor
 from deepdelta.benchmarks.agreement import agreement, loss_and_gradients
 from deepdelta.benchmarks.checks import disturb
 from deepdelta.benchmarks.runner import all_versions
-from deepdelta.benchmarks.suites import GRADIENTS
+from deepdelta.benchmarks.suites import GRADIENTS, QUESTION
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import check_folder, write_json, write_text
+from deepdelta.files import locked, write_json, write_text
 from deepdelta.limits import check_threads
 from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import ResidualConfig, use_backend, use_memory
@@ -34,7 +34,6 @@ from deepdelta.tables import Cells, Column, markdown_page, render_cells
 from deepdelta.training.environment import Device, Provenance, choose_device, now, provenance, usable_cores
 from deepdelta.training.progress import reporting, show
 
-QUESTION = "How far from fp64 are the gradients of a deep model, by backend and by what is saved?"
 ALL, PLAIN, WORST = "all gradients", "of PyTorch's own", "worst parameter"
 COLUMNS = (
     *(Column(title=title, words=True) for title in ("case", "precision", "plan")),
@@ -130,24 +129,24 @@ def run_gradients(
     check_threads(threads)
     if problem := fused_problem(torch.device("cpu"), torch.float32):
         raise UserError(f"{problem}; it is what `deepdelta bench {GRADIENTS}` measures.")
-    check_folder(out)
     trial = trial or (SMALL if quick else DEEP)
     began, before = now(), torch.get_num_threads()
-    torch.set_num_threads(threads or usable_cores())
-    try:
-        rows = tuple(measured(trial))
-        results = GradientResults(
-            quick=quick,
-            **provenance(command, all_versions()),
-            date=began,
-            threads=torch.get_num_threads(),
-            trial=trial,
-            rows=rows,
-        )
-    finally:
-        torch.set_num_threads(before)
-    write_json(out / "results.json", to_plain(results))
-    write_text(out / "table.md", markdown(results))
+    with locked(out):
+        torch.set_num_threads(threads or usable_cores())
+        try:
+            rows = tuple(measured(trial))
+            results = GradientResults(
+                quick=quick,
+                **provenance(command, all_versions()),
+                date=began,
+                threads=torch.get_num_threads(),
+                trial=trial,
+                rows=rows,
+            )
+        finally:
+            torch.set_num_threads(before)
+        write_json(out / "results.json", to_plain(results))
+        write_text(out / "table.md", markdown(results))
     for one in cells(results):
         Console().print(render_cells(one))
     show(f"Results and table: {out}")

@@ -13,8 +13,8 @@ from deepdelta.benchmarks.checks import check, check_compiled
 from deepdelta.benchmarks.config import MEASURES, Case, Group, Suite
 from deepdelta.benchmarks.results import BenchResults, GroupResult, Row, bars_of, save_results, timing_of
 from deepdelta.benchmarks.subjects import Subject, build, code_of, problem, triad
-from deepdelta.errors import UserError
-from deepdelta.files import check_folder, write_text
+from deepdelta.errors import UserError, require
+from deepdelta.files import locked, write_text
 from deepdelta.limits import check_threads
 from deepdelta.training.environment import (
     Device,
@@ -52,8 +52,8 @@ def run_suite(
         command: the command that was typed, kept with the results.
 
     Raises:
-        UserError: rounds or threads below 1, the suite's device is absent, nothing in a group can run, or a check
-            failed, in which case nothing more is timed or written.
+        UserError: rounds or threads below 1, the suite's device or the extra `bench` is absent, another process is at
+            work in `out`, nothing in a group can run, or a check failed; then nothing more is timed or written.
     """
     if rounds is not None and rounds < 1:
         raise UserError(f"rounds must be at least 1, got {rounds}.")
@@ -61,7 +61,7 @@ def run_suite(
     rounds, threads = rounds or suite.rounds, threads or usable_cores()
     chosen = choose_device(suite.device, suite.precision)
     console, began = Console(), now()
-    check_folder(out)
+    require("plots of benchmarks", "bench", "jinja2")
     skipped = {group.name: _skipped(group, suite) for group in suite.groups}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -86,7 +86,7 @@ def run_suite(
         )
 
     try:
-        with torch._dynamo.config.patch(recompile_limit=limit):
+        with locked(out), torch._dynamo.config.patch(recompile_limit=limit):
             checks = _check(suite, skipped, chosen)
             total = sum(_units(group, rounds) for group in suite.groups)
             with reporting(f"Bench {suite.name}", total) as reporter:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from deepdelta.benchmarks.config import Bar, Case, Group, Peer, Suite
-from deepdelta.errors import UserError, nearest
+from deepdelta.errors import unknown
 from deepdelta.nn import ResidualConfig
 from deepdelta.nn.presets import PRESETS
 
@@ -215,8 +215,10 @@ GPU = Suite(
 
 GRADIENTS = "gradients"
 """What measures errors, not times, under this name: `benchmarks.gradients`."""
+QUESTION = "How far from fp64 are the gradients of a deep model, by backend and by what is saved?"
 
 SUITES: Mapping[str, Suite] = MappingProxyType({suite.name: suite for suite in (BAR, PEERS, GROWTH, OPERATOR, GPU)})
+QUESTIONS = {name: suite.question for name, suite in SUITES.items()} | {GRADIENTS: QUESTION}
 
 
 def load_suite(name: str) -> Suite:
@@ -226,5 +228,5 @@ def load_suite(name: str) -> Suite:
         UserError: there is none of this name.
     """
     if name not in SUITES:
-        raise UserError(f"there is no suite '{name}'; {nearest(name, (*SUITES, GRADIENTS))}")
+        raise unknown("suite", name, QUESTIONS)
     return SUITES[name]

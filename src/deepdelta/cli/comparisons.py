@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from tyro.conf import Positional, UseAppendAction, arg
 
 from deepdelta.cli.shared import to_read
-from deepdelta.errors import UserError
-from deepdelta.studies.config import load_study
+from deepdelta.errors import UserError, listing
+from deepdelta.studies.config import load_study, study_questions
 from deepdelta.training.progress import show
 
 
@@ -19,11 +19,11 @@ class Study:
     """Run a comparison: rates tuned, conditions x seeds at matched budgets, statistics, tables and report; or a search,
     or fits over sizes, as its file says. Interrupted, the same command continues."""
 
-    study: Positional[Annotated[str, arg(metavar="NAME|FILE.toml")]]
-    """A named study, or a TOML file of your own."""
+    study: Positional[Annotated[str | None, arg(metavar="NAME|FILE.toml")]] = None
+    """A named study, or a TOML file of your own; without one, the named studies are listed."""
     out: Path | None = None
-    """Where runs, cells, results.json and report.html go; runs/study-NAME by default. A run whose cell is there is not
-    made again."""
+    """Where runs, their records, results.json and report.html go; runs/study-NAME by default. A run whose record is
+    there is not made again."""
     seeds: tuple[int, ...] | None = None
     """Other seeds than the study's."""
     steps: int | None = None
@@ -39,6 +39,9 @@ class Study:
         # Here, since it needs the packages of the extra `study`, which the other commands do without.
         from deepdelta.studies.runner import run
 
+        if self.study is None:
+            print(f"Named studies:\n{listing(study_questions())}")
+            return
         common: dict[str, Any] = {} if self.source is None else {"data": {"source": self.source}}
         if self.threads is not None:
             common["threads"] = self.threads
@@ -63,21 +66,25 @@ class Study:
 class Task:
     """Run a task beyond text: every condition once per seed, paired comparisons, a table. Finished runs are kept."""
 
-    name: Positional[str]
-    """words, recall, digits, dynamics or tabular."""
+    name: Positional[Annotated[str | None, arg(metavar="NAME")]] = None
+    """words, recall, digits, dynamics or tabular; without one, the tasks are listed."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     set: Annotated[tuple[str, ...], UseAppendAction] = ()
     """A setting of all conditions as KEY=VALUE, any number of times: --set group=S3 --set residual.gate_init=0.5."""
     out: Path | None = None
-    """Where cells, results.json and table.md go; runs/task-NAME by default, the settings of --set added to it."""
+    """Where records, results.json and table.md go; runs/task-NAME by default, the settings of --set added to it."""
     workers: int | None = None
     """Runs side by side; one per core by default."""
 
     def __call__(self) -> None:
         # Here, since it needs the packages of the extra `study`, which the other commands do without.
+        from deepdelta.tasks.registry import SUMMARIES
         from deepdelta.tasks.runner import default_folder, run_task
         from deepdelta.tasks.task import read_overrides
 
+        if self.name is None:
+            print(f"Tasks:\n{listing(SUMMARIES)}")
+            return
         out = self.out or default_folder(self.name, self.set)
         command = shlex.join(["deepdelta", *sys.argv[1:]])
         overrides = read_overrides(self.set)

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from deepdelta.cli.shared import following, to_read, use_threads
 from deepdelta.data import DataConfig, load_corpus, load_tokenizer
 from deepdelta.errors import UserError, printable
+from deepdelta.files import locked
 from deepdelta.interop import import_published
 from deepdelta.models import generate
 from deepdelta.nn import use_backend
@@ -168,18 +169,19 @@ class Audit:
 
         out = self.out or self.run / "audit"
         use_threads(self.threads, self.run)
-        results = audit_run(
-            self.run,
-            Text(self.source, self.tokenizer),
-            out,
-            tokens=self.tokens,
-            sample=self.sample,
-            batch_size=self.batch_size,
-            device=self.device,
-            command=shlex.join(["deepdelta", *sys.argv[1:]]),
-            say=lambda text: print(printable(text), file=sys.stderr),
-        )
-        write_audit(results, out)
+        with locked(out):
+            results = audit_run(
+                self.run,
+                Text(self.source, self.tokenizer),
+                out,
+                tokens=self.tokens,
+                sample=self.sample,
+                batch_size=self.batch_size,
+                device=self.device,
+                command=shlex.join(["deepdelta", *sys.argv[1:]]),
+                say=lambda text: print(printable(text), file=sys.stderr),
+            )
+            write_audit(results, out)
         print_audit(results, Console())
         show(f"Numbers: {out / 'audit.json'}\nTables:  {out / 'table.md'}")
         to_read(out / "audit.html")

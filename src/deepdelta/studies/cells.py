@@ -30,7 +30,7 @@ CURVE_POINTS = 60
 PLACES = {"device", "threads", "checkpoint_every"}
 """Settings that say where and how a run is made, not what comes out of it."""
 
-MEND = "restore it, or delete it to run that cell again"
+MEND = "restore it, or delete it to make that run again"
 
 SOURCES = {"source", "pattern", "tokenizer"}
 """Settings of the data that the hashes of corpus and tokenizer stand for."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepdelta.config import from_plain, merged, to_plain
-from deepdelta.errors import UserError, nearest
+from deepdelta.errors import UserError, nearest, unknown
 from deepdelta.files import parse, read_object
 from deepdelta.models import GPTConfig, parameter_count
 from deepdelta.studies.factorial import design
@@ -321,6 +321,16 @@ def named_studies() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
+def study_questions() -> dict[str, str]:
+    """What each named study asks."""
+    return {name: _named(name)["question"] for name in named_studies()}
+
+
+def _named(name: str) -> dict[str, Any]:
+    text = (resources.files("deepdelta.studies") / "named" / f"{name}.toml").read_text(encoding="utf-8")
+    return dict(parse(text, name, "install the package anew", toml=True))
+
+
 def load_study(name_or_file: str, overrides: Mapping[str, Any] | None = None) -> StudyConfig:
     """A named study, or the one in a TOML file, with some of its keys replaced.
 
@@ -333,11 +343,7 @@ def load_study(name_or_file: str, overrides: Mapping[str, Any] | None = None) ->
             raise UserError(f"there is no study file {file}; named studies are: {', '.join(named_studies())}.")
         plain = read_object(file, "mend it")
     elif name_or_file in named_studies():
-        text = (resources.files("deepdelta.studies") / "named" / f"{name_or_file}.toml").read_text(encoding="utf-8")
-        plain = parse(text, name_or_file, "install the package anew", toml=True)
+        plain = _named(name_or_file)
     else:
-        raise UserError(
-            f"there is no study '{name_or_file}'; {nearest(name_or_file, named_studies())} "
-            "A file of your own ends in .toml."
-        )
+        raise unknown("study", name_or_file, study_questions(), "A file of your own ends in .toml. ")
     return from_plain(StudyConfig, merged(plain, overrides or {}), where=f"study {name_or_file}")

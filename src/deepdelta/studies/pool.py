@@ -1,210 +1,153 @@
-"""Runs side by side as processes of their own, each turned into its cell the moment it ends.
+"""Jobs side by side, each a process of its own that ends with its parent: the runs of studies and of tasks.
 
-Every run is an ordinary run directory, so what was interrupted goes on from its checkpoint; what has a cell is done.
+A process is started as `python -m deepdelta.studies.pool MODULE ARGUMENTS`. Its standard input is a pipe that its
+parent holds and never writes to. The system closes it when the parent ends, by SIGKILL too; then the process ends.
 """
 
+import concurrent.futures
 import os
-import shutil
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-import torch
-
-from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import read_object, write_json
-from deepdelta.studies.cells import Cell, canonical, make_cell, read_cell, write_cell
-from deepdelta.studies.config import StudyConfig
-from deepdelta.studies.plan import Run, starts, untrained
-from deepdelta.training import RunDirectory, TrainConfig
-from deepdelta.training.loop import resolve, stop_signals
-from deepdelta.training.progress import Reporter, reporting
+
+Record = TypeVar("Record")
 
 POLL_SECONDS = 0.5
+GRACE_SECONDS = 10.0
+"""How long a process whose parent has ended may go on to finish its step and save it."""
 
 
-def claim(runs: Iterable[Run]) -> dict[str, Cell]:
-    """The cells that are there already, by name, those of starts too, after a look at all that must not be there.
+@dataclass(frozen=True)
+class Job(Generic[Record]):
+    """One record, and the process that makes what it is read from.
+
+    Fields:
+        name: of the record. place: what messages call the run.
+        command: module and arguments, asked for when the process is about to start.
+        ended: whether the record can be read. record: reads it.
+        log: takes what the process prints. threads: of the process.
+        waits: whether it can neither start nor be read yet, given the names of the jobs without a record.
+    """
+
+    name: str
+    place: Path
+    command: Callable[[], list[str]]
+    ended: Callable[[], bool]
+    record: Callable[[], Record]
+    log: Path
+    threads: int = 1
+    waits: Callable[[Container[str]], bool] = lambda unfinished: False
+
+
+Watch = Callable[[Sequence[Job[Any]], Sequence[Job[Any]]], None]
+"""watch(waiting, running)"""
+
+
+def run_jobs(
+    jobs: Iterable[Job[Record]],
+    records: dict[str, Record],
+    *,
+    workers: int,
+    stopped: Callable[[], bool],
+    watch: Watch,
+) -> None:
+    """Put the record of every job into `records`, by name, as it is made.
+
+    Args:
+        workers: processes side by side.
+        stopped: whether to stop: the processes get SIGTERM and are waited for.
+        watch: is called again and again, and at the end.
 
     Raises:
-        UserError: a cell or an unfinished run of another configuration or corpus is in the way.
+        UserError: a process ended without its record; its last line is passed on and the others are stopped.
+        KeyboardInterrupt: stopped.
     """
-    cells = {}
-    runs = list(runs)
-    for run in (*starts(runs).values(), *runs):
-        start = run.start_settings
-        cell = read_cell(run.cell, run.settings, run.corpus, start)
-        if cell is not None:
-            cells[run.name] = cell
-        elif run.launched.exists():
-            launched = read_object(run.launched, "delete it and its run to run it again")
-            there = from_plain(TrainConfig, launched, where=str(run.launched))
-            different = differences(to_plain(there), to_plain(run.settings))
-            if run.begun:
-                here = None if start is None else canonical(resolve(start, run.corpus))
-                different += differences({"start": _began(run)}, {"start": here})
-            if different:
-                raise UserError(
-                    f"{run.out} already holds this study with other settings of {run.condition} "
-                    f"({'; '.join(different)}) in {run.path}; give another --out, or delete that run."
-                )
-    return cells
-
-
-@dataclass
-class Pool:
-    """Trains what has no cell, `workers` processes at a time; made by `pool`."""
-
-    config: StudyConfig
-    workers: int
-    work: dict[str, float]
-    """Expected seconds of every run of the study, by name."""
-    done: set[str]
-    """Names of the runs that have a cell."""
-    stopped: Callable[[], bool]
-    reporter: Reporter
-
-    def train(self, runs: Iterable[Run], phase: str) -> dict[str, Cell]:
-        """The cells of these runs, by name, those that are missing made first.
-
-        Raises:
-            UserError: a run failed (its own message is passed on), or `claim` refuses.
-            KeyboardInterrupt: interrupted; every run has saved its step.
-        """
-        wanted = list({run.name: run for run in runs}.values())
-        cells, first = claim(wanted), starts(wanted)
-        waiting = [*untrained(wanted), *(run for run in wanted if run.name not in cells)]
-        self.done -= {run.name for run in waiting}
-        running: dict[Run, subprocess.Popen[bytes]] = {}
+    waiting = list(jobs)
+    running: dict[Future[int], tuple[Job[Record], subprocess.Popen[bytes]]] = {}
+    with ThreadPoolExecutor(workers) as waiters:
         try:
-            while (waiting or running) and not self.stopped():
-                for run in list(waiting):
-                    # A busy run is still trained by a process of a study that was killed: it is waited for.
-                    if RunDirectory(run.path).busy or _needs(run, (*waiting, *running)):
+            while (waiting or running) and not stopped():
+                for job in list(waiting):
+                    if job.waits({one.name for one in (*waiting, *(other for other, _ in running.values()))}):
                         continue
-                    if run.name in first and run.ended and not run.weights.exists():
-                        shutil.rmtree(run.path)
-                    if run.ended:
-                        waiting.remove(run)
-                        cells[run.name] = self._finish(run, first)
-                    elif len(running) < self.workers:
-                        _check_start(run, cells)
-                        waiting.remove(run)
-                        running[run] = _launch(run)
-                for run, process in list(running.items()):
-                    if process.poll() is not None:
-                        del running[run]
-                        if not run.ended:
-                            raise UserError(_failure(run, process.returncode))
-                        cells[run.name] = self._finish(run, first)
-                self._report([*waiting, *running], phase)
-                if waiting or running:
+                    if job.ended():
+                        waiting.remove(job)
+                        records[job.name] = job.record()
+                    elif len(running) < workers:
+                        process = launch(job)
+                        waiting.remove(job)
+                        running[waiters.submit(process.wait)] = job, process
+                if waiting and not running:
                     time.sleep(POLL_SECONDS)
+                done, _ = concurrent.futures.wait(running, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    job, process = running.pop(future)
+                    _close(process)
+                    if not job.ended():
+                        raise UserError(_failure(job, future.result()))
+                    records[job.name] = job.record()
+                watch(waiting, [job for job, _ in running.values()])
         finally:
-            for process in running.values():
+            for _, process in running.values():
                 process.terminate()
-            for process in running.values():
+            for _, process in running.values():
                 process.wait()
-        if self.stopped():
-            self.reporter.note("Every run has saved its step; the same command continues the study.")
-            raise KeyboardInterrupt
-        if not self.config.keep_checkpoints:
-            for run in first.values():
-                run.weights.unlink(missing_ok=True)
-        return cells
-
-    def _finish(self, run: Run, kept: Container[str]) -> Cell:
-        """The cell of a run that has ended, written unless it is there; others may start from the weights in `kept`."""
-        self.done.add(run.name)
-        if (cell := read_cell(run.cell, run.settings, run.corpus, run.start_settings)) is not None:
-            return cell
-        threads = torch.get_num_threads()
-        torch.set_num_threads(run.settings.threads or 1)
-        try:
-            cell = make_cell(
-                run.name,
-                run.condition,
-                run.path,
-                run.settings,
-                run.corpus,
-                start=run.start_settings,
-                rewrite_tokens=0 if run.settings.data.held_out == "train_tail" else self.config.rewrite_tokens,
-            )
-        finally:
-            torch.set_num_threads(threads)
-        write_cell(cell, run.cell)
-        if not self.config.keep_checkpoints and run.name not in kept:
-            run.weights.unlink()
-        return cell
-
-    def _report(self, unfinished: Sequence[Run], phase: str) -> None:
-        made = _made(self.work, self.done, unfinished)
-        self.reporter.update(made, f"s of work, {len(self.done)}/{len(self.work)} cells ({phase})")
+                _close(process)
+    if stopped():
+        raise KeyboardInterrupt
 
 
-@contextmanager
-def pool(config: StudyConfig, workers: int, planned: Iterable[Run]) -> Iterator[Pool]:
-    """A pool for a study that consists of the planned runs.
-
-    Progress counts seconds of expected work over all phases of the study; the time left follows from the pace at which
-    such work was done since the command began.
-    """
-    planned = list(planned)
-    begun_from, again = starts(planned), {run.name for run in untrained(planned)}
-    runs = begun_from | {run.name: run for run in planned}
-    work = {name: run.work for name, run in runs.items()}
-    done = {name for name, run in runs.items() if name not in again and (name in begun_from or run.cell.exists())}
-    first = _made(work, done, [run for name, run in runs.items() if name not in done])
-    total = _made(work, set(work), [])
-    with stop_signals() as stopped, reporting(f"Study {config.name}", total, first) as reporter:
-        yield Pool(config, workers, work, done, stopped, reporter)
+def launch(job: Job[Any]) -> subprocess.Popen[bytes]:
+    """Start the process of a job: in a session of its own, so that Ctrl-C reaches it once, through its parent."""
+    command = [sys.executable, "-m", "deepdelta.studies.pool", *job.command()]
+    environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
+    with job.log.open("ab") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
 
 
-def _made(work: dict[str, float], done: set[str], unfinished: Iterable[Run]) -> int:
-    """Seconds of work behind us; at least one when all of it is, however short the study."""
-    parts = sum(run.work * RunDirectory(run.path).last_recorded_step() / run.settings.steps for run in unfinished)
-    seconds = sum(work[name] for name in done if name in work) + parts
-    return max(1, round(seconds)) if len(done) == len(work) else int(seconds)
+def _close(process: subprocess.Popen[bytes]) -> None:
+    """Let go of the pipe of a process that has ended."""
+    if process.stdin is not None:
+        process.stdin.close()
 
 
-def _began(run: Run) -> dict[str, Any] | None:
-    """How the weights that a run began with were trained; None where they were new."""
-    plain = RunDirectory(run.path).environment().get("init_config")
-    return None if plain is None else canonical(from_plain(TrainConfig, plain, where=str(run.path)))
-
-
-def _needs(run: Run, unfinished: Iterable[Run]) -> bool:
-    """Whether a run has yet to wait for the one that it starts from."""
-    return run.start is not None and not run.begun and run.start.name in {one.name for one in unfinished}
-
-
-def _check_start(run: Run, cells: Mapping[str, Cell]) -> None:
-    if run.start is not None and not run.begun and cells[run.start.name].validation_loss is None:
-        raise UserError(f"{run.start.path} diverged, and no run can start from it: lower lr in the study's start.")
-
-
-def _command(run: Run) -> list[str]:
-    start = [] if run.start is None or run.begun else ["--init-from", str(run.start.path)]
-    return [sys.executable, "-m", "deepdelta", "train", "--config", str(run.launched), "--run", str(run.path), *start]
-
-
-def _launch(run: Run) -> subprocess.Popen[bytes]:
-    write_json(run.launched, to_plain(run.settings))
-    threads = str(run.settings.threads or 1)
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    with run.log.open("ab") as log:
-        # In a session of its own, so that Ctrl-C reaches the runs once, through us, after their step is finished.
-        return subprocess.Popen(_command(run), stdout=log, stderr=log, env=environment, start_new_session=True)
-
-
-def _failure(run: Run, code: int) -> str:
+def _failure(job: Job[Any], code: int) -> str:
     if code < 0:
-        return f"the run {run.path} was ended by {signal.Signals(-code).name}; the same command continues the study."
-    lines = run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"the run {run.path} failed: {lines[-1] if lines else f'exit code {code}'} (all of it: {run.log})"
+        return f"the run {job.place} was ended by {signal.Signals(-code).name}; the same command continues."
+    lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"the run {job.place} failed: {lines[-1] if lines else f'exit code {code}'} (all of it: {job.log})"
+
+
+def _end_with_parent() -> None:
+    """Have this process end when its parent does, as by SIGTERM; where that is not heeded in time, all the same."""
+
+    def watch() -> None:
+        # Not by sys.stdin, whose lock a thread at work there would hold when the interpreter ends.
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    _end_with_parent()
+    del sys.argv[0]
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -9,8 +9,8 @@ from rich.console import Console
 from deepdelta.analysis.cost import Cost
 from deepdelta.config import to_plain
 from deepdelta.data import Corpus, check_context, load_corpus, train_tail
-from deepdelta.errors import UserError
-from deepdelta.files import check_folder, read_object, write_json, write_text
+from deepdelta.errors import UserError, require
+from deepdelta.files import locked, read_object, write_json, write_text
 from deepdelta.report import (
     detail_tables,
     plot,
@@ -27,9 +27,9 @@ from deepdelta.studies.cells import Cell
 from deepdelta.studies.collection import collect, measure
 from deepdelta.studies.config import StudyConfig
 from deepdelta.studies.plan import Planner
-from deepdelta.studies.pool import Pool, claim, pool
 from deepdelta.studies.results import Corpus as CorpusResult
 from deepdelta.studies.results import StudyResults, Tuned, save_results
+from deepdelta.studies.runs import StudyRuns, claim, study_runs
 from deepdelta.studies.scaling import Scaling, save_scaling, scaling
 from deepdelta.studies.search import RungResult, SearchResults, rank, save_search
 from deepdelta.studies.tuning import chosen
@@ -59,15 +59,13 @@ def run(config: StudyConfig, out: Path, *, workers: int | None = None, command: 
         command: the command that was typed, kept with the results.
 
     Raises:
-        UserError: `out` holds another study, a run failed (its own message is passed on), or workers < 1.
+        UserError: `out` holds another study, another process is at work there, a run failed (its own message is passed
+            on), the extra `study` is absent, or workers < 1.
         KeyboardInterrupt: interrupted; every run has saved its step and the same command continues.
     """
-    if config.search is not None:
-        run_search(config, out, workers=workers, command=command)
-    elif config.sizes:
-        run_sizes(config, out, workers=workers, command=command)
-    else:
-        run_study(config, out, workers=workers, command=command)
+    kind = run_search if config.search is not None else run_sizes if config.sizes else run_study
+    with locked(out):
+        kind(config, out, workers=workers, command=command)
 
 
 def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, command: str) -> StudyResults:
@@ -80,7 +78,7 @@ def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, com
     if len(known) == len(tuning):
         claim(planner.runs(_rates(_chosen(study, known))).values())
     write_json(out / "study.json", to_plain(config))
-    with pool(config, study.workers, [*tuning.values(), *planned.values()]) as runs:
+    with study_runs(config, study.workers, [*tuning.values(), *planned.values()]) as runs:
         tuned = _tune(study, runs)
         planned = planner.runs(_rates(tuned))
         cells = runs.train(planned.values(), "runs")
@@ -107,9 +105,10 @@ def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, com
 def run_sizes(config: StudyConfig, out: Path, *, workers: int | None = None, command: str) -> Scaling:
     """The study at every size, each in a folder of its own; then scaling.json and its table."""
     assert config.extrapolate is not None
-    studies = {
-        size: run_study(config.sized(size), out / size, workers=workers, command=command) for size in config.sizes
-    }
+    studies = {}
+    for size in config.sizes:
+        with locked(out / size):
+            studies[size] = run_study(config.sized(size), out / size, workers=workers, command=command)
     found = scaling(studies, config.name, config.extrapolate, command=command)
     save_scaling(found, out / "scaling.json")
     write_text(out / "table.md", scaling_markdown(found, studies))
@@ -125,13 +124,13 @@ def run_search(config: StudyConfig, out: Path, *, workers: int | None = None, co
     study = _prepare(config, out, workers)
     tuning = study.planner.tuning(study.tail)
     write_json(out / "study.json", to_plain(config))
-    with pool(config, study.workers, tuning.values()) as runs:
+    with study_runs(config, study.workers, tuning.values()) as runs:
         tuned = _tune(study, runs)
     rates = _rates(tuned)
     left, rungs = config.candidates(), list[RungResult]()
     for number in range(len(config.search.rungs)):
         planned = study.planner.rung(number, (config.baseline, *left), rates, study.tail)
-        with pool(config, study.workers, planned.values()) as runs:
+        with study_runs(config, study.workers, planned.values()) as runs:
             cells = runs.train(planned.values(), f"rung {number + 1} of {len(config.search.rungs)}")
         rungs.append(rank(config, number, left, {key: cells[one.name] for key, one in planned.items()}))
         left = tuple(one.condition for one in rungs[-1].ranking if one.kept)
@@ -158,7 +157,7 @@ def _prepare(config: StudyConfig, out: Path, workers: int | None) -> Prepared:
     """Refuse what can be refused before there are files, then measure costs."""
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}.")
-    check_folder(out)
+    require("studies", "study", "scipy", "jinja2", "plotly")
     console = Console()
     settings = config.train_config(config.baseline, config.seeds[0])
     corpus = load_corpus(replace(settings.data, held_out="validation"), progress=show)
@@ -184,7 +183,7 @@ def _prepare(config: StudyConfig, out: Path, workers: int | None) -> Prepared:
     )
 
 
-def _tune(study: Prepared, runs: Pool) -> dict[str, Tuned]:
+def _tune(study: Prepared, runs: StudyRuns) -> dict[str, Tuned]:
     return _chosen(study, runs.train(study.planner.tuning(study.tail).values(), "tuning"))
 
 

@@ -14,6 +14,7 @@ from deepdelta.errors import UserError, nearest
 from deepdelta.nn import ResidualConfig
 from deepdelta.tasks.fitting import CONDITIONS, check_settings, fit, part_of, seeded
 from deepdelta.tasks.images import Images, load_images, split_images
+from deepdelta.tasks.registry import SUMMARIES
 from deepdelta.tasks.task import Progress, Task
 from deepdelta.tasks.vision import MODELS, ResNet, ViT
 
@@ -139,7 +140,7 @@ def accuracy(network: nn.Module, images: Images) -> float:
 
 TASK = Task(
     name="digits",
-    summary="images, a small vision transformer and a small ResNet",
+    summary=SUMMARIES["digits"],
     settings=DigitsSettings(),
     conditions=CONDITIONS,
     baseline="additive",

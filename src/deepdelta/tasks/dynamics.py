@@ -17,6 +17,7 @@ from deepdelta.errors import UserError, nearest
 from deepdelta.nn import DeltaResidual, ResidualConfig
 from deepdelta.tasks.fitting import CONDITIONS, check_settings, fit, part_of, seeded, stream_of
 from deepdelta.tasks.refinement import can_refine, flowed, refined, spectrum
+from deepdelta.tasks.registry import SUMMARIES
 from deepdelta.tasks.task import Progress, Task, Variant
 from deepdelta.tasks.trajectories import SYSTEMS, trajectories
 
@@ -208,7 +209,7 @@ def _gated(gate: float) -> dict[str, Any]:
 
 TASK = Task(
     name="dynamics",
-    summary="pendulum, Lotka-Volterra and bouncing ball, a deep residual MLP that predicts the next state",
+    summary=SUMMARIES["dynamics"],
     settings=DynamicsSettings(),
     conditions=CONDITIONS
     | {

@@ -83,9 +83,13 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+class Diverged(UserError):
+    """The loss of a run is no longer a finite number, which is a result too: a record without numbers."""
+
+
 def check_loss(loss: Tensor, step: int, lr: float) -> None:
     if not loss.isfinite():
-        raise UserError(f"the training loss must stay finite, got {loss.item()} at step {step}: lower lr, now {lr}.")
+        raise Diverged(f"the training loss must stay finite, got {loss.item()} at step {step}: lower lr, now {lr}.")
 
 
 def fit(
@@ -100,7 +104,7 @@ def fit(
     """Minimise loss_of(step) by AdamW: warm-up over a tenth of the steps, a cosine to lr / 10, gradients clipped at 1.
 
     Raises:
-        UserError: the loss is no longer a finite number.
+        Diverged: the loss is no longer a finite number.
     """
     recipe = TrainConfig(steps=steps, warmup=steps // 10, lr=lr, weight_decay=weight_decay)
     optimizer = build_optimizer(model, recipe)

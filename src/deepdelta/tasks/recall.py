@@ -19,6 +19,7 @@ from deepdelta.errors import UserError
 from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import ResidualConfig
 from deepdelta.tasks.fitting import CONDITIONS, check_settings, fit, part_of
+from deepdelta.tasks.registry import SUMMARIES
 from deepdelta.tasks.task import Progress, Task, Variant
 
 
@@ -165,7 +166,7 @@ def _tested(settings: RecallSettings, model: GPT, seed: int) -> dict[str, float]
 
 TASK = Task(
     name="recall",
-    summary="multi-query associative recall with overwrites, small causal transformers",
+    summary=SUMMARIES["recall"],
     settings=RecallSettings(),
     conditions=CONDITIONS
     | {

@@ -2,14 +2,21 @@
 
 import importlib
 
-from deepdelta.errors import UserError, nearest
+from deepdelta.errors import unknown, without_extra
 from deepdelta.tasks.task import Task
 
-NAMES = ("words", "recall", "digits", "dynamics", "tabular")
+SUMMARIES = {
+    "words": "word problems of finite groups, one delta layer per symbol",
+    "recall": "multi-query associative recall with overwrites, small causal transformers",
+    "digits": "images, a small vision transformer and a small ResNet",
+    "dynamics": "pendulum, Lotka-Volterra and bouncing ball, a deep residual MLP that predicts the next state",
+    "tabular": "regression on scikit-learn's diabetes table, a residual MLP",
+}
+"""What each task is; here, so that they can be listed without the packages that they need."""
 
 
 def named_tasks() -> tuple[str, ...]:
-    return NAMES
+    return tuple(SUMMARIES)
 
 
 def load_task(name: str) -> Task:
@@ -18,15 +25,12 @@ def load_task(name: str) -> Task:
     Raises:
         UserError: there is none of this name, or a package that it needs is absent.
     """
-    if name not in NAMES:
-        raise UserError(f"there is no task '{name}'; {nearest(name, NAMES)}")
+    if name not in SUMMARIES:
+        raise unknown("task", name, SUMMARIES)
     try:
         task: Task = importlib.import_module(f"deepdelta.tasks.{name}").TASK
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("deepdelta"):
             raise
-        raise UserError(
-            f"the task {name} needs the package {error.name}, which is absent: "
-            "install it with pip install 'deep-delta-learning[study]'"
-        ) from None
+        raise without_extra(f"runs of the task {name}", "study", error) from None
     return task

@@ -14,7 +14,7 @@ from deepdelta.training.environment import Provenance
 
 HEADINGS = ("condition", "seeds", "{primary}", "by seed", "change to {baseline}", "95 %", "change to control", "95 %")
 
-NOT_FINITE = "not finite"
+NOT_FINITE, DIVERGED = "not finite", "diverged"
 
 Metrics = dict[str, float | None]
 """By name; None where a number is not finite."""
@@ -22,7 +22,10 @@ Metrics = dict[str, float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskCell:
-    """One finished run: never made again while its settings are the same."""
+    """One finished run: never made again while its settings are the same.
+
+    `diverged` says how its training went where its loss was no longer finite; then there are no metrics.
+    """
 
     task: str
     condition: str
@@ -34,11 +37,15 @@ class TaskCell:
     versions: dict[str, str]
     machine: dict[str, str]
     finished: str
+    diverged: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionMetrics:
-    """A condition's metrics by seed, and how it compares in the primary one: a difference per seed, paired."""
+    """A condition's metrics by seed, and how it compares in the primary one: a difference per seed, paired.
+
+    `diverged` are the seeds whose runs have no metrics: no mean and no comparison has them.
+    """
 
     name: str
     summary: str
@@ -46,6 +53,7 @@ class ConditionMetrics:
     metrics: dict[int, Metrics]
     against_baseline: Comparison | None
     against_control: Comparison | None
+    diverged: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +75,8 @@ def conditions_of(task: Task, cells: Mapping[tuple[str, int], TaskCell]) -> tupl
     """The conditions with their comparisons; Holm's correction runs over all of the task's comparisons."""
     by_name: dict[str, dict[int, Metrics]] = {}
     for (name, seed), cell in sorted(cells.items()):
-        by_name.setdefault(name, {})[seed] = cell.metrics
+        if cell.diverged is None:
+            by_name.setdefault(name, {})[seed] = cell.metrics
     pairs = [
         (name, other)
         for name, variant in task.conditions.items()
@@ -84,6 +93,7 @@ def conditions_of(task: Task, cells: Mapping[tuple[str, int], TaskCell]) -> tupl
             metrics=by_name.get(name, {}),
             against_baseline=compared.get((name, task.baseline)),
             against_control=None if variant.control is None else compared.get((name, variant.control)),
+            diverged=tuple(seed for (own, seed), cell in sorted(cells.items()) if own == name and cell.diverged),
         )
         for name, variant in task.conditions.items()
     )
@@ -117,7 +127,13 @@ def main_table(results: TaskResults) -> Cells:
     """A row per condition: the primary number and its comparisons."""
     names = (heading.format(primary=results.primary, baseline=results.baseline) for heading in HEADINGS)
     rows = tuple(_row(condition, results.primary) for condition in results.conditions)
-    return Cells(title=title(results), columns=tuple(Column(title=name) for name in names), rows=rows)
+    diverged = ", ".join(f"{one.name} seed {seed}" for one in results.conditions for seed in one.diverged)
+    return Cells(
+        title=title(results),
+        columns=tuple(Column(title=name) for name in names),
+        rows=rows,
+        notes=(f"Diverged, and left out of means and comparisons: {diverged}.",) if diverged else (),
+    )
 
 
 def measured(results: TaskResults) -> Cells:
@@ -137,13 +153,14 @@ def title(results: TaskResults) -> str:
 
 
 def _row(condition: ConditionMetrics, primary: str) -> tuple[str, ...]:
-    values = [one[primary] for one in condition.metrics.values()]
-    finite = _finite(values)
+    values = {seed: one[primary] for seed, one in condition.metrics.items()}
+    finite = _finite([*values.values()])
+    by_seed = {seed: NOT_FINITE if value is None else f"{value:.4f}" for seed, value in values.items()}
     return (
         condition.name,
         str(len(values)),
         NOT_FINITE if finite is None else f"{statistics.fmean(finite):.4f}" if finite else ABSENT,
-        " ".join(NOT_FINITE if value is None else f"{value:.4f}" for value in values),
+        " ".join(text for _, text in sorted((by_seed | dict.fromkeys(condition.diverged, DIVERGED)).items())),
         *_comparison(condition.against_baseline),
         *_comparison(condition.against_control),
     )

@@ -1,13 +1,11 @@
 """All of a task's runs: processes of one thread side by side, each turned into a file the moment it ends."""
 
+import json
 import math
-import multiprocessing
 import re
-import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +13,23 @@ import torch
 from rich.console import Console
 
 from deepdelta.config import differences, from_plain, to_plain
-from deepdelta.errors import UserError
-from deepdelta.files import check_folder, read_object, write_json, write_text
+from deepdelta.errors import UserError, require
+from deepdelta.files import locked, read_object, write_json, write_text
 from deepdelta.studies.cells import MEND
+from deepdelta.studies.pool import Job, run_jobs
+from deepdelta.tasks.fitting import Diverged
 from deepdelta.tasks.registry import load_task
 from deepdelta.tasks.results import TaskCell, TaskResults, conditions_of, markdown, table
 from deepdelta.tasks.task import Task
 from deepdelta.training.environment import commit, keep_freed_memory, machine, now, provenance, usable_cores, versions
+from deepdelta.training.loop import stop_signals
 from deepdelta.training.progress import reporting, show
 
-POLL_SECONDS = 0.5
 UNITS = 100
 """Parts of a run in which its progress is counted."""
+
+LINES = 4096
+"""Bytes at the end of a log in which a run's progress is looked for."""
 
 
 def run_task(
@@ -45,33 +48,36 @@ def run_task(
         workers: processes side by side; None: one per usable core.
 
     Raises:
-        UserError: an unknown task or setting, seeds that are not different, or a file of other settings in `out`.
+        UserError: an unknown task or setting, seeds that are not different, a file of other settings or another process
+            at work in `out`, a run failed (its own message is passed on), or the extra `study` is absent.
+        KeyboardInterrupt: interrupted; the same command continues with what is missing.
     """
     task = load_task(name)
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f"seeds must be different numbers from 0 on, at least one, got {list(seeds)}.")
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}.")
-    check_folder(out)
+    require("comparisons of tasks", "study", "scipy")
     settings = {condition: to_plain(task.settings_of(condition, overrides)) for condition in task.conditions}
-    # Seed by seed, so that what is interrupted has whole pairs.
-    wanted = [(condition, seed) for seed in seeds for condition in task.conditions]
-    cells = {key: cell for key in wanted if (cell := _read(task, *key, settings[key[0]], out)) is not None}
-    _run([key for key in wanted if key not in cells], task, settings, out, workers or usable_cores(), cells)
-    results = TaskResults(
-        task=task.name,
-        summary=task.summary,
-        primary=task.primary,
-        unit=task.unit,
-        higher_is_better=task.higher_is_better,
-        baseline=task.baseline,
-        seeds=tuple(seeds),
-        **provenance(command),
-        finished=now(),
-        conditions=conditions_of(task, cells),
-    )
-    write_json(out / "results.json", to_plain(results))
-    write_text(out / "table.md", markdown(results))
+    with locked(out):
+        # Seed by seed, so that what is interrupted has whole pairs.
+        jobs = [_job(task, name, seed, settings[name], out) for seed in seeds for name in task.conditions]
+        cells = {job.name: job.record() for job in jobs if job.ended()}
+        _run([job for job in jobs if job.name not in cells], cells, task, workers or usable_cores())
+        results = TaskResults(
+            task=task.name,
+            summary=task.summary,
+            primary=task.primary,
+            unit=task.unit,
+            higher_is_better=task.higher_is_better,
+            baseline=task.baseline,
+            seeds=tuple(seeds),
+            **provenance(command),
+            finished=now(),
+            conditions=conditions_of(task, {(cell.condition, cell.seed): cell for cell in cells.values()}),
+        )
+        write_json(out / "results.json", to_plain(results))
+        write_text(out / "table.md", markdown(results))
     console = Console()
     console.print(table(results))
     show(f"Results and table: {out}")
@@ -83,66 +89,74 @@ def default_folder(name: str, given: Sequence[str] = ()) -> Path:
     return Path("runs") / re.sub(r"[^\w.,-]+", "-", "-".join((f"task-{name}", *given)))
 
 
-def _run(
-    todo: Sequence[tuple[str, int]],
-    task: Task,
-    settings: Mapping[str, dict[str, Any]],
-    out: Path,
-    workers: int,
-    cells: dict[tuple[str, int], TaskCell],
-) -> None:
-    if not todo:
+def _run(jobs: Sequence[Job[TaskCell]], cells: dict[str, TaskCell], task: Task, workers: int) -> None:
+    if not jobs:
         return
-    spawning = multiprocessing.get_context("spawn")
-    with (
-        spawning.Manager() as manager,
-        reporting(f"Task {task.name}", len(todo) * UNITS) as reporter,
-        ProcessPoolExecutor(min(workers, len(todo)), mp_context=spawning, initializer=_alone) as pool,
-    ):
-        shares, stopped = manager.dict(), manager.Event()
-        waiting: dict[Future[TaskCell], tuple[str, int]] = {}
+
+    def watch(waiting: Sequence[Job[Any]], running: Sequence[Job[Any]]) -> None:
+        finished = len(jobs) - len(waiting) - len(running)
+        reporter.update(finished * UNITS + sum(_share(job.log) for job in running), f"{finished} of {len(jobs)} runs")
+
+    with stop_signals() as stopped, reporting(f"Task {task.name}", len(jobs) * UNITS) as reporter:
         try:
-            for condition, seed in todo:
-                run = pool.submit(_cell, task.name, condition, seed, settings[condition], shares, stopped)
-                waiting[run] = condition, seed
-            while waiting:
-                done, _ = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                for future in done:
-                    key = waiting.pop(future)
-                    cells[key] = future.result()
-                    write_json(_path(out, *key), to_plain(cells[key]))
-                finished = len(todo) - len(waiting)
-                units = finished * UNITS + sum(shares.get(key, 0) for key in waiting.values())
-                reporter.update(units, f"{finished} of {len(todo)} runs")
-        except BrokenProcessPool:
-            raise UserError("a run was ended from outside; the same command continues with what is missing.") from None
-        except BaseException:
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
+            run_jobs(jobs, cells, workers=workers, stopped=stopped, watch=watch)
+        except KeyboardInterrupt:
+            reporter.note("Finished runs are kept; the same command continues with what is missing.")
             raise
 
 
-def _alone() -> None:
-    # Ctrl-C reaches the runs once, through `stopped`.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _job(task: Task, condition: str, seed: int, settings: dict[str, Any], out: Path) -> Job[TaskCell]:
+    name = f"{condition}-seed{seed}"
+    path, log = out / "cells" / f"{name}.json", out / "runs" / f"{name}.log"
+
+    def command() -> list[str]:
+        log.parent.mkdir(exist_ok=True)
+        log.unlink(missing_ok=True)  # what it says of progress is of the last process
+        given = {"name": task.name, "condition": condition, "seed": seed, "settings": settings, "path": str(path)}
+        return ["deepdelta.tasks.runner", json.dumps(given)]
+
+    return Job(
+        name=name,
+        place=path,
+        command=command,
+        ended=path.exists,
+        record=lambda: _read(path, task, settings),
+        log=log,
+    )
+
+
+def _share(log: Path) -> int:
+    """How many parts of a run are done, as its process printed last."""
+    printed = re.findall(rb"^\d+$", log.read_bytes()[-LINES:], re.MULTILINE) if log.exists() else []
+    return int(printed[-1]) if printed else 0
+
+
+def _read(path: Path, task: Task, settings: dict[str, Any]) -> TaskCell:
+    cell = from_plain(TaskCell, read_object(path, MEND), where=str(path))
+    if cell.task != task.name or (different := differences(cell.settings, settings)):
+        reason = f"the task {cell.task}" if cell.task != task.name else "; ".join(different)
+        raise UserError(f"{path} was made with other settings ({reason}); give another --out, or delete that file.")
+    return cell
+
+
+def make_cell(name: str, condition: str, seed: int, settings: dict[str, Any], path: str) -> None:
+    """Make a run in this process, print after every part of it how many are done, and write its record to `path`."""
     torch.set_num_threads(1)
     keep_freed_memory()
-
-
-def _cell(name: str, condition: str, seed: int, settings: dict[str, Any], shares: Any, stopped: Any) -> TaskCell:
-    task = load_task(name)
-    last = -1
+    task, last = load_task(name), 0
 
     def progress(done: int, total: int) -> None:
         nonlocal last
         if (share := min(UNITS - 1, UNITS * done // total)) > last:
-            if stopped.is_set():
-                raise KeyboardInterrupt
-            shares[condition, seed] = last = share
+            last = share
+            print(share, flush=True)
 
-    began = time.perf_counter()
-    found = task.run(from_plain(type(task.settings), settings), seed, progress)
-    return TaskCell(
+    began, found, diverged = time.perf_counter(), dict[str, float](), None
+    try:
+        found = task.run(from_plain(type(task.settings), settings), seed, progress)
+    except Diverged as error:
+        diverged = str(error)
+    cell = TaskCell(
         task=name,
         condition=condition,
         seed=seed,
@@ -153,19 +167,10 @@ def _cell(name: str, condition: str, seed: int, settings: dict[str, Any], shares
         versions=versions(),
         machine=machine(),
         finished=now(),
+        diverged=diverged,
     )
+    write_json(Path(path), to_plain(cell))
 
 
-def _read(task: Task, condition: str, seed: int, settings: dict[str, Any], out: Path) -> TaskCell | None:
-    path = _path(out, condition, seed)
-    if not path.exists():
-        return None
-    cell = from_plain(TaskCell, read_object(path, MEND), where=str(path))
-    if cell.task != task.name or (different := differences(cell.settings, settings)):
-        reason = f"the task {cell.task}" if cell.task != task.name else "; ".join(different)
-        raise UserError(f"{path} was made with other settings ({reason}); give another --out, or delete that file.")
-    return cell
-
-
-def _path(out: Path, condition: str, seed: int) -> Path:
-    return out / "cells" / f"{condition}-seed{seed}.json"
+if __name__ == "__main__":
+    make_cell(**json.loads(sys.argv[1]))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from deepdelta.errors import UserError
 from deepdelta.nn import ResidualConfig
 from deepdelta.tasks.fitting import CONDITIONS, check_settings, fit, seeded, stream_of
+from deepdelta.tasks.registry import SUMMARIES
 from deepdelta.tasks.task import Progress, Task
 
 
@@ -117,7 +118,7 @@ def run(settings: TabularSettings, seed: int, progress: Progress) -> dict[str, f
 
 TASK = Task(
     name="tabular",
-    summary="regression on scikit-learn's diabetes table, a residual MLP",
+    summary=SUMMARIES["tabular"],
     settings=TabularSettings(),
     conditions=CONDITIONS,
     baseline="additive",

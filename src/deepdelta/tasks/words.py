@@ -20,6 +20,7 @@ from deepdelta.errors import UserError
 from deepdelta.ops import delta_rewrite
 from deepdelta.tasks.fitting import check_loss, check_settings
 from deepdelta.tasks.groups import group, reflections
+from deepdelta.tasks.registry import SUMMARIES
 from deepdelta.tasks.task import Progress, Task, Variant
 
 RATE_END = 0.05
@@ -249,7 +250,7 @@ def run(settings: WordsSettings, seed: int, progress: Progress) -> dict[str, flo
 
 TASK = Task(
     name="words",
-    summary="word problems of finite groups, one delta layer per symbol",
+    summary=SUMMARIES["words"],
     settings=WordsSettings(),
     conditions={
         "gate-0-1": Variant(summary="gates in [0, 1]", changes={"gate_range": "0-1"}),

@@ -46,18 +46,18 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def last_step(file: Path) -> int:
-    """The step of the last line, 0 without one; reads the end of the file alone.
+def last_row(file: Path) -> dict[str, Any]:
+    """The last line, empty without one; reads the end of the file alone.
 
     Raises:
         UserError: that line is damaged.
     """
     if not file.exists():
-        return 0
+        return {}
     with file.open("rb") as end:
         end.seek(max(0, end.seek(0, os.SEEK_END) - 4096))
         lines = end.read().split(b"\n")[:-1]
-    return int(_row(lines[-1], file, "its last line")["step"]) if lines else 0
+    return _row(lines[-1], file, "its last line") if lines else {}
 
 
 def damaged(file: Path, how: str) -> UserError:

@@ -13,6 +13,9 @@ from deepdelta.errors import printable
 PLAIN_INTERVAL = 10.0
 """Seconds between two plain lines."""
 
+PACE_SECONDS = 5.0
+"""How long steps must have been made before their pace says when the last one will be."""
+
 
 def show(line: str) -> None:
     """A line for people on the standard output."""
@@ -43,19 +46,24 @@ class _Bar:
 class _Lines:
     def __init__(self, console: Console, label: str, total: int, done: int) -> None:
         self.console, self.label, self.total, self.first = console, label, total, done
-        self.began = self.last = time.monotonic()
+        self.last = time.monotonic()
         self.said = done
+        self.began: tuple[float, int] | None = None
 
     def update(self, done: int, facts: str) -> None:
         now = time.monotonic()
+        if self.began is None and done > self.first:
+            self.began = now, done
         if now - self.last >= PLAIN_INTERVAL or (done == self.total and done != self.said):
             self.last, self.said = now, done
-            self.note(f"{self.label} {done}/{self.total}  {facts}  ETA {self.left(done, now - self.began)}")
+            self.note("  ".join(filter(None, (f"{self.label} {done}/{self.total}", facts, self.left(done, now)))))
 
-    def left(self, done: int, seconds: float) -> str:
-        """At the pace so far; there is none before the first step is done."""
-        steps = done - self.first
-        return duration(seconds / steps * (self.total - done)) if steps else "unknown"
+    def left(self, done: int, now: float) -> str:
+        """By the pace since the first step was made, so without what came before it; nothing until there is one."""
+        if self.began is None or now - self.began[0] < PACE_SECONDS or done == self.began[1]:
+            return ""
+        began, first = self.began
+        return f"ETA {duration((now - began) / (done - first) * (self.total - done))}"
 
     def note(self, text: str) -> None:
         self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)

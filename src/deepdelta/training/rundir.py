@@ -27,7 +27,7 @@ from deepdelta.limits import check_memory
 from deepdelta.models import GPT, least_bytes, parameter_count
 from deepdelta.tensors import check_finite, load_tensors, save_tensors
 from deepdelta.training.config import TrainConfig
-from deepdelta.training.metrics import damaged, last_step, read_rows
+from deepdelta.training.metrics import damaged, last_row, read_rows
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINT, UNUSED, LOCK = "checkpoint.safetensors", "unused_published.safetensors", ".lock"
@@ -227,9 +227,13 @@ class RunDirectory:
         """The recorded lines; see `read_rows`."""
         return read_rows(self.metrics_path)
 
+    def last_row(self) -> dict[str, Any]:
+        """The last line, empty without one; see `metrics.last_row`."""
+        return last_row(self.metrics_path)
+
     def last_recorded_step(self) -> int:
         """The step of the last line, 0 without one."""
-        return last_step(self.metrics_path)
+        return int(self.last_row().get("step", 0))
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines after `step`: the steps behind them are made again.

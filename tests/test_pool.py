@@ -1,0 +1,176 @@
+"""The pool of processes: order, how many at a time, failures, an end from outside; and locks of folders for results."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepdelta import UserError
+from deepdelta.files import HELD, locked
+from deepdelta.studies import pool
+from deepdelta.studies.pool import Job, run_jobs
+from tiny_runs import ENVIRONMENT
+
+WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[1])"
+SLEEPS = "import sys, time; print('at work', flush=True); time.sleep(1000)"
+FAILS = "print('first'); raise SystemExit('the last line')"
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The processes that are started, of Python alone, which starts fast."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def launch(job: Job[Any]) -> subprocess.Popen[bytes]:
+        with job.log.open("ab") as log:
+            command = [sys.executable, "-c", *job.command()]
+            started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log))
+        return started[-1]
+
+    monkeypatch.setattr(pool, "launch", launch)
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.01)
+    return started
+
+
+def job(folder: Path, name: str, code: str = WRITES, **options: Any) -> Job[str]:
+    made = folder / name
+    return Job(
+        name=name,
+        place=made,
+        command=lambda: [code, str(made)],
+        ended=made.exists,
+        record=made.read_text,
+        log=folder / f"{name}.log",
+        **options,
+    )
+
+
+def run(jobs: list[Job[str]], workers: int = 2, stopped: Callable[[], bool] = lambda: False) -> dict[str, str]:
+    records: dict[str, str] = {}
+    run_jobs(jobs, records, workers=workers, stopped=stopped, watch=lambda waiting, running: None)
+    return records
+
+
+def test_every_record_is_made_once_and_no_more_than_so_many_at_a_time(tmp_path, processes):
+    seen: list[tuple[int, int]] = []
+    jobs = [job(tmp_path, str(number)) for number in range(5)]
+    (tmp_path / "3").write_text("made before")
+    records: dict[str, str] = {}
+
+    def watch(waiting: Any, running: Any) -> None:
+        seen.append((len(waiting), len(running)))
+
+    run_jobs(jobs, records, workers=2, stopped=lambda: False, watch=watch)
+    assert records == {str(n): "made before" if n == 3 else str(tmp_path / str(n)) for n in range(5)}
+    assert len(processes) == 4 and all(process.returncode == 0 for process in processes)
+    assert max(running for _, running in seen) <= 2 and seen[-1] == (0, 0)
+    assert all(process.stdin is not None and process.stdin.closed for process in processes)
+
+
+def test_a_job_waits_for_another(tmp_path, processes):
+    first = job(tmp_path, "first")
+    second = job(tmp_path, "second", waits=lambda unfinished: "first" in unfinished)
+    order: list[str] = []
+    for one in (first, second):
+        object.__setattr__(one, "record", lambda name=one.name: order.append(name) or name)
+    assert run([second, first]) == {"first": "first", "second": "second"} and order == ["first", "second"]
+
+
+def test_a_failure_passes_the_last_line_on_and_ends_the_others(tmp_path, processes):
+    jobs = [job(tmp_path, "sleeps", SLEEPS), job(tmp_path, "fails", FAILS), job(tmp_path, "never")]
+    with pytest.raises(UserError, match=rf"the run {tmp_path}/fails failed: the last line \(all of it: .*fails.log\)"):
+        run(jobs)
+    assert [process.returncode for process in processes] == [-signal.SIGTERM, 1]
+
+
+def test_a_process_that_is_ended_from_outside_is_named_by_its_signal(tmp_path, processes):
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(UserError, match="was ended by SIGKILL; the same command continues"):
+        run([job(tmp_path, "killed", killed)])
+
+
+def test_stopped_it_ends_its_processes_and_waits_for_them(tmp_path, processes):
+    def stopped() -> bool:
+        return (tmp_path / "sleeps.log").exists() and (tmp_path / "sleeps.log").stat().st_size > 0
+
+    with pytest.raises(KeyboardInterrupt):
+        run([job(tmp_path, "sleeps", SLEEPS), job(tmp_path, "next", WRITES)], workers=1, stopped=stopped)
+    assert [process.returncode for process in processes] == [-signal.SIGTERM] and not (tmp_path / "next").exists()
+
+
+def test_a_process_that_does_not_heed_the_end_of_its_parent_ends_all_the_same():
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "from deepdelta.studies import pool\n"
+        "pool.GRACE_SECONDS = 0.1; pool._end_with_parent(); print('at work', flush=True); time.sleep(1000)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"at work\n"
+        time.sleep(0.3)
+        assert process.poll() is None  # as long as the pipe is open
+        process.stdin.close()
+        assert process.wait() == 1
+
+
+# Locks
+
+
+def test_a_folder_is_held_once_and_its_holder_is_named(tmp_path):
+    out = tmp_path / "new" / "out"
+    with locked(out):
+        assert (out / HELD).read_text() == f"{os.getpid()}\n"
+        with pytest.raises(UserError, match=f"{out} is in use by process {os.getpid()}: wait for it, stop it, or give"):
+            with locked(out):
+                pytest.fail("held twice")
+        (out / "results.json").write_text("{}")
+    assert [path.name for path in out.iterdir()] == ["results.json"]
+    with locked(out):
+        pass
+
+
+def test_nothing_is_left_of_a_command_that_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="refused"), locked(tmp_path / "new" / "out"):
+        raise UserError("refused")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_the_lock_of_a_killed_command_is_free(tmp_path):
+    (tmp_path / HELD).write_text("12345\n")
+    with locked(tmp_path):
+        assert (tmp_path / HELD).read_text() == f"{os.getpid()}\n"
+
+
+def test_a_lock_that_its_holder_deleted_meanwhile_locks_nothing(tmp_path, monkeypatch):
+    """Opened before the holder ended, locked after: another file stands there now, or none."""
+    original, calls = fcntl.flock, []
+
+    def flock(file: Any, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1:
+            (tmp_path / HELD).unlink()
+        original(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path):
+        assert len(calls) == 2 and (tmp_path / HELD).read_text() == f"{os.getpid()}\n"
+        with pytest.raises(UserError, match="is in use by process"), locked(tmp_path):
+            pytest.fail("held twice")
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be a folder for results: File name too long\. Give another --out"):
+        with locked(tmp_path / ("x" * 300)):
+            pytest.fail("made")
