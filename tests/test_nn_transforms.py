@@ -103,11 +103,11 @@ def test_fused_code_refuses_what_it_has_no_derivatives_for(asked: str, options: 
 
 
 def test_first_derivatives_with_a_graph_are_fused_code_s_too(unchecked: None) -> None:
-    network, x = Network("delta", 3), randn(5, 6).float().requires_grad_()
+    network, x = Network("delta", 3).double(), randn(5, 6).requires_grad_()
     (expected,) = torch.autograd.grad(network(x), x)
     use_backend(network, "fused")
     (gradient,) = torch.autograd.grad(network(x), x, create_graph=True)
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("plan", ["replay", "recover"])

@@ -19,12 +19,15 @@ from deepdelta.nn.compression import (
     ChannelConvolution,
     FoldedChannels,
     FoldedTokens,
-    Squeeze,
+    Remembering,
     TokenConvolution,
 )
 from deepdelta.nn.decoding import decoding_step
+from deepdelta.nn.expansion import EmbeddingConvolution
 from deepdelta.nn.history import History
+from deepdelta.nn.plain import plain
 from deepdelta.nn.reading import Opened, Reading
+from deepdelta.nn.residual import DeltaResidual
 
 
 class CacheMemory(NamedTuple):
@@ -50,8 +53,8 @@ class DecodingCache:
     before each of the 2 layers + 1 readings (also where two sublayers share one compression: their states differ).
     Of the state X of an earlier token nothing else is kept.
 
-    The compressions' weights are folded when the cache is made: make a new cache after the model's weights, dtype or
-    device change.
+    The compressions' weights are folded when the cache is made: make a new cache after the model's weights, dtype,
+    device or modules (hooks, adapters) change.
 
     Args:
         model: used as it is. One token at a time is fastest with the backend 'fused', chosen before the cache is made.
@@ -62,7 +65,7 @@ class DecodingCache:
             padding mean nothing.
 
     Raises:
-        UserError: batch or padding out of range.
+        UserError: batch or padding out of range; sharded parameters; layers without delta residuals of the library.
     """
 
     @torch.no_grad()
@@ -75,6 +78,7 @@ class DecodingCache:
                 f"padding must be {batch} numbers, one per row, in [0, {self.context - 1}] (context {self.context}), "
                 f"got {list(padding)}."
             )
+        _refuse_changed(model)
         self.length = 0
         """Ids fed so far, padding included."""
         weight, config = model.embedding.weight, model.config
@@ -89,7 +93,7 @@ class DecodingCache:
         self.compression_histories: list[History] = []
         """For token compression the last states before every sublayer and before the readout, (B, K - 1, V, D)."""
         self._folded: dict[nn.Module, Tensor] = {}
-        self._residuals = model.residuals()
+        self._residuals, self._apart = model.residuals(), model.opens_apart() is not None
         readings = [*(one.reading() for one in self._residuals), Reading(model.stream.readout, model.norm)]
         self._readings = [reading._replace(compression=self._decoding(reading.compression)) for reading in readings]
         self._steps = [
@@ -117,6 +121,17 @@ class DecodingCache:
         slots = self._slots(tokens)
         earlier = () if self.expansion_history is None else (self.expansion_history,)
         state_VD = self.model.stream.expansion(self.model.embedding(input_ids), *earlier)
+        if self._apart:
+            for i, layer in enumerate(self.model.layers):
+                state_VD = layer(state_VD, self.layers[i], slots, readings=tuple(self._readings[2 * i : 2 * i + 2]))
+            opened = self._readings[-1].open(state_VD)
+        else:
+            opened = self._advanced(state_VD, tokens, slots)
+        self.length += tokens
+        return F.linear(opened.c, self.model.embedding.weight)
+
+    def _advanced(self, state_VD: Tensor, tokens: int, slots: Slots) -> Opened:
+        """The state after the residuals, each of which opens the next, opened for the head."""
         opened = self._readings[0].open(state_VD)
         for i, (residual, step) in enumerate(zip(self._residuals, self._steps, strict=True)):
             # Attention and MLP take turns; the MLP looks at one token alone.
@@ -128,8 +143,7 @@ class DecodingCache:
             assert residual.branch is not None
             state_VD, c_D = step(opened.state, residual.branch(opened.c, *memory), opened.c)
             opened = following.open(state_VD) if c_D is None else Opened(state_VD, None, c_D)
-        self.length += tokens
-        return F.linear(opened.c, self.model.embedding.weight)
+        return opened
 
     def clear(self) -> None:
         """Forget every token; padding stands for the next ones."""
@@ -146,18 +160,19 @@ class DecodingCache:
 
     def _slots(self, tokens: int) -> Slots:
         first, last, rotary = self.length, self.length + tokens, self.model.rotary
+        device = self.model.embedding.weight.device
         if self._padding_B is None and (first == 0 or tokens == 1):
-            return Slots(first, last, rotary.at(slice(first, last)), None)
-        slots_L = torch.arange(last, device=rotary.cosine.device)
+            return Slots(first, last, rotary.at(slice(first, last), device), None)
+        slots_L = torch.arange(last, device=device)
         visible_TL = slots_L <= slots_L[first:, None]
         if self._padding_B is None:
-            return Slots(first, last, rotary.at(slice(first, last)), visible_TL[None, None])
+            return Slots(first, last, rotary.at(slice(first, last), device), visible_TL[None, None])
         padding_B1 = self._padding_B[:, None]
         own_TL = slots_L == slots_L[first:, None]
         # Padding attends to itself, so that its numbers stay finite.
         visible_BTL = visible_TL & (slots_L >= padding_B1)[:, None] | own_TL
         positions_BT = (slots_L[first:] - padding_B1).clamp(min=0)
-        return Slots(first, last, rotary.at(positions_BT), visible_BTL[:, None])
+        return Slots(first, last, rotary.at(positions_BT, device), visible_BTL[:, None])
 
     def _history(self, taps: int, *shape: int) -> History:
         return History(self.model.embedding.weight.new_zeros(self.batch, taps - 1, *shape), self._padding_B)
@@ -167,15 +182,49 @@ class DecodingCache:
         return first + self.compression_histories
 
     def _decoding(self, compression: nn.Module) -> nn.Module:
-        """The compression with its weights folded, and with a history where it works over tokens."""
-        if isinstance(compression, Squeeze):
-            return compression
+        """The compression with its weights folded, and with a history where it works over tokens; one that is not
+        plainly ours as it is."""
+        token = self.model.config.residual.compression == "token"
+        if not plain(compression, ChannelCompression, ChannelConvolution, TokenConvolution):
+            return Remembering(compression, self._token_history()) if token else compression
         assert isinstance(compression, ChannelCompression | ChannelConvolution | TokenConvolution)
         if compression not in self._folded:
             self._folded[compression] = compression.folded().detach().clone()
         weight = self._folded[compression]
         if not isinstance(compression, TokenConvolution):
             return FoldedChannels(weight)
-        channels, width, taps = weight.shape
-        self.compression_histories.append(self._history(taps, channels, width))
-        return FoldedTokens(weight, self.compression_histories[-1])
+        return FoldedTokens(weight, self._token_history())
+
+    def _token_history(self) -> History:
+        config = self.model.config
+        channels, taps = config.residual.value_channels, config.residual.compression_kernel
+        self.compression_histories.append(self._history(taps, channels, config.dim))
+        return self.compression_histories[-1]
+
+
+def _refuse_changed(model: GPT) -> None:
+    """Raise UserError for a model whose parts cached decoding cannot call one token at a time."""
+    # By what a DTensor has: importing its class takes longer than most models take to decode.
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise UserError(
+            "cached decoding needs whole parameters, and these are sharded: load their full state dict into a "
+            "deepdelta.GPT of the same config."
+        )
+    token = model.config.residual.compression == "token"
+    needed: list[tuple[str, nn.Module | None, type[nn.Module]]] = []
+    for i, layer in enumerate(model.layers):
+        for name in ("attention", "mlp"):
+            residual = getattr(layer, name, None)
+            needed.append((f"layers.{i}.{name}", residual, DeltaResidual))
+            if token and isinstance(residual, DeltaResidual):
+                needed.append((f"the compression of layers.{i}.{name}", residual.compression_part(), TokenConvolution))
+    if token:
+        needed.append(("stream.readout", model.stream.readout, TokenConvolution))
+    if model.config.residual.expansion == "embedding_conv":
+        needed.append(("stream.expansion", model.stream.expansion, EmbeddingConvolution))
+    for place, module, kind in needed:
+        if not isinstance(module, kind):
+            raise UserError(
+                f"cached decoding needs a {kind.__name__} as {place}, got {type(module).__name__}; call the model on "
+                "the whole text for each token instead."
+            )

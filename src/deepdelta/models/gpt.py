@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, V value channels, D model width.
 import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from deepdelta.errors import UserError
 from deepdelta.models.attention import Attention, Rotary, SwiGLU
 from deepdelta.nn import DeltaResidual, DeltaStream, ResidualConfig, RMSNorm, initialise
 from deepdelta.nn.linear import Initialised
+from deepdelta.nn.plain import plain
 from deepdelta.nn.presets import PRESETS
 from deepdelta.nn.reading import Reading
 from deepdelta.ops import accumulation_dtype
@@ -178,6 +179,16 @@ class Layer(nn.Module):
             share_compression=self.attention if config.residual.compression_sharing == "block" else None,
         )
 
+    def forward(
+        self,
+        state: Float[Tensor, "B T V D"],
+        *memory: Any,
+        readings: tuple[Reading | None, Reading | None] = (None, None),
+    ) -> Float[Tensor, "B T V D"]:
+        """The rewritten state; `memory` is the attention's and `readings` those of cached decoding."""
+        state = self.attention(state, *memory, reading=readings[0])
+        return self.mlp(state, reading=readings[1])  # type: ignore[no-any-return]
+
 
 class GPT(nn.Module):
     """Embedding -> expand -> layers -> reduce -> norm -> tied head.
@@ -205,6 +216,25 @@ class GPT(nn.Module):
         """Every residual in the order of application."""
         return [residual for layer in self.layers for residual in (layer.attention, layer.mlp)]
 
+    def opens_apart(self) -> str | None:
+        """Why every layer is called with a state, which it opens itself; None where the residuals, called one after
+        another, each open the next one's.
+
+        Every layer and residual must be plainly ours for the latter. It is not with a hook, in a wrapper (checkpoints,
+        torch.compile), or as an FSDP module, whose parameters are whole only while it runs.
+        """
+        for number, layer in enumerate(self.layers):
+            if not plain(layer, Layer):
+                return f"layers.{number} ({type(layer).__name__}) is replaced, wrapped, sharded or has hooks"
+            for name in ("attention", "mlp"):
+                if not plain(getattr(layer, name), DeltaResidual):
+                    return f"layers.{number}.{name} is replaced, wrapped, sharded or has hooks"
+        return None
+
+    def extra_repr(self) -> str:
+        reason = self.opens_apart()
+        return "each residual opens the next" if reason is None else f"each layer opens its own state: {reason}"
+
     def forward(self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"] | None = None) -> GPTOutput:
         """Logits for every position, and where labels (the next tokens) are given their `label_loss`.
 
@@ -215,10 +245,15 @@ class GPT(nn.Module):
             raise UserError(
                 f"the model's context is {self.config.context} tokens, got {input_ids.shape[1]}; cut the input."
             )
-        residuals = self.residuals()
-        head = Reading(self.stream.readout, self.norm)
-        opened = residuals[0].reading().open(self.stream.expand(self.embedding(input_ids)))
-        for residual, following in zip(residuals, [*(later.reading() for later in residuals[1:]), head], strict=True):
-            opened = residual(opened, following)
+        state, head = self.stream.expand(self.embedding(input_ids)), Reading(self.stream.readout, self.norm)
+        if self.opens_apart() is None:
+            residuals = self.residuals()
+            opened = residuals[0].reading().open(state)
+            for residual, following in zip(residuals, [*(one.reading() for one in residuals[1:]), head], strict=True):
+                opened = residual(opened, following)
+        else:
+            for layer in self.layers:
+                state = layer(state)
+            opened = head.open(state)
         logits = F.linear(opened.c, self.embedding.weight)
         return GPTOutput(logits, None if labels is None else label_loss(logits, labels))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.history import History
 from deepdelta.nn.linear import Initialised
+from deepdelta.ops import without_autocast
 from deepdelta.ops.convolution import compress_tokens
 
 
@@ -38,7 +39,7 @@ class ChannelCompression(Initialised):
         parameter.fill_(1 / parameter.shape[0])
         if self.paired:
             half, width = parameter.shape[0] // 2, parameter.shape[1]
-            swing = torch.randint(0, 2, (half, width), generator=generator) - 0.5
+            swing = torch.randint(0, 2, (half, width), generator=generator, device=parameter.device) - 0.5
             parameter[:half] *= 1 + swing
             parameter[half : 2 * half] *= 1 - swing
 
@@ -91,7 +92,7 @@ class ChannelConvolution(ConvolutionCompression):
         padded = F.pad(self.read, (taps, taps))
         # Tap k of input channel j feeds output channel j + left - k, which the read vector weighs (0 outside).
         reads_KV = torch.stack([padded[taps + self.left - k :][:channels] for k in range(taps)])
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with without_autocast(self.weight.device):
             return (self.weight @ reads_KV).T
 
     def forward(self, state_VD: Tensor) -> Tensor:
@@ -111,7 +112,10 @@ class TokenConvolution(ConvolutionCompression):
         """r_j weight[j, :, :], (V, D, K)."""
         return self.weight * self.read[:, None, None]
 
-    def forward(self, state_BTVD: Tensor) -> Tensor:
+    def forward(self, state_BTVD: Tensor, history: History | None = None) -> Tensor:
+        """What came before the tokens is in `history`, or nothing did."""
+        if history is not None:
+            return _remembered(state_BTVD, self.folded(), history)
         channels, width, taps = self.weight.shape
         batch, tokens = state_BTVD.shape[:-3], state_BTVD.shape[-3]
         if tokens == 0:
@@ -133,7 +137,7 @@ def _by_feature(state_NTVD: Tensor) -> Tensor:
 def _convolved(x_NCT: Tensor, weight_VDK: Tensor) -> Tensor:
     """(N, T - K + 1, D) of T tokens."""
     weight = weight_VDK.transpose(0, 1).to(x_NCT.dtype)
-    with torch.autocast(x_NCT.device.type, enabled=False):
+    with without_autocast(x_NCT.device):
         y_NDT = F.conv1d(x_NCT, weight, groups=weight.shape[0])
     return y_NDT.transpose(-1, -2).contiguous()
 
@@ -165,11 +169,28 @@ class FoldedTokens(nn.Module):
         self.history = history
 
     def forward(self, state_BTVD: Tensor) -> Tensor:
-        x_BKVD = self.history.extend(state_BTVD)
-        if state_BTVD.shape[1] == 1:
-            # For one token the convolution costs more in its set-up than in its sums.
-            return (x_BKVD * self.weight.permute(2, 0, 1)).sum((1, 2)).unsqueeze(1)
-        return _convolved(_by_feature(x_BKVD), self.weight)
+        return _remembered(state_BTVD, self.weight, self.history)
+
+
+class Remembering(nn.Module):
+    """A compression over tokens for decoding that is called as it is, with its history: for one that has hooks, or
+    weights that are made anew in each call."""
+
+    def __init__(self, compression: nn.Module, history: History) -> None:
+        super().__init__()
+        # Held in a tuple: it stays the model's own.
+        self._compression, self.history = (compression,), history
+
+    def forward(self, state_BTVD: Tensor) -> Tensor:
+        return self._compression[0](state_BTVD, self.history)  # type: ignore[no-any-return]
+
+
+def _remembered(state_BTVD: Tensor, weight_VDK: Tensor, history: History) -> Tensor:
+    x_BKVD = history.extend(state_BTVD)
+    if state_BTVD.shape[1] == 1:
+        # For one token the convolution costs more in its set-up than in its sums.
+        return (x_BKVD * weight_VDK.permute(2, 0, 1)).sum((1, 2)).unsqueeze(1)
+    return _convolved(_by_feature(x_BKVD), weight_VDK)
 
 
 def build_compression(config: ResidualConfig, dim: int, std: float) -> nn.Module:

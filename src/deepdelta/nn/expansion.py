@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.history import History
 from deepdelta.nn.linear import Initialised
+from deepdelta.ops import without_autocast
 from deepdelta.ops.convolution import expand_tokens
 
 
@@ -61,7 +62,7 @@ class EmbeddingConvolution(Initialised):
             x_NDT = x_BKD.transpose(-1, -2)
         weight = self.weight.transpose(0, 1).reshape(width * channels, 1, taps).to(x_BTD.dtype)
         # Autocast would hand the convolution bf16, and with it the whole state.
-        with torch.autocast(x_BTD.device.type, enabled=False):
+        with without_autocast(x_BTD.device):
             y_NDVT = F.conv1d(x_NDT, weight, groups=width).reshape(-1, width, channels, tokens)
         # Contiguous once here: else the strange strides go along through every layer.
         return y_NDVT.permute(0, 3, 2, 1).contiguous().view(*batch, tokens, channels, width)

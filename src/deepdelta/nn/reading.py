@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deepdelta.nn.compression import ChannelCompression, ChannelConvolution, FoldedChannels, Squeeze
 from deepdelta.nn.linear import RMSNorm
+from deepdelta.nn.plain import plain
 
 
 class Opened(NamedTuple):
@@ -42,12 +43,14 @@ class Reading(NamedTuple):
         return Opened(state_VD, x_in_D, self.norm(x_in_D))
 
     def folded(self) -> Folded | None:
-        """None where a fused step cannot do it: over tokens, or where x_in itself is needed."""
-        if self.needs_x_in or not isinstance(self.norm, RMSNorm | nn.Identity):
+        """None where a fused step cannot do it: over tokens, where x_in itself is needed, or modules that are not
+        plainly ours."""
+        if self.needs_x_in or not plain(self.norm, RMSNorm, nn.Identity):
             return None
         weight, eps = (self.norm.weight, self.norm.eps) if isinstance(self.norm, RMSNorm) else (None, 0.0)
+        if not plain(self.compression, Squeeze, ChannelCompression, ChannelConvolution, FoldedChannels):
+            return None
         if isinstance(self.compression, Squeeze):
             return Folded(None, weight, eps)
-        if isinstance(self.compression, ChannelCompression | ChannelConvolution | FoldedChannels):
-            return Folded(self.compression.folded(), weight, eps)
-        return None
+        assert isinstance(self.compression, ChannelCompression | ChannelConvolution | FoldedChannels)
+        return Folded(self.compression.folded(), weight, eps)

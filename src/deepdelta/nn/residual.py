@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from deepdelta.errors import UserError
 from deepdelta.nn.compression import build_compression
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.direction import build_direction, normalisation
+from deepdelta.nn.direction import BranchDirection, build_direction, normalisation
 from deepdelta.nn.gate import Gate
 from deepdelta.nn.layout import Layout, check_kind
-from deepdelta.nn.linear import RMSNorm, precise_linear
+from deepdelta.nn.linear import Linear, RMSNorm, precise_linear
+from deepdelta.nn.plain import plain
 from deepdelta.nn.reading import Folded, Opened, Reading
 from deepdelta.nn.replay import Memory, detached
 from deepdelta.nn.target import BranchWrite, Target
@@ -76,7 +77,7 @@ class DeltaResidual(nn.Module):
             self.compression = build_compression(config, dim, std)
         self.norm = RMSNorm(dim, config.norm_eps) if config.norm == "rms" else nn.Identity()
         rule = config.rule
-        if rule != "additive":
+        if not config.writes_branch:
             self.direction = build_direction(config, dim, std)
         if config.has_gate:
             self.gate = Gate(config, dim, std, config.gate_init)
@@ -106,6 +107,11 @@ class DeltaResidual(nn.Module):
                 device or has another dtype than the parameters, or the output is no tensor of the input's shape on its
                 device.
         """
+        return self._open(state, self.reading(), norm)
+
+    def _open(
+        self, state: Tensor, reading: Reading, norm: nn.Module | None = None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         self.layout.check_state(state, self.config.value_channels, self.dim)
         if self.config.needs_tokens and state.ndim < 3:
             raise UserError(
@@ -117,23 +123,25 @@ class DeltaResidual(nn.Module):
         check_kind("the state", state, "residual", parameter)
         state_VD = self.memory.hand_on(state, self.layout.state_inward(state))
         with self.memory.watching(state_VD):
-            opened = self.reading().open(state_VD)
+            opened = reading.open(state_VD)
             if norm is not None:
                 opened = opened._replace(c=norm(opened.c))
         return self.layout.outward(opened.c), partial(self._close, opened)
 
-    def forward(self, state: Float[Tensor, "..."] | Opened, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, state: Float[Tensor, "..."] | Opened, *args: Any, reading: Reading | None = None, **kwargs: Any
+    ) -> Any:
         """The rewritten state; of a branch that returns a tuple the first element is h and the others pass through.
 
         Models that know their order of residuals hand on an opened state instead, with the reading that follows:
         `opened = residual(opened, following)`, extra arguments going to the branch. Where the fused step can, it opens
-        in the rewrite's own pass.
+        in the rewrite's own pass. `reading` takes the place of this residual's own, as in cached decoding.
         """
         if self.branch is None:
             raise UserError("this residual wraps no branch: use `c, rewrite = residual.open(state)`.")
         if isinstance(state, Opened):
             return self._advance(state, *args)
-        c_D, close = self.open(state)
+        c_D, close = self._open(state, self.reading() if reading is None else reading)
         output = self.branch(c_D, *args, **kwargs)
         if isinstance(output, tuple):
             return (close(output[0]), *output[1:])
@@ -247,7 +255,8 @@ class DeltaResidual(nn.Module):
     def linear_maps(self) -> tuple[Tensor, Tensor] | None:
         """Weights (G + V, D) and biases (G + V) of the gate's and the target's numbers as one linear map of c.
 
-        Without a target (G, D) and (G). None where gate or target are more than that.
+        Without a target (G, D) and (G). None where gate or target are more than that, or a module that these stand for
+        is not plainly ours.
         """
         config = self.config
         if (
@@ -256,6 +265,10 @@ class DeltaResidual(nn.Module):
             or (config.uses_target and config.target != "linear")
             or config.direction_norm == "free"
         ):
+            return None
+        if not (plain(self.direction, BranchDirection) and plain(self.gate, Gate) and plain(self.gate.outer, Linear)):
+            return None
+        if config.uses_target and not (plain(self.target, Target) and plain(self.target.map, Linear)):
             return None
         weight, bias = self.gate.outer.weight, self.gate.outer.bias
         assert bias is not None

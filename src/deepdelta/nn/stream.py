@@ -75,7 +75,8 @@ class DeltaStream(nn.Module):
                 "'channel_conv'."
             )
         self.dim, self.std, self.layout = dim, init_factor / math.sqrt(dim), Layout(channel_first)
-        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+        # On the CPU whatever the default device: on 'meta' there would be no number.
+        self.seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
         self.expansion = build_expansion(self.config, dim)
         self.readout = build_compression(self.config, dim, self.std)
         self._wrapped = 0

@@ -92,7 +92,7 @@ def retrofit(model: Model, value_channels: int = 4, *, preset: str = "retrofit",
         raise UserError(f"retrofit takes a torch.nn.Module, got {type(model).__name__}.")
     _refuse_again(model)
     if config.seed is None:
-        config = replace(config, seed=int(torch.randint(2**62, ())))
+        config = replace(config, seed=int(torch.randint(2**62, (), device="cpu")))
     job = Job(config, {module: name for name, module in named(model, {})})
     found = list(_stacks(model))
     if not found:

@@ -6,7 +6,7 @@ Shapes: V value channels, D compute width, N all leading axes (batch, token) as 
 import torch
 from torch import Tensor
 
-from deepdelta.ops.precision import accumulation_dtype
+from deepdelta.ops.precision import accumulation_dtype, without_autocast
 
 
 def read_along(state: Tensor, direction: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def read_along(state: Tensor, direction: Tensor) -> Tensor:
         # A batched product of 1 x D by D x 1 costs more in calls than in arithmetic.
         return (state_VD * direction_D.unsqueeze(-2)).sum(-1)
     # Autocast would hand a batched product bf16.
-    with torch.autocast(state.device.type, enabled=False):
+    with without_autocast(state.device):
         return (state_VD @ direction_D.unsqueeze(-1)).squeeze(-1)
 
 
@@ -38,7 +38,7 @@ def rewrite(
         new_VD = torch.addcmul(state.to(wide), coefficient_V.unsqueeze(-1), direction.to(wide).unsqueeze(-2))
         return new_VD.to(state.dtype), read_V
     # One batched outer product that adds as it goes: a third faster than forming k c^T and adding it.
-    with torch.autocast(state.device.type, enabled=False):
+    with without_autocast(state.device):
         new_NVD = torch.baddbmm(
             state.to(wide).reshape(-1, channels, width),
             coefficient_V.reshape(-1, channels, 1),

@@ -1,0 +1,89 @@
+"""fully_shard (FSDP2) layer by layer trains what the whole model trains, on the CPU with gloo."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from deepdelta import GPT, PRESETS, GPTConfig, UserError, param_groups, use_backend
+from deepdelta.models import DecodingCache
+
+# torch's own, about a view that a custom operator's output is.
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+
+
+def model_of(preset: str, backend: str = "reference") -> GPT:
+    config = GPTConfig(vocab_size=12, dim=12, heads=2, layers=2, context=8, residual=PRESETS[preset])
+    model = GPT(config, seed=4)
+    use_backend(model, backend)
+    return model
+
+
+def sharded(model: GPT) -> GPT:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def trained(model: nn.Module, first: int, last: int) -> list[float]:
+    """The losses of three steps on rows first .. last - 1 of every batch of four."""
+    optimizer, losses = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-2), []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        ids = torch.randint(12, (4, 9), generator=generator)
+        loss = model(ids[first:last, :-1], ids[first:last, 1:]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset(preset: str, alone: None, unchecked: None) -> None:
+    for backend in ("reference", "fused"):
+        whole = model_of(preset, backend)
+        model = sharded(copy.deepcopy(whole))
+        assert trained(model, 0, 4) == pytest.approx(trained(whole, 0, 4), rel=1e-4)
+
+
+def test_it_says_so(alone: None) -> None:
+    model = model_of("ddl")
+    assert "each residual opens the next" in repr(model)
+    sharded(model)
+    assert "each layer opens its own state: layers.0 (FSDPLayer) is replaced, wrapped, sharded" in repr(model)
+    with pytest.raises(UserError, match="cached decoding needs whole parameters, and these are sharded"):
+        DecodingCache(model)
+
+
+def _rank(rank: int, store: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{store}")
+    for preset in PRESETS:
+        results[f"{preset} {rank}"] = trained(sharded(model_of(preset)), 2 * rank, 2 * rank + 2)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    """Each rank sees half of every batch; the mean of their losses is that of one process on the whole batch."""
+    with multiprocessing.Manager() as manager:
+        results = manager.dict()
+        multiprocessing.spawn(_rank, (str(tmp_path / "store"), results), nprocs=2)
+        for preset in PRESETS:
+            means = [(a + b) / 2 for a, b in zip(results[f"{preset} 0"], results[f"{preset} 1"], strict=True)]
+            assert means == pytest.approx(trained(model_of(preset), 0, 4), rel=1e-4), preset
