@@ -49,12 +49,13 @@ def use_backend(module: nn.Module, backend: Backend = "auto", *, compiled: bool 
         raise UserError(
             "use_backend takes a module that holds residuals made by DeltaStream.wrap, and this holds none."
         )
-    problem = fused_problem(parameter.device, parameter.dtype)
-    if backend == "fused" and problem is not None:
-        raise UserError(f"{problem}; use the backend 'reference'.")
-    device = parameter.device.type
-    if problem is None and backend == "auto":
+    device, problem = parameter.device.type, None
+    if backend == "auto":
         problem = _better_as_it_is([part.config for part in residuals], device, compiled)
+    if backend != "reference" and problem is None:
+        problem = fused_problem(parameter.device, parameter.dtype)
+    if backend == "fused" and problem is not None:
+        raise UserError(f"{problem}; or use the backend 'reference'.")
     chosen = "fused" if backend != "reference" and problem is None else "reference"
     for part in module.modules():
         if isinstance(part, DeltaResidual | EmbeddingConvolution | TokenConvolution):

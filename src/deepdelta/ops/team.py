@@ -26,6 +26,7 @@ from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from deepdelta.ops.kept import prepare
 from deepdelta.ops.precision import accumulation_dtype
 
 # Reassociation is what lets a sum use vector registers; NaN and infinity keep their meaning.
@@ -61,7 +62,10 @@ def compiled(function: Any, *, kept: bool = False) -> Any:
     Args:
         kept: whether it is kept on disk by itself: for what is called without a loop, which keeps what it calls.
     """
-    return numba.njit(nogil=True, fastmath=FAST, cache=kept, error_model="numpy")(_named(function))
+    function = _named(function)
+    if kept:
+        prepare(function)
+    return numba.njit(nogil=True, fastmath=FAST, cache=kept, error_model="numpy")(function)
 
 
 def _named(function: Any, *modules: ModuleType) -> Any:
@@ -104,7 +108,9 @@ def loop(make: Callable[[int | None], Any], *modules: ModuleType) -> Loop:
     argument = types.void(types.CPointer(types.int64))
 
     def made(team: int | None) -> Any:
-        return numba.cfunc(argument, cache=True, error_model="numpy")(_named(make(team), *modules))
+        share = _named(make(team), *modules)
+        prepare(share)
+        return numba.cfunc(argument, cache=True, error_model="numpy")(share)
 
     return Loop(None if _openmp() is None else made(1), made(None))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deepdelta.errors import UserError
+from deepdelta.ops.convolution import compress_tokens
 from deepdelta.ops.derivatives import check_plain, once
 from deepdelta.ops.precision import accumulation_dtype
 from deepdelta.ops.step.reference import Gating, Normalise
@@ -32,6 +33,11 @@ def fused_problem(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the fused step on {device.type} needs the package {package}, which is not installed"
     if dtype not in DTYPES:
         return f"the fused step has {', '.join(DTYPES.values())}, not {dtype}"
+    if package == "numba":
+        from deepdelta.ops.kept import keeping_problem  # not above: it imports numba
+
+        # One of each folder whose loops are kept.
+        return keeping_problem(fused_step) or keeping_problem(compress_tokens)
     return None
 
 

@@ -1,0 +1,118 @@
+"""What numba keeps on disk: no place for it, a place that others can write, files that were cut short."""
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+import torch
+from numba.core import caching
+
+from deepdelta import GPT, PRESETS, GPTConfig, UserError, use_backend
+from deepdelta.ops.step import fused_problem
+from deepdelta.ops.team import Loop, compiled, loop
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The one place that numba has."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "kept"))
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [caching.UserProvidedCacheLocator])
+    return tmp_path / "kept"
+
+
+def usable() -> None:
+    assert fused_problem(torch.device("cpu"), torch.float32) is None
+    both_right()
+
+
+def refused(message: str) -> None:
+    """By name where fused code is asked for; `auto` takes the reference and says the same."""
+    model = GPT(GPTConfig(vocab_size=11, dim=8, heads=2, layers=1, context=8, residual=PRESETS["ddl"]))
+    with pytest.raises(UserError, match=f"{message}.*set NUMBA_CACHE_DIR to .*; or use the backend 'reference'"):
+        use_backend(model, "fused")
+    chosen = use_backend(model, "auto")
+    assert chosen.backend == "reference" and "NUMBA_CACHE_DIR" in chosen.reason
+    assert model(torch.zeros(1, 2, dtype=torch.long)).logits.isfinite().all()
+    with pytest.raises(UserError, match=message):
+        written()
+
+
+def written() -> tuple[Loop, Any]:
+    """A loop, and a function that is kept by itself; both double a number."""
+
+    def make(team: int | None) -> Any:
+        def share(at):
+            at[1] = 2 * at[0]
+
+        return share
+
+    def double(x):
+        return 2 * x
+
+    return loop(make), compiled(double, kept=True)
+
+
+def both_right() -> Any:
+    made, double = written()
+    table = np.array([21, 0])
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(made.alone.address)(table.ctypes.data)
+    assert table.tolist() == [21, 42]
+    assert double(21) == 42
+    return double.stats
+
+
+def test_no_place(folder: Path) -> None:
+    usable()
+    folder.parent.joinpath("kept").rename(folder.parent / "moved")
+    folder.write_text("a file where the folder was to be")
+    refused("numba finds no folder that it can write")
+
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root gives folders away")
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o757, pytest.param(0o770, marks=as_root)], ids=oct)
+def test_a_place_that_others_can_write(folder: Path, mode: int) -> None:
+    usable()
+    for inner in folder.iterdir():
+        if mode == 0o770:
+            os.chown(inner, -1, os.getuid() + 1)  # a group of other people
+        inner.chmod(mode)
+    refused("can be written by others")
+
+
+def test_a_place_within_one_that_others_can_write(folder: Path) -> None:
+    usable()
+    folder.chmod(0o777)
+    refused("can be written by others")
+    folder.chmod(0o1777)  # nobody removes or renames what is another's
+    usable()
+    for inner in folder.iterdir():
+        inner.chmod(0o775)  # the group of the same number as the user
+    usable()
+
+
+@as_root
+def test_a_place_that_belongs_to_another(folder: Path) -> None:
+    usable()
+    for inner in folder.iterdir():
+        os.chown(inner, 54321, -1)
+    refused("belongs to another user")
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize("size", [0, 100])
+def test_files_that_were_cut_short_are_made_anew(folder: Path, suffix: str, size: int) -> None:
+    both_right()
+    whole = {path: path.stat().st_size for path in folder.rglob(f"*.{suffix}")}
+    assert len(whole) >= 2 and min(whole.values()) > 100
+    for path in whole:
+        with path.open("r+b") as file:
+            file.truncate(size)
+    both_right()
+    assert {path: path.stat().st_size for path in whole} == whole
+    assert sum(both_right().cache_hits.values()) == 1  # kept again
