@@ -68,6 +68,9 @@ def test_a_run_that_loads_as_the_published_model(tmp_path, capsys, weights):
     assert loaded.model.state_dict().keys() == state.keys()
     assert all(tensor.equal(state[key]) for key, tensor in loaded.model.state_dict().items())
     assert to_published(loaded.model).keys() == given.parameters.keys()
+    by_text = import_published(str(folder), str(tmp_path / "by text"), None)
+    assert all(tensor.equal(state[key]) for key, tensor in by_text.state_dict().items())
+    assert deepdelta.load(str(tmp_path / "by text")).model.config == expected.config
 
 
 def test_the_keys_that_transformers_writes_are_taken(tmp_path):

@@ -31,6 +31,10 @@ HELD = ".results.lock"
 """The file in a folder for results that holds the number of the process at work there."""
 
 
+AnyPath = str | os.PathLike[str]
+"""What may be given for a path; a Path inside."""
+
+
 @contextmanager
 def naming(path: Path, deed: str, mend: str = "") -> Iterator[None]:
     """Errors of the file system and of the safetensors library as the user's: `path` cannot be `deed`, and why."""

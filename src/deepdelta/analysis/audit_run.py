@@ -15,7 +15,7 @@ from deepdelta.data import Corpus, DataConfig, load_corpus, spread
 from deepdelta.data.sources import list_source
 from deepdelta.data.tokenizer import FILE_NAME
 from deepdelta.errors import UserError, require
-from deepdelta.files import check_folder, write_json
+from deepdelta.files import AnyPath, check_folder, write_json
 from deepdelta.limits import check_memory
 from deepdelta.training import RunDirectory, load
 from deepdelta.training.environment import choose_device, now, provenance
@@ -37,9 +37,9 @@ class Text(NamedTuple):
 
 
 def audit_run(
-    run: Path,
+    run: AnyPath,
     text: Text,
-    out: Path,
+    out: AnyPath,
     *,
     tokens: int,
     sample: int,
@@ -64,6 +64,7 @@ def audit_run(
     require("audits", "study", "scipy", "jinja2", "plotly")
     directory = RunDirectory(run)
     config = directory.config()
+    out = Path(out)
     check_folder(out)
     chosen = choose_device(device, "fp32")
     corpus = _corpus(directory, text, say)

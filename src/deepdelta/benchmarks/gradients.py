@@ -23,7 +23,7 @@ from deepdelta.benchmarks.runner import all_versions
 from deepdelta.benchmarks.suites import GRADIENTS, QUESTION
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import locked, write_json, write_text
+from deepdelta.files import AnyPath, locked, write_json, write_text
 from deepdelta.limits import check_threads
 from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import ResidualConfig, use_backend, use_memory
@@ -113,7 +113,7 @@ SMALL = Trial(layers=4, dim=16, heads=2, tokens=16, seeds=(0,))
 
 
 def run_gradients(
-    out: Path, *, threads: int | None = None, quick: bool = False, command: str, trial: Trial | None = None
+    out: AnyPath, *, threads: int | None = None, quick: bool = False, command: str, trial: Trial | None = None
 ) -> GradientResults:
     """Measure, and write results.json and table.md to `out`; the tables are printed too.
 
@@ -131,6 +131,7 @@ def run_gradients(
         raise UserError(f"{problem}; it is what `deepdelta bench {GRADIENTS}` measures.")
     trial = trial or (SMALL if quick else DEEP)
     began, before = now(), torch.get_num_threads()
+    out = Path(out)
     with locked(out):
         torch.set_num_threads(threads or usable_cores())
         try:

@@ -12,7 +12,7 @@ import numpy as np
 from deepdelta.benchmarks.config import Bar, Group
 from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import read_object, write_json
+from deepdelta.files import AnyPath, read_object, write_json
 from deepdelta.training.environment import Provenance
 
 FORMAT = 1
@@ -156,12 +156,13 @@ def save_results(results: BenchResults, path: Path) -> None:
     write_json(path, to_plain(results))
 
 
-def load_results(path: Path) -> BenchResults:
+def load_results(path: AnyPath) -> BenchResults:
     """Results as they were saved.
 
     Raises:
         UserError: no such file, or one that holds no results of this format.
     """
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"there are no benchmark results at {path}; deepdelta bench writes them.")
     plain = read_object(path, "run deepdelta bench again")

@@ -14,7 +14,7 @@ from deepdelta.benchmarks.config import MEASURES, Case, Group, Suite
 from deepdelta.benchmarks.results import BenchResults, GroupResult, Row, bars_of, save_results, timing_of
 from deepdelta.benchmarks.subjects import Subject, build, code_of, problem, triad
 from deepdelta.errors import UserError, require
-from deepdelta.files import locked, write_text
+from deepdelta.files import AnyPath, locked, write_text
 from deepdelta.limits import check_threads
 from deepdelta.training.environment import (
     Device,
@@ -36,7 +36,7 @@ PACKAGES = ("numba", "triton", "hyper-connections", "x-transformers")
 
 def run_suite(
     suite: Suite,
-    out: Path,
+    out: AnyPath,
     *,
     rounds: int | None = None,
     threads: int | None = None,
@@ -60,7 +60,7 @@ def run_suite(
     check_threads(threads)
     rounds, threads = rounds or suite.rounds, threads or usable_cores()
     chosen = choose_device(suite.device, suite.precision)
-    console, began = Console(), now()
+    console, began, out = Console(), now(), Path(out)
     require("plots of benchmarks", "bench", "jinja2")
     skipped = {group.name: _skipped(group, suite) for group in suite.groups}
     threads_before = torch.get_num_threads()

@@ -17,6 +17,7 @@ from deepdelta.data.documents import CHUNK, Document, FileState, Say, chunks, di
 from deepdelta.data.sources import Listing, list_source, split_by_group
 from deepdelta.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer
 from deepdelta.errors import UserError, nearest
+from deepdelta.files import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,7 +66,7 @@ class Corpus:
             file.check()
 
 
-def load_corpus(config: DataConfig, *, cache: Path | None = None, progress: Say | None = None) -> Corpus:
+def load_corpus(config: DataConfig, *, cache: AnyPath | None = None, progress: Say | None = None) -> Corpus:
     """The corpus that `config` describes.
 
     A single text file at byte level and `.bin` files are mapped where they lie. Everything else is encoded, document
@@ -86,7 +87,7 @@ def load_corpus(config: DataConfig, *, cache: Path | None = None, progress: Say 
             UTF-8 when BPE is asked; an id is beyond the vocabulary; the tokenizer is unknown; the cache cannot be
             written, or is damaged.
     """
-    say = progress or (lambda _: None)
+    say, cache = progress or (lambda _: None), None if cache is None else Path(cache)
     listing = list_source(config)
     sources = _states(listing.documents)
     mapped = sources

@@ -4,7 +4,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -12,7 +12,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from deepdelta.errors import UserError
-from deepdelta.files import read_plain, write_text
+from deepdelta.files import AnyPath, read_plain, write_text
+from deepdelta.ids import Ids, id_list
 
 SEPARATOR = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
@@ -42,7 +43,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; a separator spelled out in it is ordinary text."""
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -51,7 +52,7 @@ class Tokenizer(Protocol):
         A character spread over several ids is held back until it is complete.
         """
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: AnyPath) -> None:
         """Write `tokenizer.json` into the existing `folder`, atomically."""
 
 
@@ -65,8 +66,8 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode("utf-8", errors="replace")
+    def decode(self, ids: Ids) -> str:
+        return bytes(id_list(ids, "ids")).decode("utf-8", errors="replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -76,8 +77,8 @@ class ByteTokenizer:
         if piece := decoder.decode(b"", final=True):
             yield piece
 
-    def save(self, folder: Path) -> None:
-        write_text(folder / FILE_NAME, json.dumps(_BYTES_FILE) + "\n")
+    def save(self, folder: AnyPath) -> None:
+        write_text(Path(folder) / FILE_NAME, json.dumps(_BYTES_FILE) + "\n")
 
 
 class BPETokenizer:
@@ -135,8 +136,8 @@ class BPETokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+    def decode(self, ids: Ids) -> str:
+        return self._tokenizer.decode(id_list(ids, "ids"), skip_special_tokens=False)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         # Only the last U+FFFD of a decoded text can change when more ids come: an unfinished character decodes to
@@ -157,8 +158,8 @@ class BPETokenizer:
         if rest := self.decode(before + now)[shown:]:
             yield rest
 
-    def save(self, folder: Path) -> None:
-        write_text(folder / FILE_NAME, self._tokenizer.to_str())
+    def save(self, folder: AnyPath) -> None:
+        write_text(Path(folder) / FILE_NAME, self._tokenizer.to_str())
 
 
 def _without_long_words(text: str) -> Iterator[str]:
@@ -171,21 +172,21 @@ def _without_long_words(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: AnyPath) -> Tokenizer:
     """The tokenizer that the JSON file `path` defines.
 
     Raises:
         UserError: there is no such file, or it defines no tokenizer.
     """
-    plain = read_plain(path, "give a file that the `tokenizers` library wrote")
+    plain = read_plain(Path(path), "give a file that the `tokenizers` library wrote")
     return ByteTokenizer() if plain == _BYTES_FILE else BPETokenizer(json.dumps(plain), where=str(path))
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
+def load_tokenizer(folder: AnyPath) -> Tokenizer | None:
     """The tokenizer saved in `folder`; None where none was, as for a corpus of bare ids.
 
     Raises:
         UserError: the file there defines no tokenizer.
     """
-    path = folder / FILE_NAME
+    path = Path(folder) / FILE_NAME
     return read_tokenizer(path) if path.exists() else None

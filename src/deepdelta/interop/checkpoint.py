@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepdelta.data import DataConfig, load_corpus
 from deepdelta.errors import UserError
-from deepdelta.files import check_folder, check_readable, read_object
+from deepdelta.files import AnyPath, check_folder, check_readable, read_object
 from deepdelta.interop.published import load_published
 from deepdelta.limits import check_memory
 from deepdelta.models import GPT
@@ -48,7 +48,7 @@ DAMAGED = (
 )
 
 
-def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
+def import_published(folder: AnyPath, run: AnyPath, data: DataConfig | None) -> GPT:
     """Make `run` a run directory, at step 0, that holds the published model in `folder`.
 
     Args:
@@ -64,7 +64,7 @@ def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
     if directory.started:
         raise UserError(f"{run} already holds a run; give another --run directory.")
     directory.cut_short()
-    check_folder(run, "--run")
+    check_folder(directory.path, "--run")
     model = load_published(*read_published(folder))
     environment: dict[str, Any] = {"imported_from": str(folder), "versions": versions(), "corpus_sha256": None}
     corpus = None
@@ -83,7 +83,7 @@ def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
         directory.clear()
         directory.save_checkpoint(model, build_optimizer(model, config), step=0, seconds=0.0)
         if corpus is not None and corpus.tokenizer is not None:
-            corpus.tokenizer.save(run)
+            corpus.tokenizer.save(directory.path)
         if model.unused_published:
             directory.save_unused(model.unused_published)
         directory.write_environment(environment)
@@ -91,12 +91,13 @@ def import_published(folder: Path, run: Path, data: DataConfig | None) -> GPT:
     return model
 
 
-def read_published(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_published(folder: AnyPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration keys and the tensors of a checkpoint folder; tensors only, no code of the file is run.
 
     Raises:
         UserError: a file is missing, damaged, or holds something other than tensors.
     """
+    folder = Path(folder)
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{folder} must hold the model's config.json, but does not.")

@@ -3,7 +3,6 @@
 Shapes: B batch, T new tokens, V value channels, D model width, H heads, E width of a head, K taps.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepdelta.errors import UserError
+from deepdelta.ids import Ids, id_list
 from deepdelta.models.attention import KeyValues, Slots
 from deepdelta.models.gpt import GPT
 from deepdelta.nn.compression import (
@@ -69,14 +69,15 @@ class DecodingCache:
     """
 
     @torch.no_grad()
-    def __init__(self, model: GPT, batch: int = 1, padding: Sequence[int] | None = None) -> None:
+    def __init__(self, model: GPT, batch: int = 1, padding: Ids | None = None) -> None:
         self.model, self.batch, self.context = model, batch, model.config.context
         if batch < 1:
             raise UserError(f"batch must be at least 1, got {batch}.")
+        padding = None if padding is None else id_list(padding, "padding")
         if padding is not None and (len(padding) != batch or not 0 <= min(padding) <= max(padding) < self.context):
             raise UserError(
                 f"padding must be {batch} numbers, one per row, in [0, {self.context - 1}] (context {self.context}), "
-                f"got {list(padding)}."
+                f"got {padding}."
             )
         _refuse_changed(model)
         self.length = 0

@@ -1,17 +1,18 @@
 """Sampling from a model, one token at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
 from deepdelta.errors import UserError
+from deepdelta.ids import Ids, id_list
 from deepdelta.models.cache import DecodingCache
 from deepdelta.models.gpt import GPT
 
 
 def generate(
     model: GPT,
-    prompt: Sequence[int],
+    prompt: Ids,
     *,
     tokens: int,
     temperature: float = 1.0,
@@ -26,6 +27,7 @@ def generate(
     the whole window is fed again for each new id, at the cost of a prefill. The weights must not change meanwhile.
 
     Args:
+        prompt: ids, as a list, a tensor or an array of one row.
         temperature: 0 takes the likeliest token.
         top_k: draw among the k likeliest only.
         vocab_size: ids from here on (padding of the embedding) are never drawn.
@@ -34,11 +36,11 @@ def generate(
         UserError: an empty prompt, ids beyond the vocabulary, or a setting out of range; raised by the call, before
             the first id is asked for.
     """
-    rows = model.embedding.weight.shape[0]
-    if not prompt:
+    rows, ids = model.embedding.weight.shape[0], id_list(prompt, "the prompt")
+    if not ids:
         raise UserError("the prompt must hold at least one token, got none.")
-    if min(prompt) < 0 or max(prompt) >= rows:
-        raise UserError(f"the prompt's ids must lie in [0, {rows}), got {max(prompt)}.")
+    if outside := [one for one in ids if not 0 <= one < rows]:
+        raise UserError(f"the prompt's ids must lie in [0, {rows}), got {outside[0]}.")
     for name, value, low in (
         ("temperature", temperature, 0),
         ("tokens", tokens, 0),
@@ -47,7 +49,7 @@ def generate(
     ):
         if not low <= value < 1 << 62:
             raise UserError(f"{name} must be at least {low}, got {value}.")
-    return _drawn(model, list(prompt), tokens, temperature, top_k, seed, vocab_size)
+    return _drawn(model, ids, tokens, temperature, top_k, seed, vocab_size)
 
 
 def _drawn(

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from deepdelta.errors import without_extra
-from deepdelta.files import write_text
+from deepdelta.files import AnyPath, write_text
 from deepdelta.report import figures
 from deepdelta.report.details import detail_tables
 from deepdelta.report.drawing import Figure
@@ -25,13 +25,13 @@ class Chart:
     figure: Figure
 
 
-def write_report(results: StudyResults, path: Path) -> None:
+def write_report(results: StudyResults, path: AnyPath) -> None:
     """Write the page atomically. It loads nothing: its content security policy forbids the browser to.
 
     Raises:
         UserError: the extra `study` (Jinja2, plotly, scipy) is not installed.
     """
-    write_text(path, render_page(results))
+    write_text(Path(path), render_page(results))
 
 
 def render_page(results: StudyResults) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import read_object, write_json
+from deepdelta.files import AnyPath, read_object, write_json
 from deepdelta.retrofitting.core import Model, record_of, retrofit, undo_retrofit
 from deepdelta.retrofitting.places import Place, places
 from deepdelta.tensors import check_finite, load_tensors, save_tensors
@@ -21,7 +21,7 @@ SETTINGS = "retrofit.json"
 TENSORS = re.compile(r"retrofit-[0-9a-f]{16}\.safetensors")
 
 
-def save_retrofit(model: nn.Module, folder: str | Path) -> None:
+def save_retrofit(model: nn.Module, folder: AnyPath) -> None:
     """Write a retrofitted model's options and tensors to `folder`.
 
     With trainable='all' every tensor of the model is written, with 'residual' those that the retrofit added, those that
@@ -45,7 +45,7 @@ def save_retrofit(model: nn.Module, folder: str | Path) -> None:
             old.unlink()
 
 
-def load_retrofit(model: Model, folder: str | Path) -> Model:
+def load_retrofit(model: Model, folder: AnyPath) -> Model:
     """Retrofit `model`, in place, with the options and the tensors that `save_retrofit` wrote to `folder`.
 
     Args:

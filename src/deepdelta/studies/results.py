@@ -14,7 +14,7 @@ from deepdelta.analysis.cost import Cost
 from deepdelta.analysis.rewrites import GATE_BINS
 from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import read_object, write_text
+from deepdelta.files import AnyPath, read_object, write_text
 from deepdelta.training.environment import Provenance
 
 BudgetName = Literal["tokens", "flops", "time"]
@@ -215,12 +215,13 @@ def save_results(results: StudyResults, path: Path) -> None:
     write_text(path, json.dumps(to_plain(results), allow_nan=False) + "\n")
 
 
-def load_results(path: Path) -> StudyResults:
+def load_results(path: AnyPath) -> StudyResults:
     """The results in a file that `save_results` wrote.
 
     Raises:
         UserError: the file is absent, is no JSON object, or does not hold the results of a study.
     """
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} must be the results.json of a study, but there is no such file.")
     return from_plain(StudyResults, read_object(path, "run the study's command again"), where=str(path))

@@ -10,7 +10,7 @@ from deepdelta.analysis.cost import Cost
 from deepdelta.config import to_plain
 from deepdelta.data import Corpus, check_context, load_corpus, train_tail
 from deepdelta.errors import UserError, require
-from deepdelta.files import locked, read_object, write_json, write_text
+from deepdelta.files import AnyPath, locked, read_object, write_json, write_text
 from deepdelta.report import (
     detail_tables,
     plot,
@@ -51,7 +51,7 @@ class Prepared:
     console: Console
 
 
-def run(config: StudyConfig, out: Path, *, workers: int | None = None, command: str) -> None:
+def run(config: StudyConfig, out: AnyPath, *, workers: int | None = None, command: str) -> None:
     """Run what is missing of a study in `out`, of whatever kind its file makes it: see docs/studies.md.
 
     Args:
@@ -64,12 +64,14 @@ def run(config: StudyConfig, out: Path, *, workers: int | None = None, command: 
         KeyboardInterrupt: interrupted; every run has saved its step and the same command continues.
     """
     kind = run_search if config.search is not None else run_sizes if config.sizes else run_study
+    out = Path(out)
     with locked(out):
         kind(config, out, workers=workers, command=command)
 
 
-def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, command: str) -> StudyResults:
+def run_study(config: StudyConfig, out: AnyPath, *, workers: int | None = None, command: str) -> StudyResults:
     """All conditions and seeds; writes results.json and report.html and prints the tables."""
+    out = Path(out)
     started = now()
     study = _prepare(config, out, workers)
     planner = study.planner
@@ -102,8 +104,9 @@ def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, com
     return results
 
 
-def run_sizes(config: StudyConfig, out: Path, *, workers: int | None = None, command: str) -> Scaling:
+def run_sizes(config: StudyConfig, out: AnyPath, *, workers: int | None = None, command: str) -> Scaling:
     """The study at every size, each in a folder of its own; then scaling.json and its table."""
+    out = Path(out)
     assert config.extrapolate is not None
     studies = {}
     for size in config.sizes:
@@ -118,8 +121,9 @@ def run_sizes(config: StudyConfig, out: Path, *, workers: int | None = None, com
     return found
 
 
-def run_search(config: StudyConfig, out: Path, *, workers: int | None = None, command: str) -> SearchResults:
+def run_search(config: StudyConfig, out: AnyPath, *, workers: int | None = None, command: str) -> SearchResults:
     """Rung after rung on the training part's tail; then search.json and its table."""
+    out = Path(out)
     assert config.search is not None
     study = _prepare(config, out, workers)
     tuning = study.planner.tuning(study.tail)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.errors import UserError, require
-from deepdelta.files import locked, read_object, write_json, write_text
+from deepdelta.files import AnyPath, locked, read_object, write_json, write_text
 from deepdelta.studies.cells import MEND
 from deepdelta.studies.pool import Job, run_jobs
 from deepdelta.tasks.fitting import Diverged
@@ -35,7 +35,7 @@ LINES = 4096
 def run_task(
     name: str,
     seeds: Sequence[int],
-    out: Path,
+    out: AnyPath,
     *,
     overrides: Mapping[str, Any] | None = None,
     workers: int | None = None,
@@ -59,6 +59,7 @@ def run_task(
         raise UserError(f"workers must be at least 1, got {workers}.")
     require("comparisons of tasks", "study", "scipy")
     settings = {condition: to_plain(task.settings_of(condition, overrides)) for condition in task.conditions}
+    out = Path(out)
     with locked(out):
         # Seed by seed, so that what is interrupted has whole pairs.
         jobs = [_job(task, name, seed, settings[name], out) for seed in seeds for name in task.conditions]

@@ -1,9 +1,9 @@
 """From a run directory back to a model."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 from deepdelta.data import Tokenizer
+from deepdelta.files import AnyPath
 from deepdelta.models import GPT
 from deepdelta.training.rundir import RunDirectory
 
@@ -14,13 +14,13 @@ class Loaded(NamedTuple):
     """None for a corpus of bare token ids."""
 
 
-def load(run: str | Path) -> Loaded:
+def load(run: AnyPath) -> Loaded:
     """The trained model of a run directory, in evaluation mode on the CPU, and its tokenizer.
 
     Raises:
         UserError: `run` is not a run directory, or its checkpoint or its tokenizer is damaged.
     """
-    directory = RunDirectory(Path(run))
+    directory = RunDirectory(run)
     model = directory.model()
     model.unused_published = directory.load_unused()
     return Loaded(model.eval(), directory.tokenizer())

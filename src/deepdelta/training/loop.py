@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from deepdelta.config import to_plain
 from deepdelta.data import Corpus, batch, check_context, load_corpus
 from deepdelta.errors import UserError
-from deepdelta.files import check_folder
+from deepdelta.files import AnyPath, check_folder
 from deepdelta.limits import check_memory
 from deepdelta.models import GPT, least_bytes, parameter_count
 from deepdelta.nn import use_backend, use_memory
@@ -57,9 +56,9 @@ class Trained:
 
 def train(
     config: TrainConfig,
-    path: Path,
+    path: AnyPath,
     *,
-    init_from: Path | None = None,
+    init_from: AnyPath | None = None,
     inexact_resume: bool = False,
     say: Say = show,
 ) -> Trained:
@@ -162,7 +161,7 @@ def _describe_start(run: RunDirectory) -> dict[str, Any]:
 
 
 def _check_continues(
-    run: RunDirectory, config: TrainConfig, environment: dict[str, Any], init_from: Path | None, inexact: bool
+    run: RunDirectory, config: TrainConfig, environment: dict[str, Any], init_from: AnyPath | None, inexact: bool
 ) -> None:
     there = run.environment().get("init_from")
     if init_from is not None and str(init_from) != there:

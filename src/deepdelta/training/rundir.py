@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from deepdelta.errors import UserError, check_utf8
-from deepdelta.files import read_object, sha256_of, write_json, write_text
+from deepdelta.files import AnyPath, read_object, sha256_of, write_json, write_text
 from deepdelta.limits import check_memory
 from deepdelta.models import GPT, least_bytes, parameter_count
 from deepdelta.tensors import check_finite, load_tensors, save_tensors
@@ -70,13 +70,14 @@ class Checkpoint(NamedTuple):
     """Of training, up to this step."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class RunDirectory:
     """Reads and writes the files of one run."""
 
     path: Path
 
-    def __post_init__(self) -> None:
+    def __init__(self, path: AnyPath) -> None:
+        object.__setattr__(self, "path", Path(path))
         check_utf8("the name of a run directory", str(self.path))
 
     @contextmanager
