@@ -1,76 +1,193 @@
-"""The tables of the findings are those of the committed results."""
+"""What the pages say is what the results hold: every interval that they quote, every small table of their own."""
 
-import dataclasses
 import json
+import math
 import re
 import statistics
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from scipy import stats
 
 from deepdelta.config import from_plain
-from deepdelta.report import detail_tables, markdown_table
 from deepdelta.studies.config import load_study
-from deepdelta.studies.results import load_results
-from deepdelta.studies.statistics import contrasts, paired
-from deepdelta.tables import markdown_cells
-from deepdelta.tasks.results import TaskResults, main_table
+from deepdelta.studies.factorial import effects
+from deepdelta.studies.results import StudyResults, load_results
+from deepdelta.studies.statistics import Comparison, contrasts, paired
+from deepdelta.tasks.results import TaskResults
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("findings", "sizes", "attribution", "beyond-text")
-FINDINGS = "\n".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in PAGES)
-STUDIES = sorted(set(re.findall(r"\.\./results/([\w-]+)/results\.json", FINDINGS)) - {"quick"})
+RESULTS = ROOT / "results"
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", *(f"docs/{page}.md" for page in ("findings", "sizes", "attribution", "beyond-text")))
+}
+SENTENCES = {name: " ".join(text.split()) for name, text in PAGES.items()}
 SIZED = ("additive", "additive-convolution", "delta-token-random")
-AUDITS = sorted(set(re.findall(r"\.\./results/([\w-]+)/audit\.json", FINDINGS)))
+TEXTS = ("headline", "headline-tinyshakespeare")
+
+# Compared after looking, which is why they stand in no study: the condition and what it is compared with.
+AFTERWARDS = [
+    ("headline", "delta-token-random", "additive-convolution"),
+    ("headline-tinyshakespeare", "delta-token-random", "additive-convolution"),
+    ("larger", "delta-token-random", "normed-convolution"),
+    ("larger", "delta-token-random", "additive-convolution"),
+    *((f"sizes/{size}", "delta-token-random", "additive-convolution") for size in ("small", "medium", "large")),
+]
+# Every comparison of a residual with the same without its erase beside a write, at the length of a whole study.
+ERASE = [
+    ("headline", "delta-token-random", "write-only-token-random"),
+    ("headline-tinyshakespeare", "delta-token-random", "write-only-token-random"),
+    ("published", "ddl", "write-only"),
+    ("published-tinyshakespeare", "ddl", "write-only"),
+    ("erase-on-norm", "normed-convolution-erase", "normed-convolution"),
+    ("erase-on-norm-tinyshakespeare", "normed-convolution-erase", "normed-convolution"),
+    ("erase-on-norm", "expanded-normed-erase-token-random", "expanded-normed-token-random"),
+    ("erase-on-norm-tinyshakespeare", "expanded-normed-erase-token-random", "expanded-normed-token-random"),
+    ("larger", "delta-token-random", "write-only-token-random"),
+]
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_a_study_s_tables(name: str) -> None:
-    results = load_results(ROOT / "results" / name / "results.json")
-    assert markdown_table(results).strip() in FINDINGS
-    contrasts = next(table for table in detail_tables(results) if table.title.startswith("Comparisons"))
-    # Without its heading, which the page has of its own.
-    assert markdown_cells(contrasts).split("\n", 2)[2].strip() in FINDINGS
-    assert all(len(condition.runs) >= 5 for condition in results.conditions)
+@cache
+def study(name: str) -> StudyResults:
+    return load_results(RESULTS / name / "results.json")
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"results/([\w-]+)/table\.md#effects-of-factors", FINDINGS))))
-def test_effects_of_factors(name: str) -> None:
-    results = load_results(ROOT / "results" / name / "results.json")
-    effects = next(table for table in detail_tables(results) if table.title == "Effects of factors")
-    assert markdown_cells(effects).split("\n", 2)[2].strip() in FINDINGS
+@cache
+def task(name: str) -> TaskResults:
+    file = RESULTS / f"task-{name}" / "results.json"
+    return from_plain(TaskResults, json.loads(file.read_text(encoding="utf-8")), where=str(file))
+
+
+def differences(name: str, condition: str, reference: str) -> list[float]:
+    results = study(name)
+    one, other = results.condition(condition).losses(), results.condition(reference).losses()
+    return [one[seed] - other[seed] for seed in results.seeds]
+
+
+def comparisons() -> Iterator[Comparison]:
+    studies = [str(file.parent.relative_to(RESULTS)) for file in RESULTS.glob("**/results.json")]
+    for name in studies:
+        if name.startswith("task-"):
+            for condition in task(name.removeprefix("task-")).conditions:
+                yield from (one for one in (condition.against_baseline, condition.against_control) if one)
+        elif not name.startswith("bench-"):
+            yield from (one.comparison for one in contrasts(study(name)))
+            yield from (one.comparison for one in effects(study(name)))
+    yield from (paired(differences(*one)) for one in AFTERWARDS)
+
+
+def quoted(mean: float, low: float, high: float, digits: int) -> str:
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}"
+
+
+@cache
+def known() -> dict[str, list[float | None]]:
+    found: dict[str, list[float | None]] = {}
+    for one in comparisons():
+        if one.t_interval is not None:
+            for digits in (3, 4):
+                text = quoted(one.mean, one.t_interval.low, one.t_interval.high, digits)
+                found.setdefault(text, []).append(one.adjusted_p)
+    return found | {pooled()[0]: [None]}
+
+
+def pooled() -> tuple[str, float, int]:
+    """The mean of all erases weighted by precision with its normal interval, Cochran's Q and the number of pairs."""
+    found = [paired(differences(*one)) for one in ERASE]
+    weights = [one.n / one.sd**2 for one in found if one.sd]
+    mean = sum(weight * one.mean for weight, one in zip(weights, found, strict=True)) / sum(weights)
+    reach = float(stats.norm.ppf(0.975)) / math.sqrt(sum(weights))
+    spread = sum(weight * (one.mean - mean) ** 2 for weight, one in zip(weights, found, strict=True))
+    return quoted(mean, mean - reach, mean + reach, 4), spread, sum(one.n for one in found)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_interval_belongs_to_a_committed_comparison(page: str) -> None:
+    found = re.findall(r"([+-]\d\.\d+ \([+-]\d\.\d+ to [+-]\d\.\d+)(?:, p = (\d\.\d+))?(?:\)|,)", SENTENCES[page])
+    assert found
+    for text, p in found:
+        assert text in known(), text
+        if p:
+            digits = len(p.partition(".")[2])
+            assert float(p) in [round(one, digits) for one in known()[text] if one is not None], (text, p)
+
+
+def test_the_erase() -> None:
+    _, spread, runs = pooled()
+    page = SENTENCES["docs/findings.md"]
+    assert f"nine comparisons, {runs} pairs of runs" in page
+    assert f"(Q = {spread:.1f} on {len(ERASE) - 1} degrees of freedom)" in page
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/findings.md"])
+def test_the_table_of_the_headline(page: str) -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| ([+-].*) \| ([+-].*) \|$", PAGES[page], re.MULTILINE)
+    assert len(rows) >= 4 and ("ddl" in dict((row[0], row) for row in rows))
+    for condition, *cells in rows:
+        for name, cell in zip(TEXTS, cells, strict=True):
+            (found,) = (
+                one.comparison
+                for one in contrasts(study(name))
+                if (one.condition, one.reference, one.budget) == (condition, "additive", "flops")
+            )
+            assert found.t_interval is not None
+            assert cell == quoted(found.mean, found.t_interval.low, found.t_interval.high, 3) + ")"
+
+
+def test_the_readme_has_the_five_sentences_of_the_findings() -> None:
+    def sentences(page: str) -> list[str]:
+        text = PAGES[page].partition("\n1. ")[2].partition("\n\n")[0]
+        return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(text.split())).split("**")
+
+    assert sentences("README.md") == sentences("docs/findings.md")
+    assert len(sentences("README.md")) == 11
+
+
+def test_what_a_step_costs() -> None:
+    text = (RESULTS / "bench-bar" / "table.md").read_text(encoding="utf-8")
+    row = r"^\| {}[^|]*\| ddl, fused / additive \| {} \| [^|]*\| (\d\.\d+)"
+    ratios = [
+        float(ratio) for ratio in re.findall(row.format("training, ", r"forward \+ backward"), text, re.MULTILINE)
+    ]
+    (memory,) = re.findall(row.format("memory, 24 layers", "peak memory"), text, re.MULTILINE)
+    assert len(ratios) == 3
+    for page in ("README.md", "docs/findings.md"):
+        assert f"at {min(ratios):.2f} to {max(ratios):.2f} of the plain speed" in SENTENCES[page]
+        assert f"{float(memory):.2f} times the memory" in SENTENCES[page]
 
 
 def test_the_means_of_a_control_matrix() -> None:
-    results = load_results(ROOT / "results" / "control-matrix" / "results.json")
+    results = study("control-matrix")
     states = ("", "-4-repeat-channel", "-4-repeat-token", "-4-conv-channel", "-4-conv-token")
     for rule in ("additive", "additive-erase", "write-only", "delta", "erase-only"):
         losses = [list(results.condition(rule + state).losses().values()) for state in states]
         cells = [f"{statistics.fmean(own):.3f} ± {statistics.stdev(own):.3f}" for own in losses]
         assert all(len(own) == 5 for own in losses)
-        assert f"| {rule} | {' | '.join(cells)} |" in FINDINGS
+        assert f"| {rule} | {' | '.join(cells)} |" in PAGES["docs/attribution.md"]
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"results/task-(recall|digits|dynamics)/table\.md", FINDINGS))))
-def test_a_task_s_table(name: str) -> None:
-    file = ROOT / "results" / f"task-{name}" / "results.json"
-    results = from_plain(TaskResults, json.loads(file.read_text(encoding="utf-8")), where=str(file))
-    assert markdown_cells(dataclasses.replace(main_table(results), title="")).strip() in FINDINGS
-    assert all(len(condition.metrics) >= 5 for condition in results.conditions)
+def test_what_audited_runs_lose() -> None:
+    audits: list[list[dict[str, Any]]] = [
+        json.loads((RESULTS / name / "audit.json").read_text(encoding="utf-8"))["findings"]["everywhere"]
+        for name in ("audit-delta-token-random", "audit-delta-token-random-tinyshakespeare", "audit-published")
+    ]
 
+    def changes(intervention: str, digits: int) -> str:
+        found = [one["loss_change"] for audit in audits for one in audit if one["intervention"] == intervention]
+        return "{}, {} and {}".format(*(f"{one:+.{digits}f}" for one in found))
 
-@pytest.mark.parametrize("name", AUDITS)
-def test_an_audit_s_rows(name: str) -> None:
-    found = json.loads((ROOT / "results" / name / "audit.json").read_text(encoding="utf-8"))["findings"]
-    for residual in found["residuals"]:
-        effect = next(one for one in residual["effects"] if one["intervention"] == "erase cut")
-        row = f"| {residual['name'].removeprefix('layers.')} | {residual['gate']['values']['mean']:.2f} |"
-        end = f"| {effect['loss_change']:+.4f} ({effect['low']:+.4f} to {effect['high']:+.4f}) |"
-        assert any(line.startswith(row) and line.endswith(end) for line in FINDINGS.splitlines()), residual["name"]
+    page = SENTENCES["docs/attribution.md"]
+    assert f"the loss of the three runs rises by {changes('erase cut', 3)}; without any write by" in page
+    assert f"without any write by {changes('write cut', 3)}" in page
+    assert f"Holding all of them at 1 costs {changes('gate 1', 3)}" in page
 
 
 def test_the_headline_rests_on_what_its_search_chose() -> None:
-    search = json.loads((ROOT / "results" / "parameterization" / "search.json").read_text(encoding="utf-8"))
+    search = json.loads((RESULTS / "parameterization" / "search.json").read_text(encoding="utf-8"))
     headline, candidates = load_study("headline"), load_study("parameterization")
     (winner,) = search["winners"]
     residual = candidates.conditions[winner].changes["model"]["residual"]
@@ -82,54 +199,85 @@ def test_the_headline_rests_on_what_its_search_chose() -> None:
     assert not set(headline.seeds) & {seed for rung in candidates.search.rungs for seed in rung.seeds}
 
 
+def test_what_the_first_rung_of_the_search_hints_at() -> None:
+    search = json.loads((RESULTS / "parameterization" / "search.json").read_text(encoding="utf-8"))
+    ranking = search["rungs"][0]["ranking"]
+    change = {one["condition"]: f"{one['change']['mean']:+.3f}" for one in ranking}
+    page = SENTENCES["docs/attribution.md"]
+    assert f"{change['delta-token-random']} for `delta`, against {change['delta-token']} with the start" in page
+    targets = f"({change['delta-constant-target']} and {change['delta-sigmoid-target']}) were ahead of the linear one"
+    assert f"{targets} with the same gate ({change['delta-low-gate']})" in page
+    assert f"({change['ddl']} against {change['delta-low-gate']})" in page
+    assert [one["condition"] for one in ranking].index("ddl") == 39 and len(ranking) == 41
+    (last,) = [one for one in search["rungs"][-1]["ranking"] if one["condition"] == search["winners"][0]]
+    assert f"`{search['winners'][0]}`: {last['change']['mean']:+.3f} in the last rung" in page
+
+
 def test_the_sizes() -> None:
     for size, of in (("small", "d 32, 2 layers"), ("medium", "d 64, 4 layers"), ("large", "d 96, 6 layers")):
-        results = load_results(ROOT / "results" / "sizes" / size / "results.json")
+        results = study(f"sizes/{size}")
         plain, convolution, delta = (results.condition(one).losses() for one in SIZED)
         changes = []
         for one, other in ((convolution, plain), (delta, plain), (delta, convolution)):
             found = paired([one[seed] - other[seed] for seed in results.seeds])
             assert found.n == 5 and found.t_interval is not None
-            changes.append(f"{found.mean:+.3f} ({found.t_interval.low:+.3f} to {found.t_interval.high:+.3f})")
+            changes.append(quoted(found.mean, found.t_interval.low, found.t_interval.high, 3) + ")")
         cells = (f"{of}, {results.budget.steps} steps", f"{statistics.fmean(plain.values()):.3f}", *changes)
-        assert f"| {' | '.join(cells)} |" in FINDINGS
+        assert f"| {' | '.join(cells)} |" in PAGES["docs/sizes.md"]
 
 
-@pytest.mark.parametrize(
-    ("condition", "reference"),
-    [
-        ("delta-token-random", "additive"),
-        ("additive-convolution", "additive"),
-        ("expanded-normed-token-random", "additive-convolution"),
-        ("write-only-token-random", "expanded-normed-token-random"),
-        ("delta-token-random", "write-only-token-random"),
-        ("ddl", "additive"),
-    ],
-)
-def test_the_readme_s_rows(condition: str, reference: str) -> None:
-    cells = []
-    for name in ("headline", "headline-tinyshakespeare"):
-        results = load_results(ROOT / "results" / name / "results.json")
-        assert results.budgets == ("flops", "time")
-        for budget in results.budgets:
-            (found,) = (
-                one.comparison
-                for one in contrasts(results)
-                if (one.condition, one.reference, one.budget) == (condition, reference, budget)
-            )
-            assert found.t_interval is not None and found.adjusted_p is not None
-            low, high = found.t_interval.low, found.t_interval.high
-            cell = f"{found.mean:+.3f} ({low:+.3f} to {high:+.3f})"
-            apart = (low > 0) == (high > 0)
-            cells.append(
-                cell + (f", p = {found.adjusted_p:.2f} corrected" if apart and found.adjusted_p > 0.05 else "")
-            )
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"| {' | '.join(cells)} |" in readme
+def test_the_table_of_the_groups() -> None:
+    for name, group in (("Z2 (parity)", "z2"), ("S3", "s3"), ("D4", "d4"), ("A5", "a5")):
+        cells = []
+        for condition in ("gate-0-1", "gate-0-2", "state-target"):
+            (found,) = (one.metrics for one in task(f"words-{group}").conditions if one.name == condition)
+            solved, accuracy = (statistics.fmean(run[key] for run in found.values()) for key in ("solved", "accuracy"))
+            cells.append(f"{round(solved * len(found))} of {len(found)}, {accuracy:.3f}")
+        assert f"| {name} | {' | '.join(cells)} |" in PAGES["docs/beyond-text.md"]
+
+
+def test_the_rollout_error_as_a_ratio() -> None:
+    results = task("dynamics")
+    logs = {one.name: [math.log(one.metrics[seed]["rollout"]) for seed in results.seeds] for one in results.conditions}
+    pairs = [
+        (one.name, reference)
+        for one in results.conditions
+        for reference in dict.fromkeys((results.baseline, one.control))
+        if reference not in (None, one.name)
+    ]
+    found = {
+        (one, other): paired([a - b for a, b in zip(logs[one], logs[other], strict=True)])
+        for one, other in pairs
+        if other is not None
+    }
+    values = sorted(one.p_value for one in found.values() if one.p_value is not None)
+    assert len(values) == 14
+    # Holm (1979), by hand.
+    adjusted = [max(min(1, (14 - j) * values[j]) for j in range(i + 1)) for i in range(14)]
+    for condition in ("gate-0.05", "delta-4"):
+        one = found[condition, "additive"]
+        assert one.t_interval is not None and one.p_value is not None
+        ratio, low, high = (math.exp(x) for x in (one.mean, one.t_interval.low, one.t_interval.high))
+        text = f"{ratio:.3f} ({low:.3f} to {high:.3f})"
+        p = f"p = {adjusted[values.index(one.p_value)]:.3f}"
+        said = rf"`{condition}` (has )?{re.escape(text)}[^;]*{p}"
+        assert re.search(said, SENTENCES["docs/beyond-text.md"]), (text, p)
+
+
+def test_what_refinement_does() -> None:
+    def mean(condition: str, metric: str) -> float:
+        (found,) = (one.metrics for one in task("dynamics").conditions if one.name == condition)
+        return statistics.fmean(float(run[metric]) for run in found.values())
+
+    small, quarter, one, large = (
+        mean(f"gate-{gate}", "flow") / mean(f"gate-{gate}", "one_step") for gate in ("0.05", "0.25", "1.0", "1.75")
+    )
+    text = f"{small:.1f} times with gates at 0.05, {quarter:.1f} times at 0.25, {one:.0f} times at 1, {large:.0f} times"
+    assert text in SENTENCES["docs/beyond-text.md"]
 
 
 def test_the_headline_made_again_overlaps_the_committed_one() -> None:
-    first, again = (load_results(ROOT / "results" / name / "results.json") for name in ("headline", "headline-again"))
+    first, again = study("headline"), study("headline-again")
     assert first.commit != again.commit and first.corpus == again.corpus
     one, other = contrasts(first), contrasts(again)
     assert len(one) == len(other) == 20

@@ -6,15 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deepdelta.report import markdown_table, summarise
+from torch import nn
+
+from deepdelta import DeltaStream
+from deepdelta.report import summarise
 from deepdelta.studies.results import load_results
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def blocks(language: str) -> list[str]:
-    found = re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert found, f"the README has no {language} block"
+def blocks(language: str, page: Path = README) -> list[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert found, f"{page.name} has no {language} block"
     return found
 
 
@@ -43,9 +46,24 @@ def test_make_targets_named_in_the_readme_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_table_is_that_of_the_committed_results() -> None:
+def test_it_says_of_the_quick_study_what_the_committed_results_say() -> None:
     results = load_results(README.parent / "results" / "quick" / "results.json")
-    readme = README.read_text(encoding="utf-8")
-    assert markdown_table(results).strip() in readme
     # The sentence that the terminal and the report have too: made once, said everywhere.
-    assert summarise(results).headline in " ".join(readme.split())
+    assert summarise(results).headline in " ".join(README.read_text(encoding="utf-8").split())
+
+
+def test_the_page_on_training_has_the_same_commands() -> None:
+    assert blocks("bash", README.parent / "docs" / "training.md") == blocks("bash")
+
+
+def test_what_the_example_costs() -> None:
+    stream = DeltaStream(dim=64, value_channels=4)
+    mlp = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    own, all_of_it = (sum(p.numel() for p in module.parameters()) for module in (mlp, stream.wrap(mlp)))
+    assert f"{all_of_it - own} parameters on a block of {own:,}" in README.read_text(encoding="utf-8")
+
+
+def test_it_is_short_and_code_comes_first() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 120
+    assert lines.index("```python") < 15
