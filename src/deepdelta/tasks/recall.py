@@ -1,8 +1,9 @@
 """Multi-query associative recall with overwrites: keys are bound several times, and their last value is asked for.
 
 A sequence is `writes` pairs (key, value) followed by every key once; at a query the model answers with the value that
-the key was bound to last. Half of the keys are bound once, the others at least twice, so attention has
-to find the last of several bindings. They are overwritten over tokens, not over depth: no test of a residual's erase. Related: the multi-query recall task of Zoology (Arora et al., 2023), which binds once.
+the key was bound to last. Half of the keys are bound once, the others at least twice, so attention has to find the last
+binding: values are overwritten over tokens, not over depth, and a residual's erase is not tested. Related: the
+multi-query recall task of Zoology (Arora et al., 2023), which binds once.
 
 The answers are reported against depth and against width. Shapes: B sequences, K keys, W writes, T = 2 W + K tokens.
 """
