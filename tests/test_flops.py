@@ -186,6 +186,8 @@ class Elementwise(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in ("add", "add_") and isinstance(args[1], Tensor) and args[1].ndim == 1:
             pass  # a bias, which belongs to the product; torch adds it apart where the input is not contiguous
+        elif isinstance(result, Tensor) and (not result.is_floating_point() or (name == "div" and result.ndim == 0)):
+            pass  # which labels count, how many, and the one division by that number
         elif name in self.ONE_PER_RESULT:
             self.total += result.numel()
         elif name in self.SPECIAL:
