@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from deepdelta import DeltaStream, UserError, recording
+from deepdelta import DeltaStream, UserError, recording, use_backend
 from deepdelta.nn import DeltaResidual
 from helpers import near, randn
 
@@ -137,3 +138,18 @@ def test_low_precision_form_of_the_unit_direction():
     residual = manual(rule="erase_only", gate="constant", gate_init=0.9, direction_eps=eps).double()
     read = (state * k[:, None]).sum(-1, keepdim=True)
     near(residual.open(state)[1](h), state - 0.9 * read * k[:, None])
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize("pool", ["mean", "flatten", "attention"])
+def test_fp16_with_tokens_of_nothing_has_finite_gradients_at_the_eps_that_is_advised(pool, backend):
+    """The direction is 0 there, and the branch writes its bias: the derivative by the direction is 1 / eps."""
+    stream = DeltaStream(16, 4, direction="pooled", target="branch", direction_pool=pool, direction_eps=1e-3, seed=0)
+    torch.manual_seed(0)
+    network = nn.ModuleList([stream, stream.wrap(nn.Linear(16, 16))]).half()
+    use_backend(network, backend)
+    x = torch.zeros(2, 5, 16, dtype=torch.float16, requires_grad=True)
+    result = stream.reduce(network[1](stream.expand(x)))
+    result.float().sum().backward()
+    assert network[1].direction.outer.bias.grad.any()
+    assert all(tensor.isfinite().all() for tensor in (result, x.grad, *(p.grad for p in network.parameters())))

@@ -133,6 +133,8 @@ class DeltaResidual(nn.Module):
     ) -> Any:
         """The rewritten state; of a branch that returns a tuple the first element is h and the others pass through.
 
+        A state is known by its last axes alone: vectors that were not expanded, of V tokens, are taken for one.
+
         Models that know their order of residuals hand on an opened state instead, with the reading that follows:
         `opened = residual(opened, following)`, extra arguments going to the branch. Where the fused step can, it opens
         in the rewrite's own pass. `reading` takes the place of this residual's own, as in cached decoding.
