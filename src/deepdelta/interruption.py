@@ -3,7 +3,6 @@
 The package's first import, since those that follow take seconds. A program that imports the package is left alone.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -25,5 +24,4 @@ def imported() -> None:
 program = Path(sys.argv[0]).name if sys.argv else ""
 if program == "deepdelta" or (program == "-m" and "deepdelta" in sys.orig_argv):
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # A worker of the command ends through its parent, which Ctrl-C reaches too.
-        signal.signal(signal.SIGINT, _stop if multiprocessing.parent_process() is None else signal.SIG_IGN)
+        signal.signal(signal.SIGINT, _stop)
