@@ -17,16 +17,18 @@ import pytest
 
 from deepdelta import load
 from deepdelta.cli import main
-from deepdelta.config import merged
+from deepdelta.config import from_plain, merged
 from deepdelta.data import load_corpus
 from deepdelta.files import HELD, locked, write_text
 from deepdelta.studies import pool, runner
 from deepdelta.studies.config import load_study
 from deepdelta.studies.plan import Run
+from deepdelta.studies.record import RunRecord
+from deepdelta.studies.records import RecordFile
 from deepdelta.studies.results import StudyResults, load_results
 from deepdelta.studies.runs import StudyRuns, _waits
 from deepdelta.training import RunDirectory
-from tiny_runs import assert_same_run, quietly, rows, start, tensors, text_file, wait_for_step
+from tiny_runs import assert_same_run, forget, quietly, rows, start, tensors, text_file, wait_for_step
 
 # As users run it: tyro's mark for a missing option is no Path, which the run-time type checks would refuse.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -110,7 +112,7 @@ def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
 
 def test_results_are_the_numbers_of_the_runs(finished: tuple[Path, str], folder: Path) -> None:
     out, printed = finished
-    results = load_results(out / "results.json")
+    results, records = load_results(out / "results.json"), RecordFile(out).rows()
     assert (results.name, results.baseline, results.seeds) == ("tiny", "additive", (0,))
     assert results.command.startswith(f"deepdelta study {folder}/study.toml --out ")
     assert (results.budget.steps, results.budget.tokens_per_step, results.budget.threads_per_run) == (30, 32, 1)
@@ -121,7 +123,7 @@ def test_results_are_the_numbers_of_the_runs(finished: tuple[Path, str], folder:
         assert condition.runs[0].validation_loss == recorded[-1]["validation_loss"]
         assert recorded[-1]["final"] and recorded[-1]["validation_tokens"] == 192
         assert condition.runs[0].seconds == recorded[-1]["seconds"] > 0
-        curve = condition.runs[0].curve
+        curve = from_plain(RunRecord, records[f"{condition.name}-seed0"]).curve
         for kind, key in (("train_loss", "loss"), ("validation_loss", "validation_loss")):
             shown = [(p.step, getattr(p, kind)) for p in curve if getattr(p, kind) is not None]
             expected = [(r["step"], r[key]) for r in recorded if key in r and not r.get("final")]
@@ -236,7 +238,7 @@ def test_a_run_that_fails_passes_its_message_on(
     capsys: pytest.CaptureFixture[str], copy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = copy / "runs" / "ddl-1.5-seed0"
-    (copy / "cells" / "ddl-1.5-seed0.json").unlink()
+    forget(copy, "ddl-1.5-seed0")
     RunDirectory(run).cut_metrics(20)
     checkpoint = (run / "checkpoint.safetensors").read_bytes()
     (run / "checkpoint.safetensors").write_bytes(checkpoint[:-1])
@@ -289,7 +291,7 @@ def test_the_runs_of_a_killed_study_save_their_step_and_end(tmp_path: Path) -> N
 def test_a_run_that_is_still_busy_is_waited_for(copy: Path, folder: Path) -> None:
     config = load_study(str(folder / "study.toml"))
     settings = config.train_config("twin", 0)
-    run = Run("twin-seed0", "twin", settings, load_corpus(settings.data), copy, 1.0)
+    run = Run("twin-seed0", "twin", settings, load_corpus(settings.data), copy, RecordFile(copy), 1.0)
     assert not _waits(run, ())
     with RunDirectory(run.path).locked():
         assert _waits(run, ())
@@ -298,7 +300,7 @@ def test_a_run_that_is_still_busy_is_waited_for(copy: Path, folder: Path) -> Non
 def test_the_line_of_progress_tells_records_and_the_loss_of_runs(copy: Path, folder: Path) -> None:
     config = load_study(str(folder / "study.toml"))
     settings = config.train_config("twin", 0)
-    run = Run("twin-seed0", "twin", settings, load_corpus(settings.data), copy, 100.0)
+    run = Run("twin-seed0", "twin", settings, load_corpus(settings.data), copy, RecordFile(copy), 100.0)
     RunDirectory(run.path).cut_metrics(15)
     said: list[tuple[int, str]] = []
     reporter = SimpleNamespace(update=lambda done, facts: said.append((done, facts)), note=said.append)

@@ -16,13 +16,25 @@ from deepdelta.config import from_plain
 from deepdelta.data import batch, load_corpus
 from deepdelta.report.table import table_cells
 from deepdelta.studies import runner
-from deepdelta.studies.cells import Cell, canonical, fingerprint
 from deepdelta.studies.config import START_SEED, StudyConfig, load_study
 from deepdelta.studies.plan import Planner, Run
+from deepdelta.studies.record import RunRecord, canonical, fingerprint
+from deepdelta.studies.records import FILE_NAME
 from deepdelta.studies.results import StudyResults, load_results
 from deepdelta.studies.runner import run_study
 from deepdelta.training import RunDirectory, TrainConfig, progress
-from tiny_runs import RUNS, assert_same_run, nats, quietly, rows, text_file, trained_here
+from tiny_runs import (
+    RUNS,
+    assert_same_run,
+    forget,
+    nats,
+    quietly,
+    recorded,
+    rows,
+    text_file,
+    trained_here,
+    without_curves,
+)
 
 STUDY = """
 name = "tiny"
@@ -91,12 +103,12 @@ def again(config: StudyConfig, out: Path) -> StudyResults:
     return run_study(config, out, workers=2, command="")
 
 
-def drop(out: Path, name: str, *, cell: bool = True) -> None:
-    """As if the run had never been made, but for its cell."""
+def drop(out: Path, name: str, *, record: bool = True) -> None:
+    """As if the run had never been made, but for its record."""
     shutil.rmtree(out / "runs" / name)
     (out / "runs" / f"{name}.json").unlink()
-    if cell:
-        (out / "cells" / f"{name}.json").unlink()
+    if record:
+        forget(out, name)
 
 
 def planned(config: StudyConfig, out: Path, name: str) -> Run:
@@ -110,11 +122,11 @@ def planned(config: StudyConfig, out: Path, name: str) -> Run:
 def test_one_start_per_seed_before_its_runs(original: tuple[Path, StudyResults, list[str]]) -> None:
     folder, results, names = original
     assert set(names) == STARTS | OTHERS and len(names) == len(STARTS | OTHERS)
-    assert {file.stem for file in (folder / "out" / "cells").iterdir()} == STARTS | OTHERS
+    assert set(recorded(folder / "out")) == STARTS | OTHERS
     for seed in (0, 1):
         first = names.index(f"plain+start-seed{seed + START_SEED}")
         assert all(names.index(name) > first for name in OTHERS if name.endswith(f"seed{seed}"))
-    assert results.budget.start_steps == 10 and load_results(folder / "out" / "results.json") == results
+    assert results.budget.start_steps == 10 and load_results(folder / "out" / "results.json") == without_curves(results)
     assert any("go on from the weights of one run of 10 steps" in note for note in table_cells(results).notes)
 
 
@@ -142,15 +154,14 @@ def test_a_run_goes_on_from_exactly_the_weights_of_its_start(done: Done, tmp_pat
     assert rows(tmp_path / "plain")[0]["loss"] < rows(tmp_path / "began")[0]["loss"] - 0.2
 
 
-def test_cells_hold_the_start(done: Done, tmp_path: Path) -> None:
+def test_records_hold_the_start(done: Done, tmp_path: Path) -> None:
     config, out, _ = done
-    cells = {name: from_plain(Cell, json.loads((out / "cells" / f"{name}.json").read_text())) for name in OTHERS}
-    for name, cell in cells.items():
-        start = from_plain(
-            Cell, json.loads((out / "cells" / f"plain+start-seed{cell.seed + START_SEED}.json").read_text())
-        )
-        assert cell.start == start.settings and start.start is None, name
-        assert (start.condition, start.seed, start.steps) == ("plain", cell.seed + START_SEED, 10)
+    records = {name: from_plain(RunRecord, row) for name, row in recorded(out).items()}
+    for name in OTHERS:
+        record = records[name]
+        start = records[f"plain+start-seed{record.seed + START_SEED}"]
+        assert record.start == start.settings and start.start is None, name
+        assert (start.condition, start.seed, start.steps) == ("plain", record.seed + START_SEED, 10)
     settings = config.train_config("plain", 0)
     start, other = config.start_config(0), config.start_config(1)
     alone = fingerprint(settings, "c", None)
@@ -161,29 +172,28 @@ def test_cells_hold_the_start(done: Done, tmp_path: Path) -> None:
 # What is not run again, and what is
 
 
-def test_with_its_cells_alone_nothing_runs(done: Done, launched: list[str], tmp_path: Path) -> None:
+def test_with_its_records_alone_nothing_runs(done: Done, launched: list[str], tmp_path: Path) -> None:
     config, out, results = done
     assert again(config, out).conditions == results.conditions
     shutil.rmtree(out / "runs")
     assert again(config, out).conditions == results.conditions
-    for name in STARTS:  # what nobody needs
-        (out / "cells" / f"{name}.json").unlink()
+    forget(out, *STARTS)  # what nobody needs
     assert again(config, out).conditions == results.conditions and not launched
 
 
 def test_a_start_that_is_there_is_used_and_one_that_is_gone_is_trained_again(done: Done, launched: list[str]) -> None:
     config, out, results = done
     one, name = f"plain+start-seed{START_SEED}", "retrofit-seed0"
-    before = (out / "cells" / f"{one}.json").read_bytes()
+    before = recorded(out)[one]
     drop(out, name)
     assert again(config, out).conditions[0] == results.conditions[0]
     assert launched == [name]
     drop(out, name)
-    drop(out, one, cell=False)
+    drop(out, one, record=False)
     launched.clear()
     losses = again(config, out).condition("retrofit").losses()
     assert launched == [one, name] and losses == results.condition("retrofit").losses()
-    assert (out / "cells" / f"{one}.json").read_bytes() == before
+    assert recorded(out)[one] == before
     # Its weights alone are gone; the other seed's are not needed.
     for seed in (0, 1):
         (out / "runs" / f"plain+start-seed{seed + START_SEED}" / "checkpoint.safetensors").unlink()
@@ -216,7 +226,7 @@ def test_an_interrupted_run_needs_its_start_no_more(
         patch.setattr(progress._Lines, "update", interrupt)
         quietly(run.settings, run.path, init_from=out / "runs" / one)
     assert RunDirectory(run.path).step() == 3
-    drop(out, one, cell=False)
+    drop(out, one, record=False)
     assert again(config, out).condition("retrofit").losses() == results.condition("retrofit").losses()
     assert launched == [run.name]
 
@@ -228,15 +238,15 @@ def test_another_start_is_refused(done: Done, launched: list[str], tmp_path: Pat
     config, out, _ = done
     source = Path(config.train["data"]["source"])
     other = study(tmp_path, ("steps = 10", "steps = 11"), source=source)
-    with pytest.raises(UserError, match=r"settings of plain \(steps: 10 there, 11 here\).*start-seed1000.json; give"):
+    with pytest.raises(UserError, match=r"settings of plain \(steps: 10 there, 11 here\).*start-seed1000; give"):
         again(other, out)
     for name in STARTS:
         drop(out, name)
-    with pytest.raises(UserError, match=r"settings of plain \(start.steps: 10 there, 11 here\) in .*plain-seed0.json"):
+    with pytest.raises(UserError, match=r"settings of plain \(start.steps: 10 there, 11 here\) in plain-seed0;"):
         again(other, out)
     with pytest.raises(UserError, match=r"settings of plain \(start: \{.* there, None here\)"):
         again(study(tmp_path, ("[start]\nsteps = 10\nlr = 1e-2\n", ""), source=source), out)
-    shutil.rmtree(out / "cells")  # runs in progress too remember what they began with
+    (out / FILE_NAME).unlink()  # runs in progress too remember what they began with
     with pytest.raises(UserError, match=r"settings of plain \(start.steps: 10 there, 11 here\) in .*runs/plain-seed0;"):
         again(other, out)
     assert not launched

@@ -16,15 +16,15 @@ import torch
 from deepdelta import UserError
 from deepdelta.cli import main
 from deepdelta.config import from_plain, to_plain
-from deepdelta.files import write_json
 from deepdelta.studies import pool
 from deepdelta.studies.pool import Job
+from deepdelta.studies.records import FILE_NAME
 from deepdelta.tasks import load_task, named_tasks, registry, runner
 from deepdelta.tasks.fitting import check_loss
-from deepdelta.tasks.results import TaskCell, TaskResults, conditions_of, markdown
+from deepdelta.tasks.results import TaskRecord, TaskResults, conditions_of, markdown
 from deepdelta.tasks.runner import default_folder, run_task
 from deepdelta.tasks.task import read_overrides
-from tiny_runs import Ended
+from tiny_runs import Ended, forget, record_anew, recorded
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -47,7 +47,7 @@ def made_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         module, given = job.command()
         assert module == "deepdelta.tasks.runner"
         try:
-            runner.make_cell(**json.loads(given))
+            runner.make_record(**json.loads(given))
         except UserError as error:
             job.log.write_text(f"20\nerror: {error}\n")
             return Ended(1)
@@ -79,16 +79,16 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return said
 
 
-def test_the_command_writes_cells_results_and_a_table(finished):
+def test_the_command_writes_records_results_and_a_table(finished):
     results = results_of(finished)
     assert results.task == "words" and results.seeds == (0, 1)
     assert [condition.name for condition in results.conditions] == CONDITIONS
-    assert len(list((finished / "cells").iterdir())) == 6
+    assert len(recorded(finished)) == 6
     for condition in results.conditions:
         assert list(condition.metrics) == [0, 1]
         for seed, metrics in condition.metrics.items():
-            cell = json.loads((finished / "cells" / f"{condition.name}-seed{seed}.json").read_text())
-            assert cell["metrics"] == metrics and cell["settings"]["group"] == "S3" and cell["seconds"] > 0
+            record = recorded(finished)[f"{condition.name}-seed{seed}"]
+            assert record["metrics"] == metrics and record["settings"]["group"] == "S3" and record["seconds"] > 0
     text = (finished / "table.md").read_text(encoding="utf-8")
     assert text == markdown(results)
     assert text.startswith("# words: word problems") and "no interval" in text
@@ -96,19 +96,18 @@ def test_the_command_writes_cells_results_and_a_table(finished):
 
 def test_a_process_gives_what_this_one_gives(finished, tmp_path):
     out = Path(shutil.copytree(finished, tmp_path / "out"))
-    record = out / "cells" / "gate-0-2-seed1.json"
-    expected = json.loads(record.read_text())
-    record.unlink()
+    expected = recorded(out)["gate-0-2-seed1"]
+    forget(out, "gate-0-2-seed1")
     main(["task", "words", *SETS, "--seeds", "0", "1", "--out", str(out)])
-    made = json.loads(record.read_text())
+    made = recorded(out)["gate-0-2-seed1"]
     assert made["metrics"] == expected["metrics"] and made["settings"] == expected["settings"]
     assert to_plain(results_of(out))["conditions"] == to_plain(results_of(finished))["conditions"]
     assert runner._share(out / "runs" / "gate-0-2-seed1.log") == 99
 
 
-def test_what_has_its_cell_is_not_run_again(finished, tmp_path, ran):
+def test_what_has_its_record_is_not_run_again(finished, tmp_path, ran):
     out = Path(shutil.copytree(finished, tmp_path / "out"))
-    (out / "cells" / "gate-0-2-seed1.json").unlink()
+    forget(out, "gate-0-2-seed1")
     (out / "results.json").unlink()
     again = run_task("words", (0, 1), out, overrides=TINY)
     assert ran == ["gate-0-2-seed1"]
@@ -123,25 +122,22 @@ def test_runs_go_seed_by_seed(tmp_path, ran):
     assert ran == [f"{condition}-seed{seed}" for seed in (3, 2) for condition in CONDITIONS]
 
 
-def test_cells_that_are_damaged_or_of_other_settings(finished, tmp_path, ran):
+def test_records_that_are_damaged_or_of_other_settings(finished, tmp_path, ran):
     out = Path(shutil.copytree(finished, tmp_path / "out"))
-    with pytest.raises(UserError, match=r"gate-0-1-seed0.json was made with other settings \(steps: 2 there, 3 here\)"):
+    with pytest.raises(UserError, match=r"gate-0-1-seed0 was made with other settings \(steps: 2 there, 3 here\)"):
         run_task("words", (0, 1), out, overrides=TINY | {"steps": 3})
-    with pytest.raises(UserError, match=r"group: 'S3' there, 'Z2' here.*; give another --out, or delete that file"):
+    with pytest.raises(UserError, match=r"group: 'S3' there, 'Z2' here.*; give another --out"):
         run_task("words", (0, 1), out, overrides=TINY | {"group": "Z2"})
-    cell = out / "cells" / "gate-0-2-seed0.json"
-    whole = cell.read_text(encoding="utf-8")
-    plain = json.loads(whole)
-    write_json(cell, plain | {"task": "recall"})
+    rows = recorded(out)
+    whole = rows["gate-0-2-seed0"]
+    record_anew(out, rows | {"gate-0-2-seed0": whole | {"task": "recall"}})
     with pytest.raises(UserError, match=r"made with other settings \(the task recall\)"):
         run_task("words", (0, 1), out, overrides=TINY)
-    del plain["metrics"]
-    write_json(cell, plain)
-    with pytest.raises(UserError, match=r"gate-0-2-seed0.json: metrics: Field required"):
+    record_anew(out, rows | {"gate-0-2-seed0": {key: value for key, value in whole.items() if key != "metrics"}})
+    with pytest.raises(UserError, match=r"gate-0-2-seed0: metrics: Field required"):
         run_task("words", (0, 1), out, overrides=TINY)
-    cell.write_text(whole[:-20], encoding="utf-8")
-    damaged = r"gate-0-2-seed0.json must hold a JSON object, but is damaged .*delete it to make that run again"
-    with pytest.raises(UserError, match=damaged):
+    (out / FILE_NAME).write_bytes(b"no records")
+    with pytest.raises(UserError, match=r"runs.jsonl.xz is damaged .*; restore it, or give another --out"):
         run_task("words", (0, 1), out, overrides=TINY)
     assert not ran
 
@@ -179,7 +175,7 @@ def test_a_run_that_diverges_is_a_record_without_a_number(tmp_path, ran, monkeyp
     count = len(ran)
     assert count == 6 * len(CONDITIONS) and results_of(tmp_path) == results
     assert run_task("words", seeds, tmp_path, overrides=TINY).conditions == results.conditions and len(ran) == count
-    record = json.loads((tmp_path / "cells" / "gate-0-2-seed1.json").read_text())
+    record = recorded(tmp_path)["gate-0-2-seed1"]
     assert record["metrics"] == {} and record["diverged"].startswith("the training loss must stay finite, got nan at")
     found = next(one for one in results.conditions if one.name == "gate-0-2")
     assert found.diverged == (1,) and sorted(found.metrics) == [0, 2, 3, 4, 5]
@@ -206,7 +202,7 @@ def test_finished_runs_are_kept_when_one_fails(tmp_path, ran, monkeypatch):
     monkeypatch.setattr(runner, "load_task", lambda name: dataclasses.replace(task, run=run))
     with pytest.raises(UserError, match=r"the run .*-seed1.json failed: error: no room \(all of it: .*-seed1.log\)"):
         run_task("words", (0, 1), tmp_path)
-    assert made == [0, 0, 0] and len(list((tmp_path / "cells").iterdir())) == 3
+    assert made == [0, 0, 0] and len(recorded(tmp_path)) == 3
     assert not (tmp_path / "results.json").exists()
 
 
@@ -215,7 +211,7 @@ def test_an_interruption_keeps_what_is_finished(tmp_path, ran, monkeypatch, caps
     with pytest.raises(KeyboardInterrupt):
         run_task("words", (0,), tmp_path, overrides=TINY, workers=1)
     assert "Finished runs are kept; the same command continues with what is missing." in capsys.readouterr().err
-    assert [path.stem for path in (tmp_path / "cells").iterdir()] == ran == [f"{CONDITIONS[0]}-seed0"]
+    assert list(recorded(tmp_path)) == ran == [f"{CONDITIONS[0]}-seed0"]
 
 
 # Names and settings
@@ -291,7 +287,8 @@ def test_other_settings_go_to_other_folders():
 def results_with(values: dict[str, list[float]]) -> TaskResults:
     task = load_task("recall")
     cells = {
-        (name, seed): TaskCell(
+        (name, seed): TaskRecord(
+            name=f"{name}-seed{seed}",
             task="recall",
             condition=name,
             seed=seed,

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from deepdelta.cli import main
 from deepdelta.config import from_plain, merged
 from deepdelta.studies import pool
 from deepdelta.studies.pool import Job
+from deepdelta.studies.records import FILE_NAME, RecordFile
+from deepdelta.studies.results import RunResult, StudyResults
 from deepdelta.training import RunDirectory, TrainConfig, train
 from deepdelta.training.loop import Trained
 
@@ -178,3 +181,37 @@ def nats(model: GPT, ids: np.ndarray) -> list[float]:
         log_probabilities = shifted - shifted.exp().sum(1, keepdim=True).log()
         found += [-log_probabilities[i, label].item() for i, label in enumerate(window[1:].tolist())]
     return found
+
+
+def recorded(out: Path) -> dict[str, dict[str, Any]]:
+    """The records of a folder, by name, as plain data."""
+    return RecordFile(out).rows()
+
+
+def record_anew(out: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Have a folder hold these records and no others."""
+    (out / FILE_NAME).unlink(missing_ok=True)
+    file = RecordFile(out)
+    for row in rows.values():
+        file.append(row)
+
+
+def forget(out: Path, *names: str) -> None:
+    """Take records out of a folder."""
+    rows = recorded(out)
+    for name in names:
+        del rows[name]
+    record_anew(out, rows)
+
+
+def without_curves(results: StudyResults) -> StudyResults:
+    """As results.json holds them; curves are in the records."""
+
+    def bare(runs: tuple[RunResult, ...]) -> tuple[RunResult, ...]:
+        return tuple(replace(run, curve=()) for run in runs)
+
+    conditions = (
+        replace(one, runs=bare(one.runs), matched={budget: bare(runs) for budget, runs in one.matched.items()})
+        for one in results.conditions
+    )
+    return replace(results, conditions=tuple(conditions))

@@ -1,4 +1,4 @@
-"""From cells to the results of a study, and what its conditions cost."""
+"""From records to the results of a study, and what its conditions cost."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ from deepdelta.config import from_plain, to_plain
 from deepdelta.data import Corpus
 from deepdelta.files import read_object, write_json
 from deepdelta.models import parameter_count
-from deepdelta.studies.cells import Cell, merged_rewrites
 from deepdelta.studies.config import StudyConfig
+from deepdelta.studies.record import RunRecord, merged_rewrites
 from deepdelta.studies.results import (
     Budget,
     BudgetName,
@@ -26,11 +26,10 @@ from deepdelta.studies.results import (
 from deepdelta.studies.results import Corpus as CorpusResult
 from deepdelta.training import TrainConfig
 from deepdelta.training.environment import now, provenance
-from deepdelta.training.evaluation import contexts
 from deepdelta.training.progress import reporting
 
-Cells = Mapping[tuple[str, int, BudgetName], Cell]
-"""Cells by condition, seed and budget."""
+Records = Mapping[tuple[str, int, BudgetName], RunRecord]
+"""Records by condition, seed and budget."""
 
 CURVE_POINTS, FEWEST_POINTS = 4000, 12
 """Points of all curves together besides validations, and of each at least: what keeps results.json small."""
@@ -89,7 +88,7 @@ def _made_of(plan: TrainConfig, vocab_size: int) -> str:
 
 def collect(
     config: StudyConfig,
-    cells: Cells,
+    records: Records,
     costs: Mapping[str, Cost],
     tuned: Mapping[str, Tuned],
     corpus: Corpus,
@@ -97,7 +96,7 @@ def collect(
     command: str,
     started: str,
 ) -> StudyResults:
-    """The results of a study: its cells put together, and what is computed from configurations alone."""
+    """The results of a study: its records put together, and what is computed from configurations alone."""
     settings = config.train_config(config.baseline, config.seeds[0])
     return StudyResults(
         name=config.name,
@@ -108,8 +107,8 @@ def collect(
         finished=now(),
         corpus=CorpusResult(description=corpus.description, sha256=corpus.sha256),
         validation=Validation(
-            tokens=max(cell.validation_tokens for cell in cells.values()),
-            contexts=contexts(settings.model.context, len(corpus.validation), settings.final_eval_tokens),
+            tokens=max(record.validation_tokens for record in records.values()),
+            contexts=next(iter(records.values())).contexts,
         ),
         budget=Budget(
             steps=settings.steps,
@@ -119,7 +118,7 @@ def collect(
         ),
         seeds=config.seeds,
         conditions=tuple(
-            _condition(config, name, cells, corpus, costs.get(name), tuned.get(name)) for name in config.conditions
+            _condition(config, name, records, corpus, costs.get(name), tuned.get(name)) for name in config.conditions
         ),
         budgets=config.budgets,
         factorials=config.factorials,
@@ -129,14 +128,14 @@ def collect(
 
 
 def _condition(
-    config: StudyConfig, name: str, cells: Cells, corpus: Corpus, cost: Cost | None, tuned: Tuned | None
+    config: StudyConfig, name: str, records: Records, corpus: Corpus, cost: Cost | None, tuned: Tuned | None
 ) -> ConditionResult:
     settings = config.train_config(name, config.seeds[0])
     model = replace(settings.model, vocab_size=settings.model.vocab_size or corpus.vocab_size)
     first, *others = config.budgets
-    own = [cells[name, seed, first] for seed in config.seeds]
-    points = max(FEWEST_POINTS, CURVE_POINTS // max(1, len(cells)))
-    shown = {cell.name for cell in own}
+    own = [records[name, seed, first] for seed in config.seeds]
+    points = max(FEWEST_POINTS, CURVE_POINTS // max(1, len(records)))
+    shown = {record.name for record in own}
     return ConditionResult(
         name=name,
         summary=config.conditions[name].summary,
@@ -145,30 +144,30 @@ def _condition(
         parameters=parameter_count(model),
         flops_per_token=float(training_flops_per_token(model).training),
         cost=cost,
-        runs=tuple(_run(cell, points) for cell in own),
+        runs=tuple(_run(record, points) for record in own),
         rewrites=merged_rewrites(own),
         control=config.conditions[name].control,
         factors=config.conditions[name].factors,
         tuned=tuned,
         matched={
             budget: tuple(
-                _run(cell, 0 if cell.name in shown else points)
-                for cell in (cells[name, seed, budget] for seed in config.seeds)
+                _run(record, 0 if record.name in shown else points)
+                for record in (records[name, seed, budget] for seed in config.seeds)
             )
             for budget in others
         },
     )
 
 
-def _run(cell: Cell, points: int) -> RunResult:
-    """The cell as a result, with its validations and up to so many other points of its curve; none of either for 0."""
-    steps = [point for point in cell.curve if point.validation_loss is None]
+def _run(record: RunRecord, points: int) -> RunResult:
+    """The record as a result, with its validations and up to so many other points of its curve; for 0 with no curve."""
+    steps = [point for point in record.curve if point.validation_loss is None]
     kept = {round(i * (len(steps) - 1) / (points - 1)) for i in range(points)} if points > 1 and steps else set()
     chosen = {id(steps[index]) for index in kept}
     return RunResult(
-        seed=cell.seed,
-        validation_loss=cell.validation_loss,
-        seconds=cell.seconds,
-        steps=cell.settings["steps"],
-        curve=tuple(p for p in cell.curve if points and (p.validation_loss is not None or id(p) in chosen)),
+        seed=record.seed,
+        validation_loss=record.validation_loss,
+        seconds=record.seconds,
+        steps=record.settings["steps"],
+        curve=tuple(p for p in record.curve if points and (p.validation_loss is not None or id(p) in chosen)),
     )

@@ -123,7 +123,7 @@ class StudyConfig:
     match_parameters: bool = False
     """Give every condition's MLP the width (`mlp_dim`) that brings its parameters nearest to the baseline's."""
     keep_checkpoints: bool = True
-    """Keep the trained weights of finished runs; results need their cells alone."""
+    """Keep the trained weights of finished runs; results need their records alone."""
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.conditions):

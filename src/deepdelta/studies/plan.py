@@ -10,6 +10,7 @@ from deepdelta.analysis.cost import Cost
 from deepdelta.analysis.flops import training_flops_per_token
 from deepdelta.data import Corpus
 from deepdelta.studies.config import StudyConfig
+from deepdelta.studies.records import RecordFile
 from deepdelta.studies.results import BudgetName
 from deepdelta.training import RunDirectory, TrainConfig
 from deepdelta.training.rundir import CHECKPOINT
@@ -20,12 +21,14 @@ class Run:
     """One run that a study needs, its place, and the corpus that it is trained on."""
 
     name: str
-    """Of its cell and its run directory."""
+    """Of its record and its run directory."""
     condition: str
     settings: TrainConfig
     corpus: Corpus
     out: Path
     """The study's folder."""
+    records: RecordFile
+    """The study's records."""
     work: float
     """Seconds that it is expected to take on a quiet machine."""
     start: "Run | None" = None
@@ -36,8 +39,9 @@ class Run:
         return self.out / "runs" / self.name
 
     @property
-    def cell(self) -> Path:
-        return self.out / "cells" / f"{self.name}.json"
+    def recorded(self) -> bool:
+        """Whether it has a record, and so is never run again."""
+        return self.name in self.records
 
     @property
     def launched(self) -> Path:
@@ -76,7 +80,11 @@ class Planner:
     corpus: Corpus
     costs: Mapping[str, Cost]
     out: Path
+    records: RecordFile = field(init=False)
     _read: dict[str, TrainConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "records", RecordFile(self.out))
 
     def steps(self, condition: str, budget: BudgetName) -> int:
         """Optimiser steps of a condition that spend what the baseline's spend.
@@ -168,6 +176,7 @@ class Planner:
             settings,
             corpus,
             self.out,
+            self.records,
             self._work(condition, settings, corpus),
         )
 
@@ -198,7 +207,7 @@ def starts(runs: Iterable[Run]) -> dict[str, Run]:
 def untrained(runs: Iterable[Run]) -> list[Run]:
     """Of the runs that these start from, those whose weights an unfinished one needs and that are not there.
 
-    A cell alone does not do: where its run directory is gone, the start is trained again.
+    A record alone does not do: where its run directory is gone, the start is trained again.
     """
-    needed = starts(run for run in runs if not (run.cell.exists() or run.begun)).values()
-    return [one for one in needed if not (one.cell.exists() and one.ended and one.weights.exists())]
+    needed = starts(run for run in runs if not (run.recorded or run.begun)).values()
+    return [one for one in needed if not (one.recorded and one.ended and one.weights.exists())]

@@ -4,7 +4,6 @@
 times in seconds, memory in bytes. Costs of an operation count one token's forward and backward pass.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from deepdelta.analysis.cost import Cost
 from deepdelta.analysis.rewrites import GATE_BINS
 from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import AnyPath, read_object, write_text
+from deepdelta.files import AnyPath, read_object, write_json
 from deepdelta.training.environment import Provenance
 
 BudgetName = Literal["tokens", "flops", "time"]
@@ -211,8 +210,13 @@ class StudyResults(Provenance):
 
 
 def save_results(results: StudyResults, path: Path) -> None:
-    """Write `results.json` atomically, on one line: nobody reads curves, and the line breaks would double the file."""
-    write_text(path, json.dumps(to_plain(results), allow_nan=False) + "\n")
+    """Write `results.json` atomically, without the curves, which the records of the runs hold."""
+    plain = to_plain(results)
+    for condition in plain["conditions"]:
+        for runs in (condition["runs"], *condition["matched"].values()):
+            for run in runs:
+                del run["curve"]
+    write_json(path, plain)
 
 
 def load_results(path: AnyPath) -> StudyResults:

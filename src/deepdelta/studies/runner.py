@@ -23,10 +23,10 @@ from deepdelta.report import (
     summarise,
     write_report,
 )
-from deepdelta.studies.cells import Cell
 from deepdelta.studies.collection import collect, measure
 from deepdelta.studies.config import StudyConfig
 from deepdelta.studies.plan import Planner
+from deepdelta.studies.record import RunRecord
 from deepdelta.studies.results import Corpus as CorpusResult
 from deepdelta.studies.results import StudyResults, Tuned, save_results
 from deepdelta.studies.runs import StudyRuns, claim, study_runs
@@ -83,16 +83,17 @@ def run_study(config: StudyConfig, out: AnyPath, *, workers: int | None = None, 
     with study_runs(config, study.workers, [*tuning.values(), *planned.values()]) as runs:
         tuned = _tune(study, runs)
         planned = planner.runs(_rates(tuned))
-        cells = runs.train(planned.values(), "runs")
+        records = runs.train(planned.values(), "runs")
     results = collect(
         config,
-        {key: cells[one.name] for key, one in planned.items()},
+        {key: records[one.name] for key, one in planned.items()},
         study.costs,
         tuned,
         study.corpus,
         command=command,
         started=started,
     )
+    planner.records.compact()
     save_results(results, out / "results.json")
     write_text(out / "table.md", study_markdown(results))
     write_text(out / "plot.svg", plot(results))
@@ -135,8 +136,8 @@ def run_search(config: StudyConfig, out: AnyPath, *, workers: int | None = None,
     for number in range(len(config.search.rungs)):
         planned = study.planner.rung(number, (config.baseline, *left), rates, study.tail)
         with study_runs(config, study.workers, planned.values()) as runs:
-            cells = runs.train(planned.values(), f"rung {number + 1} of {len(config.search.rungs)}")
-        rungs.append(rank(config, number, left, {key: cells[one.name] for key, one in planned.items()}))
+            records = runs.train(planned.values(), f"rung {number + 1} of {len(config.search.rungs)}")
+        rungs.append(rank(config, number, left, {key: records[one.name] for key, one in planned.items()}))
         left = tuple(one.condition for one in rungs[-1].ranking if one.kept)
         if not left:
             raise UserError(f"every candidate diverged in rung {number + 1}: lower lr, or tune it per condition.")
@@ -150,6 +151,7 @@ def run_search(config: StudyConfig, out: AnyPath, *, workers: int | None = None,
         rungs=tuple(rungs),
         winners=left,
     )
+    study.planner.records.compact()
     save_search(found, out / "search.json")
     write_text(out / "table.md", search_markdown(found))
     study.console.print(render_cells(search_table(found)))
@@ -191,12 +193,12 @@ def _tune(study: Prepared, runs: StudyRuns) -> dict[str, Tuned]:
     return _chosen(study, runs.train(study.planner.tuning(study.tail).values(), "tuning"))
 
 
-def _chosen(study: Prepared, cells: Mapping[str, Cell]) -> dict[str, Tuned]:
+def _chosen(study: Prepared, records: Mapping[str, RunRecord]) -> dict[str, Tuned]:
     """The choice for every condition; none without tuning."""
     if study.config.tune is None:
         return {}
     names = {key: one.name for key, one in study.planner.tuning(study.tail).items()}
-    return chosen(study.config.tune, names, cells)
+    return chosen(study.config.tune, names, records)
 
 
 def _rates(tuned: Mapping[str, Tuned]) -> dict[str, float]:

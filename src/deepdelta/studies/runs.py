@@ -15,10 +15,10 @@ import torch
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.errors import UserError
 from deepdelta.files import read_object, write_json
-from deepdelta.studies.cells import Cell, canonical, make_cell, read_cell, write_cell
 from deepdelta.studies.config import StudyConfig
 from deepdelta.studies.plan import Run, starts, untrained
 from deepdelta.studies.pool import Job, run_jobs
+from deepdelta.studies.record import RunRecord, canonical, make_record, stored_record, validated
 from deepdelta.training import RunDirectory, TrainConfig
 from deepdelta.training.loop import resolve, stop_signals
 from deepdelta.training.progress import Reporter, reporting
@@ -27,19 +27,19 @@ SHOWN = 2
 """Of the runs at work, those whose loss the line of progress shows."""
 
 
-def claim(runs: Iterable[Run]) -> dict[str, Cell]:
+def claim(runs: Iterable[Run]) -> dict[str, RunRecord]:
     """The records that are there already, by name, those of starts too, after a look at all that must not be there.
 
     Raises:
         UserError: a record or an unfinished run of another configuration or corpus is in the way.
     """
-    cells = {}
+    records = {}
     runs = list(runs)
     for run in (*starts(runs).values(), *runs):
         start = run.start_settings
-        cell = read_cell(run.cell, run.settings, run.corpus, start)
-        if cell is not None:
-            cells[run.name] = cell
+        record = stored_record(run.records, run.name, run.settings, run.corpus, start)
+        if record is not None:
+            records[run.name] = record
         elif run.launched.exists():
             launched = read_object(run.launched, "delete it and its run to run it again")
             there = from_plain(TrainConfig, launched, where=str(run.launched))
@@ -52,7 +52,7 @@ def claim(runs: Iterable[Run]) -> dict[str, Cell]:
                     f"{run.out} already holds this study with other settings of {run.condition} "
                     f"({'; '.join(different)}) in {run.path}; give another --out, or delete that run."
                 )
-    return cells
+    return records
 
 
 @dataclass
@@ -68,7 +68,7 @@ class StudyRuns:
     stopped: Callable[[], bool]
     reporter: Reporter
 
-    def train(self, runs: Iterable[Run], phase: str) -> dict[str, Cell]:
+    def train(self, runs: Iterable[Run], phase: str) -> dict[str, RunRecord]:
         """The records of these runs, by name, those that are missing made first.
 
         Raises:
@@ -78,6 +78,7 @@ class StudyRuns:
         wanted = list({run.name: run for run in runs}.values())
         records, first = claim(wanted), starts(wanted)
         missing = [*untrained(wanted), *(run for run in wanted if run.name not in records)]
+        _check_validations(missing, records)
         for run in missing:
             if run.name in first and run.ended and not run.weights.exists():
                 shutil.rmtree(run.path)
@@ -98,7 +99,7 @@ class StudyRuns:
                 run.weights.unlink(missing_ok=True)
         return records
 
-    def _job(self, run: Run, records: Mapping[str, Cell], kept: Container[str]) -> Job[Cell]:
+    def _job(self, run: Run, records: Mapping[str, RunRecord], kept: Container[str]) -> Job[RunRecord]:
         return Job(
             name=run.name,
             place=run.path,
@@ -110,15 +111,15 @@ class StudyRuns:
             waits=partial(_waits, run),
         )
 
-    def _record(self, run: Run, kept: Container[str]) -> Cell:
+    def _record(self, run: Run, kept: Container[str]) -> RunRecord:
         """The record of a run that has ended, written unless it is there; runs in `kept` keep their weights."""
         self.done.add(run.name)
-        if (cell := read_cell(run.cell, run.settings, run.corpus, run.start_settings)) is not None:
-            return cell
+        if (record := stored_record(run.records, run.name, run.settings, run.corpus, run.start_settings)) is not None:
+            return record
         threads = torch.get_num_threads()
         torch.set_num_threads(run.settings.threads or 1)
         try:
-            cell = make_cell(
+            record = make_record(
                 run.name,
                 run.condition,
                 run.path,
@@ -129,10 +130,10 @@ class StudyRuns:
             )
         finally:
             torch.set_num_threads(threads)
-        write_cell(cell, run.cell)
+        run.records.append(to_plain(record))
         if not self.config.keep_checkpoints and run.name not in kept:
             run.weights.unlink()
-        return cell
+        return record
 
     def _report(self, unfinished: Sequence[Run], running: int, phase: str) -> None:
         made = _made(self.work, self.done, unfinished)
@@ -151,11 +152,22 @@ def study_runs(config: StudyConfig, workers: int, planned: Iterable[Run]) -> Ite
     begun_from, again = starts(planned), {run.name for run in untrained(planned)}
     runs = begun_from | {run.name: run for run in planned}
     work = {name: run.work for name, run in runs.items()}
-    done = {name for name, run in runs.items() if name not in again and (name in begun_from or run.cell.exists())}
+    done = {name for name, run in runs.items() if name not in again and (name in begun_from or run.recorded)}
     first = _made(work, done, [run for name, run in runs.items() if name not in done])
     total = _made(work, set(work), [])
     with stop_signals() as stopped, reporting(f"Study {config.name}", total, first) as reporter:
         yield StudyRuns(config, workers, work, done, stopped, reporter)
+
+
+def _check_validations(missing: Iterable[Run], records: Mapping[str, RunRecord]) -> None:
+    """Losses on other tokens of the validation part do not compare: what is made now must be validated as the rest."""
+    here = {validated(run.settings, run.corpus) for run in missing}
+    there = {record.contexts for record in records.values()}
+    if here and there and here != there:
+        raise UserError(
+            f"the runs that are there were validated on {' and '.join(sorted(there))}, those that are missing would be "
+            f"validated on {' and '.join(sorted(here))}, which does not compare: give another --out."
+        )
 
 
 def _made(work: dict[str, float], done: set[str], unfinished: Iterable[Run]) -> int:
@@ -185,7 +197,7 @@ def _waits(run: Run, unfinished: Container[str]) -> bool:
     return run.start is not None and not run.begun and run.start.name in unfinished
 
 
-def _command(run: Run, records: Mapping[str, Cell]) -> list[str]:
+def _command(run: Run, records: Mapping[str, RunRecord]) -> list[str]:
     """What trains a run; the settings are written beside it."""
     start = []
     if run.start is not None and not run.begun:

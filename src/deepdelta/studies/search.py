@@ -7,8 +7,8 @@ from pathlib import Path
 
 from deepdelta.config import to_plain
 from deepdelta.files import write_json
-from deepdelta.studies.cells import Cell
 from deepdelta.studies.config import StudyConfig
+from deepdelta.studies.record import RunRecord
 from deepdelta.studies.results import Corpus as CorpusResult
 from deepdelta.studies.results import Tuned
 from deepdelta.studies.statistics import Comparison, corrected, paired
@@ -56,18 +56,18 @@ class SearchResults(Provenance):
 
 
 def rank(
-    config: StudyConfig, rung: int, candidates: Sequence[str], cells: Mapping[tuple[str, int], Cell]
+    config: StudyConfig, rung: int, candidates: Sequence[str], records: Mapping[tuple[str, int], RunRecord]
 ) -> RungResult:
     """Order a rung's candidates by mean loss over its seeds.
 
     Args:
         rung: its number, from 0.
-        cells: by condition and seed, the baseline's too.
+        records: by condition and seed, the baseline's too.
     """
     assert config.search is not None
     plan = config.search.rungs[rung]
     losses = {
-        name: {seed: cells[name, seed].validation_loss for seed in plan.seeds}
+        name: {seed: records[name, seed].validation_loss for seed in plan.seeds}
         for name in (*candidates, config.baseline)
     }
     means = {

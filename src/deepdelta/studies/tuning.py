@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 
 from deepdelta.errors import UserError
-from deepdelta.studies.cells import Cell
 from deepdelta.studies.config import Tune
+from deepdelta.studies.record import RunRecord
 from deepdelta.studies.results import Tuned
 
 
@@ -34,9 +34,11 @@ def choose(tune: Tune, losses: Mapping[float, list[float | None]], condition: st
     )
 
 
-def chosen(tune: Tune, names: Mapping[tuple[str, float, int], str], cells: Mapping[str, Cell]) -> dict[str, Tuned]:
-    """The choice for every condition, from the cells of its tuning runs (their names by condition, rate and seed)."""
+def chosen(
+    tune: Tune, names: Mapping[tuple[str, float, int], str], records: Mapping[str, RunRecord]
+) -> dict[str, Tuned]:
+    """The choice for every condition, from the records of its tuning runs, whose names `names` has."""
     losses: dict[str, dict[float, list[float | None]]] = {}
     for (condition, rate, _), name in names.items():
-        losses.setdefault(condition, {}).setdefault(rate, []).append(cells[name].validation_loss)
+        losses.setdefault(condition, {}).setdefault(rate, []).append(records[name].validation_loss)
     return {condition: choose(tune, by_rate, condition) for condition, by_rate in losses.items()}

@@ -21,12 +21,13 @@ Metrics = dict[str, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskCell:
-    """One finished run: never made again while its settings are the same.
+class TaskRecord:
+    """One finished run, `name` its condition and seed: never made again while its settings are the same.
 
     `diverged` says how its training went where its loss was no longer finite; then there are no metrics.
     """
 
+    name: str
     task: str
     condition: str
     seed: int
@@ -71,12 +72,12 @@ class TaskResults(Provenance):
     conditions: tuple[ConditionMetrics, ...]
 
 
-def conditions_of(task: Task, cells: Mapping[tuple[str, int], TaskCell]) -> tuple[ConditionMetrics, ...]:
+def conditions_of(task: Task, records: Mapping[tuple[str, int], TaskRecord]) -> tuple[ConditionMetrics, ...]:
     """The conditions with their comparisons; Holm's correction runs over all of the task's comparisons."""
     by_name: dict[str, dict[int, Metrics]] = {}
-    for (name, seed), cell in sorted(cells.items()):
-        if cell.diverged is None:
-            by_name.setdefault(name, {})[seed] = cell.metrics
+    for (name, seed), record in sorted(records.items()):
+        if record.diverged is None:
+            by_name.setdefault(name, {})[seed] = record.metrics
     pairs = [
         (name, other)
         for name, variant in task.conditions.items()
@@ -93,7 +94,7 @@ def conditions_of(task: Task, cells: Mapping[tuple[str, int], TaskCell]) -> tupl
             metrics=by_name.get(name, {}),
             against_baseline=compared.get((name, task.baseline)),
             against_control=None if variant.control is None else compared.get((name, variant.control)),
-            diverged=tuple(seed for (own, seed), cell in sorted(cells.items()) if own == name and cell.diverged),
+            diverged=tuple(seed for (own, seed), record in sorted(records.items()) if own == name and record.diverged),
         )
         for name, variant in task.conditions.items()
     )

@@ -1,4 +1,4 @@
-"""All of a task's runs: processes of one thread side by side, each turned into a file the moment it ends."""
+"""All of a task's runs: processes of one thread side by side, each recorded the moment it ends."""
 
 import json
 import math
@@ -15,11 +15,11 @@ from rich.console import Console
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.errors import UserError, require
 from deepdelta.files import AnyPath, locked, read_object, write_json, write_text
-from deepdelta.studies.cells import MEND
 from deepdelta.studies.pool import Job, run_jobs
+from deepdelta.studies.records import RecordFile
 from deepdelta.tasks.fitting import Diverged
 from deepdelta.tasks.registry import load_task
-from deepdelta.tasks.results import TaskCell, TaskResults, conditions_of, markdown, table
+from deepdelta.tasks.results import TaskRecord, TaskResults, conditions_of, markdown, table
 from deepdelta.tasks.task import Task
 from deepdelta.training.environment import commit, keep_freed_memory, machine, now, provenance, usable_cores, versions
 from deepdelta.training.loop import stop_signals
@@ -41,7 +41,7 @@ def run_task(
     workers: int | None = None,
     command: str = "",
 ) -> TaskResults:
-    """Run every condition of a task once per seed; what has its file in `out/cells` is not run again.
+    """Run every condition of a task once per seed; what has a record in `out` is not run again.
 
     Args:
         overrides: settings replaced in all conditions.
@@ -62,9 +62,11 @@ def run_task(
     out = Path(out)
     with locked(out):
         # Seed by seed, so that what is interrupted has whole pairs.
-        jobs = [_job(task, name, seed, settings[name], out) for seed in seeds for name in task.conditions]
-        cells = {job.name: job.record() for job in jobs if job.ended()}
-        _run([job for job in jobs if job.name not in cells], cells, task, workers or usable_cores())
+        file = RecordFile(out)
+        jobs = [_job(task, name, seed, settings[name], file) for seed in seeds for name in task.conditions]
+        records = {job.name: job.record() for job in jobs if job.ended()}
+        _run([job for job in jobs if job.name not in records], records, task, workers or usable_cores())
+        file.compact()
         results = TaskResults(
             task=task.name,
             summary=task.summary,
@@ -75,7 +77,7 @@ def run_task(
             seeds=tuple(seeds),
             **provenance(command),
             finished=now(),
-            conditions=conditions_of(task, {(cell.condition, cell.seed): cell for cell in cells.values()}),
+            conditions=conditions_of(task, {(one.condition, one.seed): one for one in records.values()}),
         )
         write_json(out / "results.json", to_plain(results))
         write_text(out / "table.md", markdown(results))
@@ -90,7 +92,7 @@ def default_folder(name: str, given: Sequence[str] = ()) -> Path:
     return Path("runs") / re.sub(r"[^\w.,-]+", "-", "-".join((f"task-{name}", *given)))
 
 
-def _run(jobs: Sequence[Job[TaskCell]], cells: dict[str, TaskCell], task: Task, workers: int) -> None:
+def _run(jobs: Sequence[Job[TaskRecord]], records: dict[str, TaskRecord], task: Task, workers: int) -> None:
     if not jobs:
         return
 
@@ -100,15 +102,15 @@ def _run(jobs: Sequence[Job[TaskCell]], cells: dict[str, TaskCell], task: Task, 
 
     with stop_signals() as stopped, reporting(f"Task {task.name}", len(jobs) * UNITS) as reporter:
         try:
-            run_jobs(jobs, cells, workers=workers, stopped=stopped, watch=watch)
+            run_jobs(jobs, records, workers=workers, stopped=stopped, watch=watch)
         except KeyboardInterrupt:
             reporter.note("Finished runs are kept; the same command continues with what is missing.")
             raise
 
 
-def _job(task: Task, condition: str, seed: int, settings: dict[str, Any], out: Path) -> Job[TaskCell]:
-    name = f"{condition}-seed{seed}"
-    path, log = out / "cells" / f"{name}.json", out / "runs" / f"{name}.log"
+def _job(task: Task, condition: str, seed: int, settings: dict[str, Any], records: RecordFile) -> Job[TaskRecord]:
+    name, runs = f"{condition}-seed{seed}", records.path.parent / "runs"
+    path, log = runs / f"{name}.json", runs / f"{name}.log"
 
     def command() -> list[str]:
         log.parent.mkdir(exist_ok=True)
@@ -116,12 +118,20 @@ def _job(task: Task, condition: str, seed: int, settings: dict[str, Any], out: P
         given = {"name": task.name, "condition": condition, "seed": seed, "settings": settings, "path": str(path)}
         return ["deepdelta.tasks.runner", json.dumps(given)]
 
+    def record() -> TaskRecord:
+        if name not in records:
+            plain = read_object(path, "delete it to make that run again")
+            made = _checked(plain, str(path), task, settings)
+            records.append(to_plain(made))
+            path.unlink()
+        return _checked(records.rows()[name], f"{records.path}: {name}", task, settings)
+
     return Job(
         name=name,
         place=path,
         command=command,
-        ended=path.exists,
-        record=lambda: _read(path, task, settings),
+        ended=lambda: name in records or path.exists(),
+        record=record,
         log=log,
     )
 
@@ -132,15 +142,15 @@ def _share(log: Path) -> int:
     return int(printed[-1]) if printed else 0
 
 
-def _read(path: Path, task: Task, settings: dict[str, Any]) -> TaskCell:
-    cell = from_plain(TaskCell, read_object(path, MEND), where=str(path))
-    if cell.task != task.name or (different := differences(cell.settings, settings)):
-        reason = f"the task {cell.task}" if cell.task != task.name else "; ".join(different)
-        raise UserError(f"{path} was made with other settings ({reason}); give another --out, or delete that file.")
-    return cell
+def _checked(plain: dict[str, Any], where: str, task: Task, settings: dict[str, Any]) -> TaskRecord:
+    record = from_plain(TaskRecord, plain, where=where)
+    if record.task != task.name or (different := differences(record.settings, settings)):
+        reason = f"the task {record.task}" if record.task != task.name else "; ".join(different)
+        raise UserError(f"{where} was made with other settings ({reason}); give another --out.")
+    return record
 
 
-def make_cell(name: str, condition: str, seed: int, settings: dict[str, Any], path: str) -> None:
+def make_record(name: str, condition: str, seed: int, settings: dict[str, Any], path: str) -> None:
     """Make a run in this process, print after every part of it how many are done, and write its record to `path`."""
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -157,7 +167,8 @@ def make_cell(name: str, condition: str, seed: int, settings: dict[str, Any], pa
         found = task.run(from_plain(type(task.settings), settings), seed, progress)
     except Diverged as error:
         diverged = str(error)
-    cell = TaskCell(
+    record = TaskRecord(
+        name=f"{condition}-seed{seed}",
         task=name,
         condition=condition,
         seed=seed,
@@ -170,8 +181,8 @@ def make_cell(name: str, condition: str, seed: int, settings: dict[str, Any], pa
         finished=now(),
         diverged=diverged,
     )
-    write_json(Path(path), to_plain(cell))
+    write_json(Path(path), to_plain(record))
 
 
 if __name__ == "__main__":
-    make_cell(**json.loads(sys.argv[1]))
+    make_record(**json.loads(sys.argv[1]))

@@ -1,0 +1,348 @@
+"""Cells, budgets and tuning: what is run once, with how many steps, at which rate, and on what text."""
+
+import dataclasses
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepdelta import UserError
+from deepdelta.analysis.cost import Cost
+from deepdelta.config import from_plain, merged, to_plain
+from deepdelta.data import load_corpus, train_tail
+from deepdelta.studies import runner
+from deepdelta.studies.config import StudyConfig, Tune, load_study
+from deepdelta.studies.plan import Planner
+from deepdelta.studies.record import CURVE_POINTS, RunRecord, canonical, curve, fingerprint, stored_record
+from deepdelta.studies.records import FILE_NAME, RecordFile
+from deepdelta.studies.results import StudyResults, load_results
+from deepdelta.studies.runner import run_study
+from deepdelta.studies.tuning import choose
+from deepdelta.training import RunDirectory, TrainConfig
+from deepdelta.training.optimizer import learning_rate
+from tiny_runs import RUNS, forget, quietly, record_anew, recorded, text_file, trained_here, without_curves
+
+STUDY = """
+name = "tiny"
+question = "Does it run?"
+baseline = "plain"
+seeds = [0, 1]
+budgets = ["tokens", "flops", "time"]
+cost_rounds = 1
+rewrite_tokens = 64
+[tune]
+lr = [1e-2, 1e-5]
+seeds = [7]
+steps = 12
+[train]
+steps = 24
+warmup = 4
+eval_every = 8
+eval_tokens = 64
+final_eval_tokens = 200
+checkpoint_every = 100
+RUNS
+[conditions.plain]
+summary = "x + h"
+changes.model.residual = { rule = "additive", value_channels = 1, expansion = "repeat" }
+[conditions.delta]
+summary = "a rewrite"
+control = "write"
+changes.model.residual = { value_channels = 4, expansion = "embedding_conv" }
+[conditions.write]
+summary = "its control"
+changes.model.residual = { rule = "write_only", value_channels = 4, expansion = "embedding_conv" }
+""".replace("RUNS\n", RUNS)
+CELLS = 3 * 2 + 3 * 2 + 2 * 2 * 2  # tuning; at equal tokens; of the two others at equal FLOPs and at equal time
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(runner, "measure", lambda *_: costs())
+    return trained_here(monkeypatch)
+
+
+def study(folder: Path, *replacements: tuple[str, str], source: Path | None = None) -> StudyConfig:
+    text = STUDY.replace("SOURCE", str(source or text_file(folder / "text.txt")))
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "study.toml").write_text(text)
+    return load_study(str(folder / "study.toml"))
+
+
+def costs(speed: float = 0.5) -> dict[str, Cost]:
+    def cost(ratio: float) -> Cost:
+        return Cost(
+            tokens_per_second=1000 * ratio,
+            speed_ratio=ratio,
+            speed_ratio_low=ratio,
+            speed_ratio_high=ratio,
+            rounds=1,
+            peak_bytes=1,
+            peak_ratio=1.0,
+        )
+
+    return {"plain": cost(1.0), "delta": cost(speed), "write": cost(speed)}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyResults, list[str]]:
+    """A finished study's folder, its results and the runs that were made."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(runner, "measure", lambda *_: costs())
+        names = trained_here(monkeypatch)
+        results = run_study(study(folder), folder / "out", workers=2, command="deepdelta study")
+    return folder, results, names
+
+
+@pytest.fixture
+def done(original: tuple[Path, StudyResults, list[str]], tmp_path: Path) -> tuple[StudyConfig, Path, StudyResults]:
+    """The study, a copy of its folder, and its results."""
+    shutil.copy(original[0] / "text.txt", tmp_path / "text.txt")
+    shutil.copytree(original[0] / "out", tmp_path / "out")
+    return study(tmp_path), tmp_path / "out", original[1]
+
+
+def test_a_study_from_its_records_alone(
+    done: tuple[StudyConfig, Path, StudyResults],
+    original: tuple[Path, StudyResults, list[str]],
+    launched: list[str],
+    tmp_path: Path,
+) -> None:
+    """Every run once; with nothing but the committed records, nothing runs and the results are the same."""
+    config, out, results = done
+    names = original[2]
+    assert len(names) == len(set(names)) == CELLS
+    assert set(recorded(out)) == set(names)
+    assert load_results(out / "results.json") == without_curves(results)
+    # Losses, steps and rates of the results are those of the runs.
+    for name in ("delta+flops-seed1", "write+time-seed0", "plain-seed0"):
+        rows = list(RunDirectory(out / "runs" / name).metrics())
+        condition, seed = results.condition(name.split("+")[0].removesuffix("-seed0")), int(name[-1])
+        budget: Any = "flops" if "flops" in name else "time" if "time" in name else "tokens"
+        run = next(run for run in condition.at(budget) if run.seed == seed)
+        assert (run.validation_loss, run.steps) == (rows[-1]["validation_loss"], rows[-1]["step"])
+        assert condition.tuned is not None
+        assert RunDirectory(out / "runs" / name).config().lr == condition.tuned.lr == 1e-2
+    plain = results.condition("plain")
+    for budget in ("flops", "time"):
+        assert plain.losses(budget) == plain.losses() and not plain.at(budget)[0].curve
+
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    shutil.copy(out / FILE_NAME, clone)
+    again = run_study(config, clone, command="deepdelta study")
+    assert not launched and again.conditions == results.conditions
+
+
+def test_a_record_is_small_and_holds_its_run(done: tuple[StudyConfig, Path, StudyResults]) -> None:
+    _, out, results = done
+    run = RunDirectory(out / "runs" / "delta-seed1")
+    record = from_plain(RunRecord, recorded(out)["delta-seed1"])
+    rows = list(run.metrics())
+    assert (record.condition, record.seed, record.validation_loss) == ("delta", 1, rows[-1]["validation_loss"])
+    assert (record.steps, record.tokens, record.validation_tokens) == (24, 24 * 32, 192)  # whole windows of 16
+    assert record.seconds == rows[-1]["seconds"] and record.machine == run.environment()["machine"]
+    assert record.flops_per_token == results.condition("delta").flops_per_token
+    assert record.contexts == "windows of 16 tokens without overlap, evenly spread"
+    assert (out / FILE_NAME).stat().st_size < 2_000 * CELLS and str(out.parent) not in str(recorded(out))
+    tuning = from_plain(RunRecord, recorded(out)["delta+tune-lr0.01-seed7"])
+    assert tuning.corpus_sha256 != record.corpus_sha256 and tuning.steps == 12 and not tuning.rewrites
+
+
+def test_what_a_finished_record_forbids_and_allows(
+    done: tuple[StudyConfig, Path, StudyResults], launched: list[str], tmp_path: Path
+) -> None:
+    _, out, results = done
+    before = {file: file.read_bytes() for file in out.rglob("*.json")}
+    shutil.rmtree(out / "runs")
+    for old, new, message in (
+        ('rule = "write_only"', 'rule = "erase_only"', r"settings of write \(model.residual.rule: 'write_only' there"),
+        (
+            "steps = 12",
+            "steps = 13",
+            r"settings of plain \(steps: 12 there, 13 here.*plain\+tune-lr0.01-seed7; give",
+        ),
+        ("warmup = 4", "warmup = 3", r"settings of plain \(warmup: 4 there, 3 here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_study(study(tmp_path, (old, new)), out, command="")
+    with pytest.raises(UserError, match=r"settings of plain \(corpus: SHA-256 "):
+        run_study(study(tmp_path, source=text_file(tmp_path / "more.txt", 650)), out, command="")
+    assert not launched and all(file.read_bytes() == old for file, old in before.items() if file.exists())
+    # Another place, another copy of the text, other threads: the same numbers, so the same records.
+    moved = Path(shutil.copy(tmp_path / "text.txt", tmp_path / "copy.txt"))
+    config = study(tmp_path, ("threads = 1", "threads = 2"), ("checkpoint_every = 100", ""), source=moved)
+    assert run_study(config, out, command="").conditions == results.conditions and not launched
+
+
+def test_a_missing_or_damaged_record(done: tuple[StudyConfig, Path, StudyResults], launched: list[str]) -> None:
+    config, out, results = done
+    file = out / FILE_NAME
+    whole = file.read_bytes()
+    file.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    with pytest.raises(UserError, match=r"runs.jsonl.xz is damaged \(.*\); restore it, or give another --out"):
+        run_study(config, out, command="")
+    file.write_bytes(whole)
+    forget(out, "plain-seed0")  # the run is still there, so it need not be made again
+    (out / "runs" / "plain-seed0.json").unlink()  # which names the place where the text was
+    assert run_study(config, out, command="").conditions == results.conditions and not launched
+    forget(out, "plain-seed0")
+    shutil.rmtree(out / "runs" / "plain-seed0")
+    assert run_study(config, out, command="").condition("plain").losses() == results.condition("plain").losses()
+    assert launched == ["plain-seed0"]
+
+
+def test_checkpoints_need_not_be_kept(tmp_path: Path, launched: list[str]) -> None:
+    small = (('budgets = ["tokens", "flops", "time"]', "keep_checkpoints = false"), ("[0, 1]", "[0]"))
+    config = study(tmp_path, *small)
+    results = run_study(config, tmp_path / "out", command="")
+    assert not list((tmp_path / "out").rglob("checkpoint.safetensors"))
+    launched.clear()
+    assert run_study(config, tmp_path / "out", command="").conditions == results.conditions and not launched
+
+
+def test_the_fingerprint_is_of_every_setting_that_decides_numbers(tmp_path: Path) -> None:
+    base = TrainConfig(lr=1e-3, schedule="constant")  # the one that a cooldown goes with
+    same = {"device": "cpu", "threads": 3, "checkpoint_every": 7, "data": {"source": "x", "pattern": "*.py"}}
+    other: dict[str, Any] = {
+        "model": {"dim": 64, "residual": {"rule": "write_only"}},
+        "data": {"validation_fraction": 0.2, "held_out": "train_tail"},
+        "precision": "fp32",
+        "backend": "reference",
+        "memory": "save",
+        "compile": True,
+        "betas": [0.8, 0.9],
+        "final_eval_tokens": 10,
+        "schedule": "cosine",
+    }
+    numbers = {key: value + 1 for key, value in to_plain(base).items() if type(value) is int and key not in same}
+    numbers |= {key: value / 2 for key, value in to_plain(base).items() if type(value) is float}
+    assert {*other, *numbers, *same} == set(to_plain(base))
+
+    def of(changes: dict[str, Any], corpus: str = "c", tokenizer: str | None = "t") -> str:
+        return fingerprint(from_plain(TrainConfig, merged(to_plain(base), changes)), corpus, tokenizer)
+
+    assert of(same) == of({})
+    parts = [{key: {name: value}} for key in ("model", "data") for name, value in other[key].items()]
+    flat = [{key: value} for key, value in (other | numbers).items() if key not in ("model", "data")]
+    seen = [of({}), of({}, corpus="d"), of({}, tokenizer=None), *(of(changes) for changes in (*parts, *flat))]
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_setting_that_records_do_not_know_yet_has_its_default(
+    done: tuple[StudyConfig, Path, StudyResults],
+) -> None:
+    """As after an update that adds one: records made before it stay good, unless the study sets it."""
+    config, out, _ = done
+    rows = recorded(out)
+    del rows["plain-seed0"]["settings"]["clip"]
+    record_anew(out, rows)
+    file = RecordFile(out)
+    settings = dataclasses.replace(config.train_config("plain", 0), lr=1e-2)
+    corpus = load_corpus(settings.data)
+    assert stored_record(file, "plain-seed0", settings, corpus) is not None
+    with pytest.raises(UserError, match=r"clip: 1.0 there, 2.0 here"):
+        stored_record(file, "plain-seed0", dataclasses.replace(settings, clip=2.0), corpus)
+    assert "clip" in canonical(settings)
+
+
+def test_curves_keep_validations_and_thin_the_rest() -> None:
+    rows: list[dict[str, Any]] = []
+    for step in range(1, 1001):
+        rows.append({"step": step, "loss": 5 - step / 300, "seconds": step * 0.1})
+        if step % 100 == 0:
+            rows.append({"step": step, "validation_loss": 6 - step / 300, "final": False, "seconds": step * 0.1})
+    rows.append({"step": 1000, "validation_loss": 1.0, "final": True, "seconds": 100.0})
+    points = curve(rows)
+    assert len(points) == CURVE_POINTS
+    assert [p.step for p in points if p.validation_loss is not None] == list(range(100, 1001, 100))
+    steps = [p.step for p in points if p.train_loss is not None]
+    assert steps[0] == 1 and steps[-1] == 1000 and max(b - a for a, b in itertools.pairwise(steps)) <= 21
+    assert [p.step for p in points] == sorted(p.step for p in points) and curve([]) == ()
+    assert all(p.train_loss is None or p.train_loss == pytest.approx(5 - p.step / 300, abs=1e-6) for p in points)
+
+
+def test_budgets_spend_what_the_baseline_spends(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    corpus = load_corpus(config.train_config("plain", 0).data)
+    planner = Planner(config, corpus, costs(0.4), tmp_path)
+    ratio = planner.flops_per_token("plain") / planner.flops_per_token("delta")
+    assert 0.3 < ratio < 1
+    assert [planner.steps("delta", budget) for budget in config.budgets] == [24, round(24 * ratio), round(24 * 0.4)]
+    assert [planner.steps("plain", budget) for budget in config.budgets] == [24, 24, 24]
+    runs = planner.runs({"delta": 0.5})
+    assert {runs["plain", 1, budget].name for budget in config.budgets} == {"plain-seed1"}
+    timed = runs["delta", 1, "time"].settings
+    assert (timed.steps, timed.lr, timed.seed, timed.warmup) == (10, 0.5, 1, 2)
+
+
+def test_a_stretched_schedule_goes_through_the_same_rates() -> None:
+    short = TrainConfig(steps=101, warmup=20)
+    long = short.stretched(202)
+    assert (long.steps, long.warmup) == (202, 40)
+    for step in (20, 60, 100):
+        assert learning_rate(long, 40 + (step - 20) * 161 // 80) == pytest.approx(learning_rate(short, step), rel=0.01)
+    assert TrainConfig(steps=1000, warmup=0).stretched(10).warmup == 0
+    assert TrainConfig(steps=1000, warmup=10).stretched(10).warmup == 1
+
+
+def test_tuning_sees_no_byte_of_the_validation_part(tmp_path: Path, launched: list[str]) -> None:
+    """Two texts that differ in their validation part alone give the same tuning runs, bit for bit."""
+    text = text_file(tmp_path / "one.txt").read_bytes()
+    cut = len(load_corpus(study(tmp_path, source=tmp_path / "one.txt").train_config("plain", 0).data).train)
+    (tmp_path / "two.txt").write_bytes(text[:cut] + bytes(reversed(text[cut:])))
+    losses = []
+    for name in ("one", "two"):
+        config = study(tmp_path, source=tmp_path / f"{name}.txt")
+        corpus = load_corpus(config.train_config("plain", 0).data)
+        tail = train_tail(corpus)
+        assert tail.train.tobytes() + tail.validation.tobytes() == text[:cut]
+        assert len(tail.validation) == -(-cut // 10)
+        asked = load_corpus(dataclasses.replace(config.train_config("plain", 0).data, held_out="train_tail"))
+        assert (asked.sha256, asked.train.tobytes()) == (tail.sha256, tail.train.tobytes())
+        assert asked.validation.tobytes() == tail.validation.tobytes() and asked.validation_bytes is None
+        run = Planner(config, corpus, {}, tmp_path / name).tuning(tail)["delta", 1e-2, 7]
+        quietly(run.settings, run.path)
+        losses.append(
+            [(row["step"], row.get("loss"), row.get("validation_loss")) for row in RunDirectory(run.path).metrics()]
+        )
+    assert losses[0] == losses[1] and losses[0][-1][2] is not None
+
+
+def test_the_lowest_mean_loss_is_chosen_and_edges_are_flagged() -> None:
+    tune = Tune(lr=(4.0, 1.0, 2.0), seeds=(5, 6))
+    inner = choose(tune, {1.0: [1.0, 3.0], 2.0: [2.0, 1.5], 4.0: [0.1, None]}, "c")
+    assert (inner.lr, inner.edge, inner.grid, inner.losses) == (2.0, False, (1.0, 2.0, 4.0), (2.0, 1.75, None))
+    assert choose(tune, {1.0: [1.0, 1.0], 2.0: [2.0, 1.5], 4.0: [3.0, 3.0]}, "c").edge
+    assert choose(tune, {1.0: [2.0, 2.0], 2.0: [2.0, 1.5], 4.0: [1.0, 1.0]}, "c").edge
+    with pytest.raises(UserError, match=r"c diverged at every learning rate of tune.lr \[1.0, 2.0, 4.0\]"):
+        choose(tune, {1.0: [None, 1.0], 2.0: [None, None], 4.0: [None, None]}, "c")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = [7]", "seeds = [1]", r"tuning must not see the seeds that are reported, both have \[1\]"),
+        ("lr = [1e-2, 1e-5]", "lr = [1e-2]", "lr must be a grid of at least two different rates"),
+        (
+            'control = "write"',
+            'control = "wirte"',
+            "the control of delta must be another condition, got 'wirte'; did you",
+        ),
+        ('control = "write"', 'control = "delta"', "the control of delta must be another condition, got 'delta'"),
+        ('"flops", "time"', '"flop"', "budgets"),
+        ('"flops", "time"', '"tokens"', "budgets must be different"),
+        ('summary = "a rewrite"', 'summary = "x"\nchanges.steps = 3', "'steps' is decided by the study's budgets"),
+        ('summary = "a rewrite"', 'summary = "x"\nchanges.lr = 3.0', "'lr' is decided by the study's tune"),
+        ("[tune]", "[power]\npilot_sd = 0.05\ndifference = 0.02\n[tune]", "takes 52 seeds, the study has 2: add seeds"),
+        ("[tune]", "[factorials.f]\nfactors = ['x']\n[tune]", "factorials.f: no condition has a factor 'x'"),
+    ],
+)
+def test_plans_that_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        study(tmp_path, (old, new))
