@@ -202,6 +202,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{name_of(page)}: {link} has no such heading"
 
 
+def test_docstrings_cite_headings_that_exist() -> None:
+    for file in sorted((ROOT / "src").glob("**/*.py")):
+        for path, anchor in re.findall(r"(docs/[\w/-]+\.md)(?:#([\w-]+))?", file.read_text(encoding="utf-8")):
+            page = ROOT / path
+            assert page.is_file(), f"{name_of(file)}: {path}"
+            assert not anchor or anchor in anchors(page), f"{name_of(file)}: {path}#{anchor}"
+
+
 def test_every_part_is_linked_from_the_settings_or_their_pages() -> None:
     reached, queue = set(), [SETTINGS]
     while queue:

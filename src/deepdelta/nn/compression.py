@@ -1,4 +1,4 @@
-"""From a state of V value channels to one vector per token (docs/parts/compression.md): linear in the state.
+"""From a state of V value channels to one vector per token (docs/method.md#compression): linear in the state.
 
 Shapes: B batch, T tokens, V value channels, D compute width, K taps.
 """

@@ -28,8 +28,7 @@ class ResidualConfig:
     """
 
     rule: Rule = "delta"
-    """delta | write_only | erase_only | additive | additive_erase | two_gate (docs/settings.md, Rule and
-    state)."""
+    """delta | write_only | erase_only | additive | additive_erase | two_gate (docs/method.md#rules)."""
     value_channels: int = None  # type: ignore[assignment]  # __post_init__ puts the rule's own
     """V, the number of width-D vectors that a token's state holds; 4, and 1 with rule additive, unless it is given."""
     rank: int = 1

@@ -15,7 +15,7 @@ from deepdelta.ops.step.reference import Normalise
 
 
 def normalisation(config: ResidualConfig, width: int) -> Normalise:
-    """The scale s with k = s a that `direction_norm` gives a vector a (docs/parts/direction.md).
+    """The scale s with k = s a that `direction_norm` gives a vector a (docs/method.md#direction).
 
     - unit: s = 1 / sqrt(|a|^2 + eps^2); at a = 0, k = 0 with derivative 1 / eps. The target `magnitude` has this s
       as a divisor: the rest of it is written along a itself.

@@ -1,4 +1,4 @@
-"""From a vector per token to a state of V value channels (docs/parts/expansion.md).
+"""From a vector per token to a state of V value channels (docs/method.md#expansion).
 
 Shapes: B batch, T tokens, V value channels, D compute width, K taps.
 """

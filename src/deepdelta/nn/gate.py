@@ -1,4 +1,4 @@
-"""Where the gate beta in [0, 2] comes from (docs/parts/gate.md).
+"""Where the gate beta in [0, 2] comes from (docs/method.md#gate).
 
 Shapes: V value channels, r rank; c the normed input of the branch.
 """

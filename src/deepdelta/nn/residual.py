@@ -56,7 +56,7 @@ class RewriteRecord(NamedTuple):
 class DeltaResidual(nn.Module):
     """A branch F with a delta residual around it; made by `DeltaStream.wrap`.
 
-    X' = X + k (w^T - b k^T X), with w and b as the rule says (docs/parts/rules.md).
+    X' = X + k (w^T - b k^T X), with w and b as the rule says (docs/method.md#rules).
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class DeltaResidual(nn.Module):
         return state_VD
 
     def _steps(self, opened: Opened, h_D: Tensor) -> list["Step"]:
-        """The rewrites of this residual in the order of application, w and b as the rule says (docs/parts/rules.md)."""
+        """The rewrites in the order of application, w and b as the rule says (docs/method.md#rules)."""
         rule, along_h, c_D = self.config.rule, Normalise(self.config.direction_eps**2, 0), opened.c
         if (maps := self.linear_maps()) is not None:
             gating = Gating(precise_linear(c_D, *maps), self.gate.outputs, self.config.erases)

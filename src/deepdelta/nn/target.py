@@ -1,4 +1,4 @@
-"""Where the target v comes from (docs/parts/target.md), and the write of the rules that carry h itself.
+"""Where the target v comes from (docs/method.md#target), and the write of the rules that carry h itself.
 
 Shapes: V value channels, D compute width, r rank; x_in the branch's input before the norm, c after it, h the branch
 output.
@@ -50,7 +50,7 @@ def size(vector_D: Tensor, eps: float) -> Tensor:
 
 
 class BranchWrite(nn.Module):
-    """w_h (..., V), 1 + W c, for rules that write h w_h^T (docs/parts/rules.md); W = 0 with `plain_start`."""
+    """w_h (..., V), 1 + W c, for rules that write h w_h^T (docs/method.md#rules); W = 0 with `plain_start`."""
 
     def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ class RetrofitConfig:
     trainable: Trainable = "all"
     """all: every parameter keeps what it had; residual: those of the plain network are frozen."""
     gate: Gate = "linear"
-    """The erase gate, one per value channel unless it is constant (docs/parts/gate.md)."""
+    """The erase gate, one per value channel unless it is constant (docs/method.md#gate)."""
     gate_hidden: int = 128
     """Hidden width of `two_layer`."""
     gate_hidden_bias: bool = True

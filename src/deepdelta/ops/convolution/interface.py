@@ -16,7 +16,7 @@ from deepdelta.ops.precision import accumulation_dtype
 
 
 def expand_tokens(x: Float[Tensor, "B T D"], weight: Float[Tensor, "V D K"]) -> Float[Tensor, "B T V D"]:
-    """y_t = sum_k W_k * x_{t-K+1+k}, W_k (V, D), tokens before the first being 0 (docs/parts/expansion.md).
+    """y_t = sum_k W_k * x_{t-K+1+k}, W_k (V, D), tokens before the first being 0 (docs/method.md#expansion).
 
     x and y have one dtype; weights and sums are fp32, or fp64 for an fp64 x. On the CPU, by numba: ask
     `ops.step.fused_problem` first whether that can run.
@@ -27,7 +27,7 @@ def expand_tokens(x: Float[Tensor, "B T D"], weight: Float[Tensor, "V D K"]) -> 
 
 
 def compress_tokens(x: Float[Tensor, "B T V D"], weight: Float[Tensor, "V D K"]) -> Float[Tensor, "B T D"]:
-    """y_t = sum_k sum_j W_kj * x_{t-K+1+k,j}, W_kj (D), tokens before the first being 0 (docs/parts/compression.md).
+    """y_t = sum_k sum_j W_kj * x_{t-K+1+k,j}, W_kj (D), tokens before the first being 0 (docs/method.md#compression).
 
     Dtypes and code as for `expand_tokens`, whose transpose it is.
     """

@@ -14,7 +14,7 @@ def rewrite(
     write: Float[Tensor, "*batch V"] | float,
     erase: Float[Tensor, "*batch #V"] | None = None,
 ) -> tuple[Float[Tensor, "*batch V D"], Float[Tensor, "*batch V"] | None]:
-    """The primitive X' = X + k (w^T - b k^T X) (docs/parts/rules.md: every rule is this with its own w and b).
+    """The primitive X' = X + k (w^T - b k^T X) (docs/method.md#rules: every rule is this with its own w and b).
 
     Args:
         state: X, one width-D vector per value channel.
@@ -38,7 +38,7 @@ def delta_rewrite(
     *,
     unbounded: bool = False,
 ) -> Float[Tensor, "*batch V D"]:
-    """The delta rule X' = X + beta k (v^T - k^T X) = (I - beta k k^T) X + beta k v^T (docs/method.md, The idea).
+    """The delta rule X' = X + beta k (v^T - k^T X) = (I - beta k k^T) X + beta k v^T (docs/method.md#the-idea).
 
     Args:
         state: X (..., V, D).
