@@ -24,7 +24,7 @@ class ResidualConfig:
     """How a residual reads, erases and writes; `docs/settings.md` ties each field to its equation.
 
     The field defaults are those of a bare `DeltaStream`, which needs no token axis; `deepdelta.PRESETS["ddl"]` is
-    the method as published.
+    the method in the form of the paper's text.
     """
 
     rule: Rule = "delta"
