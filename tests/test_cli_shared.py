@@ -99,7 +99,7 @@ def test_evaluate_on_a_part(capsys: pytest.CaptureFixture[str], source: Path, fi
     part = out(capsys, "evaluate", finished, "--tokens", "32")
     assert f"on 32 tokens, of the {total} of the validation split; contexts: " in part
     loss = float(part.split()[1])
-    bits = float(part.split("bits per byte")[1].split()[0])
+    bits = float(part.split("bits per byte")[1].split(",")[0])
     assert bits == pytest.approx(loss / 0.6931472, abs=2e-4)
     from deepdelta.data import load_corpus
     from deepdelta.training import RunDirectory

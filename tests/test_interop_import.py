@@ -184,7 +184,19 @@ def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path, capsys):
 
 def test_evaluating_without_a_corpus_says_what_to_do(tmp_path, capsys):
     main(["import", str(checkpoint(tmp_path / "cc")), "--run", str(tmp_path / "run")])
-    assert "imported without a corpus; import it again with --source" in refused(capsys, "evaluate", tmp_path / "run")
+    run = tmp_path / "run"
+    onward = f"train --run NEW --config {run / 'config.json'} --init-from {run} --data.source TEXT"
+    assert f"Next: deepdelta {onward}\n" in capsys.readouterr().out
+    assert "imported without a corpus; import it again with --source" in refused(capsys, "evaluate", run)
+    said = refused(capsys, "generate", run, "--prompt", "a")
+    assert "was imported without a text, so it keeps no tokenizer; import the model again, into another --run" in said
+
+
+def test_a_tokenizer_without_its_text_is_refused(tmp_path, capsys):
+    given = ("--run", tmp_path / "run", "--tokenizer", "file.json")
+    message = refused(capsys, "import", checkpoint(tmp_path / "cc"), *given)
+    assert message == "--tokenizer belongs to the text of --source; give that too, or leave it out.\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_from_an_imported_model(tmp_path, unchecked):

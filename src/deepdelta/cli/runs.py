@@ -84,10 +84,10 @@ class Evaluate:
         print(f"loss            {result.loss:.4f} nats per token")
         print(f"perplexity      {result.perplexity:.3f} per token")
         whole = result.tokens == total - 1
-        # Of a part the bytes are known where every token is one.
-        read = corpus.validation_bytes if whole else result.tokens if corpus.validation_bytes == total else None
-        if read is not None:
-            print(f"bits per byte   {result.bits_per_byte(read):.4f}")
+        if corpus.validation_bytes is not None:
+            read = corpus.validation_bytes if whole else round(corpus.validation_bytes * result.tokens / total)
+            note = "" if whole else ", for as many bytes per token as the whole split has"
+            print(f"bits per byte   {result.bits_per_byte(read):.4f}{note}")
         part = "the whole validation split" if whole else f"of the {total:,} of the validation split"
         print(f"on {result.tokens:,} tokens, {part}; contexts: {result.how}")
         following(("deepdelta", "audit", self.run))

@@ -5,6 +5,7 @@ Shapes: N images, C channels, H height, W width.
 
 import fcntl
 import math
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,7 +51,7 @@ def load_images(source: str, *, root: str = "data", size: int | None = None, dow
         pixels, labels = load_digits(return_X_y=True)
         return checked(torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 16, torch.from_numpy(labels), 10)
     if kind == "folder" and name:
-        return _folder(Path(name), size)
+        return _folder(Path(os.path.expanduser(name)), size)
     if kind == "torchvision" and name:
         return _torchvision(name, root, download)
     raise UserError(f"source must be digits, folder:PATH or torchvision:NAME, got '{source}'.")
