@@ -152,3 +152,8 @@ def test_differences_name_every_key_with_both_values() -> None:
 def test_nearest() -> None:
     assert nearest("tain", ["train", "study"]) == "did you mean 'train'?"
     assert nearest("zzz", ["train", "study"]) == "known are: study, train."
+
+
+def test_of_a_long_value_the_beginning_is_shown() -> None:
+    with pytest.raises(UserError, match=r"steps: Input should be a valid integer, got 'a{199}\.\.\.$"):
+        from_plain(TrainConfig, {"steps": "a" * 100_000})

@@ -217,6 +217,8 @@ def test_a_folder_that_can_be_one_is_left_as_it_was(tmp_path: Path) -> None:
         ("a.json", '{"a": ' + "1" * 5000 + "}", "is damaged .*; mend it"),
         ("a.toml", "a = " + "1" * 5000, "is damaged .*; mend it"),
         ("a.toml", "a = 0x" + "f" * 5000, "integers of at most 64 bits, but has a larger one; mend it"),
+        ("a.json", '{"a": ["\\ud800"]}', "text of Unicode, but has half of a surrogate pair; mend it"),
+        ("a.json", '{"\\udfff": 1}', "text of Unicode, but has half of a surrogate pair; mend it"),
         ("a.json", f'{{"a": [[{1 << 64}]]}}', "integers of at most 64 bits, but has a larger one; mend it"),
     ],
 )

@@ -135,6 +135,8 @@ def test_seeds_needed_extremes() -> None:
         seeds_needed(math.nan, 0.1)
     with pytest.raises(UserError, match="first reduce the spread"):
         seeds_needed(1.0, 1e-6)
+    with pytest.raises(UserError, match="more than 1,000,000 seeds: first reduce the spread"):
+        seeds_needed(1e308, 1e-300)
     with pytest.raises(UserError, match="power"):
         seeds_needed(1.0, 0.1, 1.0)
 

@@ -44,9 +44,15 @@ def from_plain(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
-        came = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        came = "" if isinstance(first["input"], dict) else f", got {_short(first['input'])}"
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{where + ': ' if where else ''}{path + ': ' if path else ''}{message}{came}") from None
+
+
+def _short(value: Any) -> str:
+    """The value for a message; of a long one its beginning."""
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def refuse_not_finite(data: Mapping[str, Any], path: str = "") -> None:

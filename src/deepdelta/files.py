@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from deepdelta.errors import UserError
 
 PARTIAL, LOCK = ".deepdelta-partial", "lock"
 """How a folder that a file is being written in ends, and the file in it that its writer holds locked."""
+_HALVES = re.compile("[\ud800-\udfff]")
 DEPTH = 100
 """Objects and lists within each other that a file may have: beyond it, whoever walks through them fails."""
 SMALLEST, LARGEST = -(1 << 63), (1 << 64) - 1
@@ -139,8 +141,12 @@ def parse(text: str, what: str, mend: str, *, toml: bool = False) -> Any:
     for _ in range(DEPTH + 1):
         inner: list[Any] = []
         for value in level:
-            if isinstance(value, dict | list):
-                inner += value.values() if isinstance(value, dict) else value
+            if isinstance(value, dict):
+                inner += [*value, *value.values()]
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, str) and _HALVES.search(value):
+                raise UserError(f"{what} must hold text of Unicode, but has half of a surrogate pair; {mend}.")
             elif isinstance(value, int) and not SMALLEST <= value <= LARGEST:
                 raise UserError(f"{what} must hold integers of at most 64 bits, but has a larger one; {mend}.")
         if not (level := inner):

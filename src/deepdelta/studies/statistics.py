@@ -13,6 +13,7 @@ from typing import Any
 from deepdelta.errors import UserError, without_extra
 from deepdelta.studies.results import BudgetName, StudyResults
 
+MOST_SEEDS = 1_000_000
 MINIMUM_SEEDS = 5
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -107,9 +108,12 @@ def seeds_needed(sd: float, difference: float, power: float = POWER) -> int:
         raise UserError(f"needs a finite sd >= 0 and a finite difference other than 0, got {sd} and {difference}")
     # Were the spread known for certain, this many would do; the exact answer is the same or slightly more.
     known = smallest_resolvable(sd, 1_000_000, power) * 1_000
+    if known / difference > MOST_SEEDS**0.5:
+        raise UserError(
+            f"resolving {difference} nats with a spread of {sd} takes more than {MOST_SEEDS:,} seeds: first reduce the "
+            "spread"
+        )
     n = max(MINIMUM_SEEDS, math.floor((known / difference) ** 2))
-    if n > 1_000_000:
-        raise UserError(f"resolving {difference} nats with a spread of {sd} takes {n:,} seeds: first reduce the spread")
     while smallest_resolvable(sd, n, power) > difference:
         n += 1
     return n
