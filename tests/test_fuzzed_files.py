@@ -17,7 +17,7 @@ import pytest
 
 from deepdelta import UserError, load
 from deepdelta.benchmarks.results import load_results as load_bench
-from deepdelta.cli import _settings
+from deepdelta.cli.options import _settings
 from deepdelta.config import from_plain, to_plain
 from deepdelta.data.tokenizer import read_tokenizer
 from deepdelta.files import read_object, write_json

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import torch
 
-from deepdelta.errors import UserError
+from deepdelta.limits import check_threads
 from deepdelta.training import RunDirectory
 from deepdelta.training.progress import show
-
-MOST_THREADS = 4096
 
 
 def use_threads(threads: int | None, run: Path | None = None) -> None:
@@ -20,11 +18,9 @@ def use_threads(threads: int | None, run: Path | None = None) -> None:
     """
     if threads is None and run is not None:
         threads = RunDirectory(run).config().threads
-    if threads is None:
-        return
-    if not 1 <= threads <= MOST_THREADS:
-        raise UserError(f"threads must lie in [1, {MOST_THREADS}], got {threads}.")
-    torch.set_num_threads(threads)
+    check_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def following(*commands: tuple[str | Path, ...]) -> None:

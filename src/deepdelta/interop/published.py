@@ -168,6 +168,7 @@ def load_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         outward = layout.outward(torch.empty(shapes[ours], device="meta"))
         _check_tensor(name, given[name], tuple(outward.shape))
     check_memory(least_bytes(settings), "the published model")
+    check_finite(unused | given, "a published checkpoint")
     model = GPT(settings)
     own, channels = dict(model.named_parameters()), settings.residual.value_channels
     with torch.no_grad():
@@ -312,7 +313,6 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
             f"{name} must be a floating-point tensor of shape {shape}, got {tensor.dtype} of shape "
             f"{tuple(tensor.shape)}."
         )
-    check_finite({name: tensor}, "a published checkpoint")
 
 
 def _check_published(config: GPTConfig) -> None:
