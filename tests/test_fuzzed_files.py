@@ -7,6 +7,7 @@ used as its command uses it first.
 
 import copy
 import json
+import lzma
 import random
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -22,8 +23,9 @@ from deepdelta.config import from_plain, to_plain
 from deepdelta.data.tokenizer import read_tokenizer
 from deepdelta.files import read_object, write_json
 from deepdelta.interop import load_published
-from deepdelta.studies.cells import Cell
 from deepdelta.studies.config import load_study
+from deepdelta.studies.record import RunRecord
+from deepdelta.studies.records import RecordFile
 from deepdelta.studies.results import load_results, save_results
 from deepdelta.training import RunDirectory, TrainConfig
 from deepdelta.training.environment import choose_device
@@ -120,8 +122,13 @@ def published(file: Path) -> None:
     load_published(read_object(file, "restore it"), vector("cc").parameters)
 
 
-def cell(file: Path) -> None:
-    from_plain(Cell, read_object(file, "delete it"), where=str(file))
+def records(file: Path) -> None:
+    """The lines as they are, in the file that a study keeps them in."""
+    folder = file.parent / "study"
+    folder.mkdir(exist_ok=True)
+    (folder / "runs.jsonl.xz").write_bytes(lzma.compress(file.read_bytes()))
+    for row in RecordFile(folder).rows().values():
+        from_plain(RunRecord, row, where=str(file))
 
 
 def bench(file: Path) -> None:
@@ -138,10 +145,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_results(study(), folder / "results.json")
     write_json(folder / "published.json", vector("cc").config)
     shipped = Path(__file__).parents[1] / "results"
-    for name, place in (("bench.json", "bench-bar/results.json"), ("cell.json", "headline/cells")):
-        found = shipped / place
-        file = min(found.rglob("*.json")) if found.is_dir() else found
-        (folder / name).write_bytes(file.read_bytes())
+    (folder / "bench.json").write_bytes((shipped / "bench-bar" / "results.json").read_bytes())
+    lines = lzma.decompress((shipped / "headline" / "runs.jsonl.xz").read_bytes()).splitlines(keepends=True)
+    (folder / "records.jsonl").write_bytes(b"".join(lines[:3]))
     return folder
 
 
@@ -153,7 +159,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "results.json": results,
     "tokenizer.json": tokenizer,
     "published.json": published,
-    "cell.json": cell,
+    "records.jsonl": records,
     "bench.json": bench,
 }
 
@@ -181,7 +187,7 @@ def test_json(good: Path, tmp_path: Path, kind: str) -> None:
         draw = random.Random(f"{kind} {case}")
         if case % 3 == 2:
             bad = harmed(content, draw)
-        elif kind == "metrics.jsonl":
+        elif kind.endswith(".jsonl"):
             lines = content.splitlines()
             lines.insert(draw.randrange(3), json.dumps(changed(json.loads(lines[0]), draw)).encode())
             bad = b"\n".join(lines) + b"\n"

@@ -120,18 +120,20 @@ def write_json(target: Path, data: Any) -> None:
     write_text(target, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-def parse(text: str, what: str, mend: str, *, toml: bool = False) -> Any:
+def parse(content: str | bytes, what: str, mend: str, *, toml: bool = False) -> Any:
     """The data in a text of JSON or TOML; the one place where either is read.
 
     Args:
+        content: bytes are UTF-8, a byte order mark before them is passed over.
         what: how messages name the text, such as its file.
         mend: what to do if it cannot be read, for the message.
 
     Raises:
-        UserError: damaged text; more than `DEPTH` levels; an integer of more than 64 bits.
+        UserError: damaged text; more than `DEPTH` levels; an integer of more than 64 bits; half of a surrogate pair.
     """
     kind = "a TOML table" if toml else "a JSON object"
     try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         data = tomllib.loads(text) if toml else json.loads(text)
     except RecursionError:
         raise UserError(f"{what} must hold {kind} of at most {DEPTH} levels, but is deeper; {mend}.") from None
@@ -162,13 +164,7 @@ def read_plain(source: Path, mend: str) -> Any:
     """
     with naming(source, "read", f"{mend[:1].upper()}{mend[1:]}."):
         content = source.read_bytes()
-    toml = source.suffix == ".toml"
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        kind = "a TOML table" if toml else "a JSON object"
-        raise UserError(f"{source} must hold {kind}, but is damaged ({error}); {mend}.") from None
-    return parse(text, str(source), mend, toml=toml)
+    return parse(content, str(source), mend, toml=source.suffix == ".toml")
 
 
 def sha256_of(path: Path) -> str:

@@ -42,7 +42,7 @@ class RecordFile:
                 with naming(self.path, "read"):
                     data = self.path.read_bytes()
                 for number, line in enumerate(self._lines(data), 1):
-                    row = parse(line.decode(), f"{self.path}, line {number}", MEND)
+                    row = parse(line, f"{self.path}, line {number}", MEND)
                     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
                         raise UserError(f"{self.path}, line {number} must be a record with a name; {MEND}.")
                     self._rows[row["name"]] = row
