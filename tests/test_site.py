@@ -76,3 +76,11 @@ def test_the_reference_has_every_public_name() -> None:
         assert pkgutil.resolve_name(name).__doc__, name
     public = {f"deepdelta.{one}" for one in deepdelta.__all__} - {"deepdelta.__version__", "deepdelta.PRESETS"}
     assert public - set(named) == {"deepdelta.interop", "deepdelta.ops"}
+
+
+def test_the_prose_of_the_results_is_short() -> None:
+    pages = ("findings", "sizes", "attribution", "beyond-text", "weak-baseline")
+    text = "\n".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in pages)
+    assert (
+        len([word for line in text.splitlines() if not line.startswith(("|", "<!--")) for word in line.split()]) < 4000
+    )
