@@ -6,9 +6,7 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-from deepdelta.analysis.cost import Cost
-from deepdelta.analysis.rewrites import GATE_BINS
-from deepdelta.studies.results import (
+from deepdelta.lab.analysis.results import (
     Budget,
     ConditionResult,
     Corpus,
@@ -18,6 +16,8 @@ from deepdelta.studies.results import (
     StudyResults,
     Validation,
 )
+from deepdelta.lab.measure.cost import Cost
+from deepdelta.lab.measure.rewrites import GATE_BINS
 
 HOSTILE = "delta </script><script>alert(1)</script> | [x](y) `V=4` & *co*"
 # Losses of three seeds, from the first measurements: their differences overlap zero.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deepdelta import GPT, GPTConfig, ResidualConfig
-from deepdelta.analysis.audit import audit
-from deepdelta.analysis.findings import GateAudit
+from deepdelta.lab.audit.audit import audit
+from deepdelta.lab.audit.findings import GateAudit
 from deepdelta.nn import DeltaResidual
 from helpers import (
     compressed,
@@ -166,7 +166,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(map(str, options.values())))
 def test_every_number_against_a_dense_recomputation(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepdelta.analysis.audit.INTERVENTIONS", {})  # the losses have tests of their own
+    monkeypatch.setattr("deepdelta.lab.audit.audit.INTERVENTIONS", {})  # the losses have tests of their own
     model = gpt(**options)
     if model.config.residual.plain_start:  # a factor below zero, which the start's gates in [0, 2] never have
         model.layers[0].mlp.erase_gate.opening.data.fill_(-0.7)
@@ -235,9 +235,9 @@ def test_every_number_against_a_dense_recomputation(options: dict[str, Any], mon
 
 def test_the_sample_is_evenly_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 30 tokens 7: those at i * 30 // 7, in the order of the text, whatever the batches."""
-    monkeypatch.setattr("deepdelta.analysis.audit.INTERVENTIONS", {})
+    monkeypatch.setattr("deepdelta.lab.audit.audit.INTERVENTIONS", {})
     given: list[Any] = []
-    monkeypatch.setattr("deepdelta.analysis.audit.shortcut", lambda factors: given.append(factors))
+    monkeypatch.setattr("deepdelta.lab.audit.audit.shortcut", lambda factors: given.append(factors))
     model = gpt()
     audit(model, WINDOWS, batch_size=2, sample=7)
     states = captured(model)

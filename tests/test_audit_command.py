@@ -9,15 +9,14 @@ import plotly.graph_objects as go
 import pytest
 
 from deepdelta import load
-from deepdelta.analysis.audit_run import spread_windows
-from deepdelta.analysis.findings import AuditResults
 from deepdelta.cli import main
 from deepdelta.config import from_plain
 from deepdelta.data import load_corpus
-from deepdelta.interop import import_published
-from deepdelta.report.audit import audit_summary, audit_tables, render_audit
-from deepdelta.tables import markdown_cells, markdown_text
-from deepdelta.training import RunDirectory
+from deepdelta.lab.audit.audit_run import spread_windows
+from deepdelta.lab.audit.findings import AuditResults
+from deepdelta.lab.views.audit import audit_summary, audit_tables, render_audit
+from deepdelta.lab.views.tables import markdown_cells, markdown_text
+from deepdelta.training import RunDirectory, import_published
 from report_samples import Page
 from test_interop_import import byte_model, checkpoint, ids_file
 from tiny_runs import config, nats, quietly, text_file
@@ -268,7 +267,7 @@ def test_windows_are_whole_spread_and_apart() -> None:
 
 
 def test_a_report_of_a_study_names_the_command() -> None:
-    from deepdelta.report.page import render_page
+    from deepdelta.lab.views.page import render_page
     from report_samples import study
 
     assert "deepdelta audit RUN" in Page(render_page(study())).visible

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from deepdelta import GPT, GPTConfig, ResidualConfig, UserError, intervening, use_backend
-from deepdelta.analysis.audit import INTERVENTIONS, audit, passes
-from deepdelta.analysis.findings import Effect, Findings
-from deepdelta.analysis.tally import regimes
 from deepdelta.config import from_plain, to_plain
+from deepdelta.lab.audit.audit import INTERVENTIONS, audit, passes
+from deepdelta.lab.audit.findings import Effect, Findings
+from deepdelta.lab.audit.tally import regimes
 from helpers import randn
 from test_audit import CONTEXT, NAMES, WIDTH, WINDOWS, V, gpt
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from deepdelta import PRESETS, UserError
-from deepdelta.analysis import cost
-from deepdelta.benchmarks import SUITES, checks, load_results, load_suite, run_suite, runner, subjects, suites, tables
-from deepdelta.benchmarks.agreement import agreement
-from deepdelta.benchmarks.config import MEASURES, Bar, Case, Group, Suite, quick
-from deepdelta.benchmarks.results import bars_of, ratio_of
 from deepdelta.cli import main
-from deepdelta.training.environment import choose_device
+from deepdelta.device import choose_device
+from deepdelta.lab.bench import SUITES, checks, load_results, load_suite, run_suite, runner, subjects, suites, tables
+from deepdelta.lab.bench.agreement import agreement
+from deepdelta.lab.bench.config import MEASURES, Bar, Case, Group, Suite, quick
+from deepdelta.lab.bench.results import bars_of, ratio_of
+from deepdelta.lab.measure import cost
 
 CPU = choose_device("cpu", "fp32")
 ADDITIVE, DDL, FUSED = suites.ADDITIVE, *suites.DDL

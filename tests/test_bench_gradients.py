@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from deepdelta import UserError
-from deepdelta.benchmarks import gradients, suites
-from deepdelta.benchmarks.gradients import SMALL, Trial, measured, relative, run_gradients
 from deepdelta.cli import main
+from deepdelta.lab.bench import gradients, suites
+from deepdelta.lab.bench.gradients import SMALL, Trial, measured, relative, run_gradients
 
 TINY = replace(SMALL, cases=("ddl",), layers=3, tokens=9, starts=("moved",))
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from deepdelta.benchmarks import SUITES
 from deepdelta.cli import main
 from deepdelta.errors import require
 from deepdelta.files import HELD, locked
-from deepdelta.studies.config import load_study, named_studies
-from deepdelta.tasks import load_task, named_tasks
+from deepdelta.lab.bench import SUITES
+from deepdelta.lab.experiments.config import load_study, named_studies
+from deepdelta.lab.tasks import load_task, named_tasks
 from tiny_runs import config, quietly, text_file
 
 pytestmark = pytest.mark.usefixtures("unchecked")

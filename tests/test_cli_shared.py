@@ -65,7 +65,7 @@ def test_every_command_that_computes_in_its_own_process_takes_threads() -> None:
 
 def test_threads_of_a_study_are_those_of_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
-    monkeypatch.setattr("deepdelta.studies.runner.run", lambda study, out, **options: seen.append(study))
+    monkeypatch.setattr("deepdelta.lab.runner.run", lambda study, out, **options: seen.append(study))
     (tmp_path / "table.md").touch()
     main(["study", "quick", "--out", str(tmp_path), "--threads", "3"])
     assert [seen[0].train_config(name, 0).threads for name in seen[0].conditions] == [3] * 5

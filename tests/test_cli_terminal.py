@@ -22,10 +22,10 @@ from deepdelta import UserError
 from deepdelta.cli import main
 from deepdelta.errors import printable
 from deepdelta.files import write_json
-from deepdelta.report import plot, study_markdown
-from deepdelta.report.page import render_page
-from deepdelta.tables import Cells, Column, render_cells
-from deepdelta.training.progress import reporting, show
+from deepdelta.lab.views import plot, study_markdown
+from deepdelta.lab.views.page import render_page
+from deepdelta.lab.views.tables import Cells, Column, render_cells
+from deepdelta.progress import reporting, show
 from report_samples import study
 from tiny_runs import ENVIRONMENT, config, quietly, settings, text_file
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from deepdelta import GPT, PRESETS, GPTConfig, TrainConfig, UserError
-from deepdelta.analysis import cost as cost_module
-from deepdelta.analysis import measure_costs, peak_bytes
+from deepdelta.lab.measure import cost as cost_module
+from deepdelta.lab.measure import measure_costs, peak_bytes
 
 FLOAT = 4
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from deepdelta.analysis import selfcheck
-from deepdelta.analysis.selfcheck import self_check
+from deepdelta import selfcheck
 from deepdelta.cli import main
+from deepdelta.selfcheck import self_check
 
 
 def test_this_machine_is_well(capsys: pytest.CaptureFixture[str], unchecked: None) -> None:

@@ -13,11 +13,12 @@ import pytest
 from scipy import stats
 
 from deepdelta.config import from_plain
-from deepdelta.studies.config import load_study
-from deepdelta.studies.factorial import effects
-from deepdelta.studies.results import StudyResults, load_results
-from deepdelta.studies.statistics import Comparison, contrasts, paired
-from deepdelta.tasks.results import TaskResults
+from deepdelta.lab.analysis.contrasts import contrasts
+from deepdelta.lab.analysis.factorial import effects
+from deepdelta.lab.analysis.results import StudyResults, load_results
+from deepdelta.lab.experiments.config import load_study
+from deepdelta.lab.statistics import Comparison, paired
+from deepdelta.lab.tasks.results import TaskResults
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 
 from deepdelta import UserError, load
-from deepdelta.benchmarks.results import load_results as load_bench
 from deepdelta.cli.options import _settings
 from deepdelta.config import from_plain, to_plain
 from deepdelta.data.tokenizer import read_tokenizer
+from deepdelta.device import choose_device
 from deepdelta.files import read_object, write_json
 from deepdelta.interop import load_published
-from deepdelta.studies.config import load_study
-from deepdelta.studies.record import RunRecord
-from deepdelta.studies.records import RecordFile
-from deepdelta.studies.results import load_results, save_results
+from deepdelta.lab.analysis.results import load_results, save_results
+from deepdelta.lab.bench.results import load_results as load_bench
+from deepdelta.lab.experiments.config import load_study
+from deepdelta.lab.experiments.record import RunRecord
+from deepdelta.lab.experiments.records import RecordFile
 from deepdelta.training import RunDirectory, TrainConfig
-from deepdelta.training.environment import choose_device
 from deepdelta.training.loop import check_size
 from report_samples import study
 from test_oracle import vector
@@ -200,7 +200,7 @@ def test_json(good: Path, tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["quick", "erase-on-norm"])
 def test_toml(tmp_path: Path, name: str) -> None:
-    lines = (resources.files("deepdelta.studies") / "named" / f"{name}.toml").read_text(encoding="utf-8").splitlines()
+    lines = (resources.files("deepdelta.lab") / "studies" / f"{name}.toml").read_text(encoding="utf-8").splitlines()
     file, faults = tmp_path / "study.toml", list[str]()
     for case in range(CASES):
         draw = random.Random(f"{name} {case}")

@@ -12,11 +12,11 @@ import torch
 
 import deepdelta
 from deepdelta import GPT, GPTConfig, UserError, generate
-from deepdelta.benchmarks import load_results as load_timings
 from deepdelta.data import ByteTokenizer, load_corpus, load_tokenizer
+from deepdelta.lab.analysis.results import load_results
+from deepdelta.lab.bench import load_results as load_timings
+from deepdelta.lab.views import write_report
 from deepdelta.models import DecodingCache
-from deepdelta.report import write_report
-from deepdelta.studies.results import load_results
 from deepdelta.training import RunDirectory, train
 from tiny_runs import assert_same_run, config, quietly, text_file
 

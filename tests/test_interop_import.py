@@ -18,9 +18,10 @@ import deepdelta
 from deepdelta import GPT, PRESETS, GPTConfig, UserError
 from deepdelta.cli import main
 from deepdelta.data import DataConfig, batch, load_corpus
-from deepdelta.interop import import_published, load_published, to_published
+from deepdelta.interop import load_published, to_published
 from deepdelta.interop.checkpoint import HOLDERS, WEIGHTS, read_published
 from deepdelta.interop.published import plain_names
+from deepdelta.training import import_published
 from test_oracle import vector
 from tiny_runs import rows
 

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from deepdelta import GPT, PRESETS, GPTConfig, UserError, limits, load
-from deepdelta.analysis.cost import measure_costs
 from deepdelta.cli import main
 from deepdelta.data import DataConfig, load_corpus
 from deepdelta.files import write_json
 from deepdelta.interop import load_published
 from deepdelta.interop.checkpoint import read_published
+from deepdelta.lab.measure.cost import measure_costs
 from deepdelta.models import least_bytes, parameter_count
 from deepdelta.training import evaluate
 from test_oracle import vector

@@ -14,8 +14,8 @@ import pytest
 
 from deepdelta import UserError
 from deepdelta.files import HELD, locked
-from deepdelta.studies import pool
-from deepdelta.studies.pool import Job, run_jobs
+from deepdelta.lab.experiments import pool
+from deepdelta.lab.experiments.pool import Job, run_jobs
 from tiny_runs import ENVIRONMENT
 
 WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[1])"
@@ -108,7 +108,7 @@ def test_stopped_it_ends_its_processes_and_waits_for_them(tmp_path, processes):
 def test_a_process_that_does_not_heed_the_end_of_its_parent_ends_all_the_same():
     code = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "from deepdelta.studies import pool\n"
+        "from deepdelta.lab.experiments import pool\n"
         "pool.GRACE_SECONDS = 0.1; pool._end_with_parent(); print('at work', flush=True); time.sleep(1000)"
     )
     command = [sys.executable, "-c", code]

@@ -11,9 +11,9 @@ from torch import nn
 
 import deepdelta
 from deepdelta import PRESETS, DeltaStream, GPTConfig, ResidualConfig, UserError, retrofit, retrofitted
-from deepdelta.studies.config import load_study
-from deepdelta.tasks import load_task
-from deepdelta.tasks.task import read_overrides
+from deepdelta.lab.experiments.config import load_study
+from deepdelta.lab.tasks import load_task
+from deepdelta.lab.tasks.task import read_overrides
 from deepdelta.training import TrainConfig
 from deepdelta.training.config import run_settings
 from deepdelta.training.optimizer import build_optimizer

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from deepdelta import DeltaStream
-from deepdelta.report import summarise
-from deepdelta.studies.results import load_results
+from deepdelta.lab.analysis.results import load_results
+from deepdelta.lab.views import summarise
 
 README = Path(__file__).parent.parent / "README.md"
 

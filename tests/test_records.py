@@ -7,10 +7,10 @@ import pytest
 
 from deepdelta import UserError
 from deepdelta.config import from_plain
-from deepdelta.studies.record import RunRecord
-from deepdelta.studies.records import FILE_NAME, RecordFile
-from deepdelta.studies.results import load_results
-from deepdelta.tasks.results import TaskRecord
+from deepdelta.lab.analysis.results import load_results
+from deepdelta.lab.experiments.record import RunRecord
+from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
+from deepdelta.lab.tasks.results import TaskRecord
 
 ROWS = [{"name": name, "loss": loss, "note": "ü" * 40} for name, loss in (("a", 1.5), ("b", None), ("c", 0.25))]
 RESULTS = Path(__file__).parents[1] / "results"

@@ -14,17 +14,13 @@ from rich.console import Console
 
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.report import figures as pictures
-from deepdelta.report import markdown_table, render_table, summarise, write_report
-from deepdelta.report.page import render_page
-from deepdelta.report.table import si, table_cells
-from deepdelta.studies.results import (
-    RewriteSummary,
-    StudyResults,
-    load_results,
-    save_results,
-)
-from deepdelta.studies.statistics import compare, paired
+from deepdelta.lab.analysis.contrasts import compare
+from deepdelta.lab.analysis.results import RewriteSummary, StudyResults, load_results, save_results
+from deepdelta.lab.statistics import paired
+from deepdelta.lab.views import figures as pictures
+from deepdelta.lab.views import markdown_table, render_table, summarise, write_report
+from deepdelta.lab.views.page import render_page
+from deepdelta.lab.views.table import si, table_cells
 from report_samples import HOSTILE, Page, bare, flat, many_seeds, markdown_rows, run, study
 
 
@@ -239,7 +235,7 @@ def test_without_plotly_the_error_names_the_extra() -> None:
     code = (
         "import sys; sys.modules['plotly'] = None\n"
         "from deepdelta.errors import UserError\n"
-        "from deepdelta.report.page import render_page\n"
+        "from deepdelta.lab.views.page import render_page\n"
         "try: render_page(None)\n"
         "except UserError as error: print(error)\n"
     )

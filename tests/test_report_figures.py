@@ -8,14 +8,12 @@ from xml.etree import ElementTree
 import plotly.graph_objects as go
 import pytest
 
-from deepdelta.analysis.rewrites import GATE_BINS
-from deepdelta.report import figures as pictures
-from deepdelta.report.page import render_page
-from deepdelta.report.plot import plot
-from deepdelta.studies.results import (
-    RewriteSummary,
-)
-from deepdelta.studies.statistics import compare
+from deepdelta.lab.analysis.contrasts import compare
+from deepdelta.lab.analysis.results import RewriteSummary
+from deepdelta.lab.measure.rewrites import GATE_BINS
+from deepdelta.lab.views import figures as pictures
+from deepdelta.lab.views.page import render_page
+from deepdelta.lab.views.plot import plot
 from report_samples import HOSTILE, Page, many_seeds, run, study
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepdelta.analysis.shortcut import Distribution, Factor, shortcut
+from deepdelta.lab.audit.shortcut import Distribution, Factor, shortcut
 from helpers import outer, randn, unit
 
 D = 6

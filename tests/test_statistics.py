@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from deepdelta.errors import UserError
-from deepdelta.studies.statistics import (
+from deepdelta.lab.statistics import (
     MINIMUM_SEEDS,
     Comparison,
     Interval,
@@ -201,7 +201,7 @@ def test_without_scipy_the_error_names_the_extra() -> None:
     code = (
         "import sys; sys.modules['scipy'] = None\n"
         "from deepdelta.errors import UserError\n"
-        "from deepdelta.studies.statistics import paired\n"
+        "from deepdelta.lab.statistics import paired\n"
         "assert paired([0.1]).mean == 0.1\n"
         "try: paired([0.1, 0.2])\n"
         "except UserError as error: print(error)\n"

@@ -9,7 +9,7 @@ import pytest
 from deepdelta import GPT, UserError
 from deepdelta.cli import main
 from deepdelta.config import differences, to_plain
-from deepdelta.studies.config import StudyConfig, load_study, named_studies
+from deepdelta.lab.experiments.config import StudyConfig, load_study, named_studies
 from deepdelta.training import TrainConfig
 
 STUDY = """

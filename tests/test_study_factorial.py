@@ -9,13 +9,14 @@ import pytest
 from scipy import stats
 
 from deepdelta import UserError
-from deepdelta.report import detail_tables
-from deepdelta.report.page import render_page
-from deepdelta.studies.config import load_study
-from deepdelta.studies.factorial import design, effects
-from deepdelta.studies.results import ConditionResult, Factorial, Power, RunResult, StudyResults, Tuned
-from deepdelta.studies.statistics import MINIMUM_SEEDS, contrasts, holm, paired
-from deepdelta.tables import markdown_cells
+from deepdelta.lab.analysis.contrasts import contrasts
+from deepdelta.lab.analysis.factorial import design, effects
+from deepdelta.lab.analysis.results import ConditionResult, Factorial, Power, RunResult, StudyResults, Tuned
+from deepdelta.lab.experiments.config import load_study
+from deepdelta.lab.statistics import MINIMUM_SEEDS, holm, paired
+from deepdelta.lab.views import detail_tables
+from deepdelta.lab.views.page import render_page
+from deepdelta.lab.views.tables import markdown_cells
 from report_samples import Page, study
 
 LEVELS = {"write": ["branch", "target"], "erase": ["no", "yes"], "expansion": ["repeat", "conv", "none"]}

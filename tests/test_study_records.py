@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from deepdelta import UserError
-from deepdelta.analysis.cost import Cost
 from deepdelta.config import from_plain, merged, to_plain
 from deepdelta.data import load_corpus, train_tail
-from deepdelta.studies import runner
-from deepdelta.studies.config import StudyConfig, Tune, load_study
-from deepdelta.studies.plan import Planner
-from deepdelta.studies.record import CURVE_POINTS, RunRecord, canonical, curve, fingerprint, stored_record
-from deepdelta.studies.records import FILE_NAME, RecordFile
-from deepdelta.studies.results import StudyResults, load_results
-from deepdelta.studies.runner import run_study
-from deepdelta.studies.tuning import choose
+from deepdelta.lab import runner
+from deepdelta.lab.analysis.results import StudyResults, load_results
+from deepdelta.lab.experiments.config import StudyConfig, Tune, load_study
+from deepdelta.lab.experiments.plan import Planner
+from deepdelta.lab.experiments.record import CURVE_POINTS, RunRecord, canonical, curve, fingerprint, stored_record
+from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
+from deepdelta.lab.experiments.tuning import choose
+from deepdelta.lab.measure.cost import Cost
+from deepdelta.lab.runner import run_study
 from deepdelta.training import RunDirectory, TrainConfig
 from deepdelta.training.optimizer import learning_rate
 from tiny_runs import RUNS, forget, quietly, record_anew, recorded, text_file, trained_here, without_curves

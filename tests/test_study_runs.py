@@ -20,13 +20,14 @@ from deepdelta.cli import main
 from deepdelta.config import from_plain, merged
 from deepdelta.data import load_corpus
 from deepdelta.files import HELD, locked, write_text
-from deepdelta.studies import pool, runner
-from deepdelta.studies.config import load_study
-from deepdelta.studies.plan import Run
-from deepdelta.studies.record import RunRecord
-from deepdelta.studies.records import RecordFile
-from deepdelta.studies.results import StudyResults, load_results
-from deepdelta.studies.runs import StudyRuns, _waits
+from deepdelta.lab import runner
+from deepdelta.lab.analysis.results import StudyResults, load_results
+from deepdelta.lab.experiments import pool
+from deepdelta.lab.experiments.config import load_study
+from deepdelta.lab.experiments.plan import Run
+from deepdelta.lab.experiments.record import RunRecord
+from deepdelta.lab.experiments.records import RecordFile
+from deepdelta.lab.experiments.runs import StudyRuns, _waits
 from deepdelta.training import RunDirectory
 from tiny_runs import assert_same_run, forget, quietly, rows, start, tensors, text_file, wait_for_step
 
@@ -314,7 +315,7 @@ def test_the_line_of_progress_tells_records_and_the_loss_of_runs(copy: Path, fol
 
 
 def test_costs_belong_to_their_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepdelta.studies import collection
+    from deepdelta.lab.experiments import collection
 
     config = load_study(str(study_file(tmp_path, "additive", "ddl-1.5")))
     asked: list[str] = []

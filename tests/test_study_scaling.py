@@ -11,12 +11,12 @@ from scipy import stats
 
 from deepdelta import UserError
 from deepdelta.config import from_plain
-from deepdelta.report.details import scaling_table, search_table
-from deepdelta.studies import runner
-from deepdelta.studies.config import Extrapolate, StudyConfig, load_study
-from deepdelta.studies.results import StudyResults, load_results
-from deepdelta.studies.scaling import Estimate, Law, Scaling, fit, scaling
-from deepdelta.studies.search import SearchResults
+from deepdelta.lab import runner
+from deepdelta.lab.analysis.results import StudyResults, load_results
+from deepdelta.lab.analysis.scaling import Estimate, Law, Scaling, fit, scaling
+from deepdelta.lab.experiments.config import Extrapolate, StudyConfig, load_study
+from deepdelta.lab.experiments.search import SearchResults
+from deepdelta.lab.views.details import scaling_table, search_table
 from deepdelta.training import RunDirectory
 from report_samples import study as sample
 from tiny_runs import RUNS, text_file, trained_here

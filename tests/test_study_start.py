@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from deepdelta import UserError, load
+from deepdelta import UserError, load, progress
 from deepdelta.config import from_plain
 from deepdelta.data import batch, load_corpus
-from deepdelta.report.table import table_cells
-from deepdelta.studies import runner
-from deepdelta.studies.config import START_SEED, StudyConfig, load_study
-from deepdelta.studies.plan import Planner, Run
-from deepdelta.studies.record import RunRecord, canonical, fingerprint
-from deepdelta.studies.records import FILE_NAME
-from deepdelta.studies.results import StudyResults, load_results
-from deepdelta.studies.runner import run_study
-from deepdelta.training import RunDirectory, TrainConfig, progress
+from deepdelta.lab import runner
+from deepdelta.lab.analysis.results import StudyResults, load_results
+from deepdelta.lab.experiments.config import START_SEED, StudyConfig, load_study
+from deepdelta.lab.experiments.plan import Planner, Run
+from deepdelta.lab.experiments.record import RunRecord, canonical, fingerprint
+from deepdelta.lab.experiments.records import FILE_NAME
+from deepdelta.lab.runner import run_study
+from deepdelta.lab.views.table import table_cells
+from deepdelta.training import RunDirectory, TrainConfig
 from tiny_runs import (
     RUNS,
     assert_same_run,

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from deepdelta import DeltaStream, UserError
-from deepdelta.tasks import load_task
-from deepdelta.tasks.dynamics import DynamicsNet, DynamicsSettings, dynamics_data, rollout
-from deepdelta.tasks.refinement import flowed, refined, rewriting, spectrum
-from deepdelta.tasks.trajectories import RESTITUTION, SYSTEMS, trajectories
+from deepdelta.lab.tasks import load_task
+from deepdelta.lab.tasks.dynamics import DynamicsNet, DynamicsSettings, dynamics_data, rollout
+from deepdelta.lab.tasks.refinement import flowed, refined, rewriting, spectrum
+from deepdelta.lab.tasks.trajectories import RESTITUTION, SYSTEMS, trajectories
 from helpers import near, outer, perturb, randn
 
 TASK = load_task("dynamics")

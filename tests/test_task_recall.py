@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from deepdelta import UserError
-from deepdelta.tasks import load_task
-from deepdelta.tasks.recall import RecallSettings, recall_batch
+from deepdelta.lab.tasks import load_task
+from deepdelta.lab.tasks.recall import RecallSettings, recall_batch
 
 TASK = load_task("recall")
 

@@ -16,14 +16,14 @@ import torch
 from deepdelta import UserError
 from deepdelta.cli import main
 from deepdelta.config import from_plain, to_plain
-from deepdelta.studies import pool
-from deepdelta.studies.pool import Job
-from deepdelta.studies.records import FILE_NAME
-from deepdelta.tasks import load_task, named_tasks, registry, runner
-from deepdelta.tasks.fitting import check_loss
-from deepdelta.tasks.results import TaskRecord, TaskResults, conditions_of, markdown
-from deepdelta.tasks.runner import default_folder, run_task
-from deepdelta.tasks.task import read_overrides
+from deepdelta.lab.experiments import pool
+from deepdelta.lab.experiments.pool import Job
+from deepdelta.lab.experiments.records import FILE_NAME
+from deepdelta.lab.tasks import load_task, named_tasks, registry, runner
+from deepdelta.lab.tasks.fitting import check_loss
+from deepdelta.lab.tasks.results import TaskRecord, TaskResults, conditions_of, markdown
+from deepdelta.lab.tasks.runner import default_folder, run_task
+from deepdelta.lab.tasks.task import read_overrides
 from tiny_runs import Ended, forget, record_anew, recorded
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -45,7 +45,7 @@ def made_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def launch(job: Job[Any]) -> Ended:
         names.append(job.name)
         module, given = job.command()
-        assert module == "deepdelta.tasks.runner"
+        assert module == "deepdelta.lab.tasks.runner"
         try:
             runner.make_record(**json.loads(given))
         except UserError as error:

@@ -6,8 +6,8 @@ import torch
 from sklearn.datasets import load_diabetes
 
 from deepdelta import UserError
-from deepdelta.tasks import load_task
-from deepdelta.tasks.tabular import split_rows
+from deepdelta.lab.tasks import load_task
+from deepdelta.lab.tasks.tabular import split_rows
 
 TASK = load_task("tabular")
 SMALL = {"depth": 2, "dim": 16, "steps": 60}

@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from deepdelta import UserError
-from deepdelta.tasks import load_task
-from deepdelta.tasks.groups import GROUPS, group, reflections
-from deepdelta.tasks.words import Tracker, WordsSettings, exact, products, solve, track
+from deepdelta.lab.tasks import load_task
+from deepdelta.lab.tasks.groups import GROUPS, group, reflections
+from deepdelta.lab.tasks.words import Tracker, WordsSettings, exact, products, solve, track
 from helpers import near, perturb, randn
 
 TASK = load_task("words")

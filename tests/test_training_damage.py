@@ -281,7 +281,7 @@ def test_a_folder_that_is_no_run_keeps_its_files(
 
 
 def published(folder: Path, run: Path) -> None:
-    from deepdelta.interop import import_published
+    from deepdelta.training import import_published
     from test_interop_import import checkpoint
 
     import_published(checkpoint(folder), run, None)

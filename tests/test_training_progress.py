@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from deepdelta import train
-from deepdelta.training import progress
-from deepdelta.training.progress import duration, reporting
+from deepdelta import progress, train
+from deepdelta.progress import duration, reporting
 from tiny_runs import config, text_file
 
 

@@ -21,10 +21,10 @@ import deepdelta.cli.runs
 from deepdelta import GPT, UserError
 from deepdelta.cli import main
 from deepdelta.config import from_plain, merged
-from deepdelta.studies import pool
-from deepdelta.studies.pool import Job
-from deepdelta.studies.records import FILE_NAME, RecordFile
-from deepdelta.studies.results import RunResult, StudyResults
+from deepdelta.lab.analysis.results import RunResult, StudyResults
+from deepdelta.lab.experiments import pool
+from deepdelta.lab.experiments.pool import Job
+from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
 from deepdelta.training import RunDirectory, TrainConfig, train
 from deepdelta.training.loop import Trained
 

@@ -10,8 +10,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from deepdelta.cli.shared import to_read
 from deepdelta.errors import UserError, listing
-from deepdelta.studies.config import load_study, study_questions
-from deepdelta.training.progress import show
+from deepdelta.progress import show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,8 @@ class Study:
 
     def __call__(self) -> None:
         # Here, since it needs the packages of the extra `study`, which the other commands do without.
-        from deepdelta.studies.runner import run
+        from deepdelta.lab.experiments.config import load_study, study_questions
+        from deepdelta.lab.runner import run
 
         if self.study is None:
             print(f"Named studies:\n{listing(study_questions())}")
@@ -78,9 +78,9 @@ class Task:
 
     def __call__(self) -> None:
         # Here, since it needs the packages of the extra `study`, which the other commands do without.
-        from deepdelta.tasks.registry import SUMMARIES
-        from deepdelta.tasks.runner import default_folder, run_task
-        from deepdelta.tasks.task import read_overrides
+        from deepdelta.lab.tasks.registry import SUMMARIES
+        from deepdelta.lab.tasks.runner import default_folder, run_task
+        from deepdelta.lab.tasks.task import read_overrides
 
         if self.name is None:
             print(f"Tasks:\n{listing(SUMMARIES)}")
@@ -109,8 +109,8 @@ class Bench:
 
     def __call__(self) -> None:
         # Here: importing what compares takes time that the other commands need not spend.
-        from deepdelta.benchmarks import GRADIENTS, load_suite, run_gradients, run_suite
-        from deepdelta.benchmarks.config import quick
+        from deepdelta.lab.bench import GRADIENTS, load_suite, run_gradients, run_suite
+        from deepdelta.lab.bench.config import quick
 
         out = self.out or Path("runs") / f"bench-{self.name}"
         command = shlex.join(["deepdelta", *sys.argv[1:]])

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from deepdelta.analysis.selfcheck import self_check
 from deepdelta.cli.shared import use_threads
+from deepdelta.device import choose_device, compiler_problem
 from deepdelta.errors import UserError
-from deepdelta.training.environment import choose_device, compiler_problem, machine, versions
+from deepdelta.provenance import machine, versions
+from deepdelta.selfcheck import self_check
 
 
 @dataclass(frozen=True, kw_only=True)

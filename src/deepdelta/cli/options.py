@@ -17,7 +17,6 @@ from deepdelta.cli.runs import Audit, Evaluate, Generate, Import, Train
 from deepdelta.errors import UserError, check_utf8, nearest
 from deepdelta.files import read_object
 from deepdelta.nn.config import Rule
-from deepdelta.studies.config import named_studies
 from deepdelta.training import TrainConfig
 from deepdelta.training.config import run_settings
 
@@ -58,7 +57,7 @@ def _parse(given: list[str]) -> Any:
         Annotated[kind, subcommand(name, default=defaults[name]) if name in defaults else subcommand(name)]
         for name, kind in COMMANDS.items()
     )
-    description = f"Delta residuals, trained against their controls. Named studies: {', '.join(named_studies())}."
+    description = "Delta residuals, trained against their controls. `deepdelta study` alone lists the named studies."
     commands: Any = Union[kinds]  # noqa: UP007
     parse = partial(tyro.cli, commands, prog="deepdelta", description=description, args=given)
     try:

@@ -11,15 +11,14 @@ from tyro.conf import Positional, arg
 
 from deepdelta.cli.shared import following, to_read, use_threads
 from deepdelta.data import DataConfig, load_corpus, load_tokenizer
+from deepdelta.device import choose_device
 from deepdelta.errors import UserError, printable
 from deepdelta.files import locked
-from deepdelta.interop import import_published
 from deepdelta.models import generate
 from deepdelta.nn import use_backend
-from deepdelta.training import RunDirectory, TrainConfig, evaluate, load, train
-from deepdelta.training.environment import choose_device
+from deepdelta.progress import reporting, show
+from deepdelta.training import RunDirectory, TrainConfig, evaluate, import_published, load, train
 from deepdelta.training.loop import corpus_facts
-from deepdelta.training.progress import reporting, show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +163,8 @@ class Audit:
 
     def __call__(self) -> None:
         # Here, since it needs the packages of the extra `study`, which the other commands do without.
-        from deepdelta.analysis.audit_run import Text, audit_run
-        from deepdelta.report.audit import print_audit, write_audit
+        from deepdelta.lab.audit.audit_run import Text, audit_run
+        from deepdelta.lab.views.audit import print_audit, write_audit
 
         out = self.out or self.run / "audit"
         use_threads(self.threads, self.run)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from deepdelta.limits import check_threads
+from deepdelta.progress import show
 from deepdelta.training import RunDirectory
-from deepdelta.training.progress import show
 
 
 def use_threads(threads: int | None, run: Path | None = None) -> None:

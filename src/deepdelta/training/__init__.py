@@ -2,6 +2,7 @@
 
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.evaluation import Evaluation, evaluate
+from deepdelta.training.imported import import_published
 from deepdelta.training.loading import Loaded, load
 from deepdelta.training.loop import Trained, train
 from deepdelta.training.optimizer import param_groups
@@ -14,6 +15,7 @@ __all__ = [
     "TrainConfig",
     "Trained",
     "evaluate",
+    "import_published",
     "load",
     "param_groups",
     "train",

@@ -18,25 +18,18 @@ from torch import Tensor, nn
 
 from deepdelta.config import to_plain
 from deepdelta.data import Corpus, batch, check_context, load_corpus
+from deepdelta.device import Device, choose_device, compiler_problem, keep_freed_memory
 from deepdelta.errors import UserError
 from deepdelta.files import AnyPath, check_folder
 from deepdelta.limits import check_memory
 from deepdelta.models import GPT, least_bytes, parameter_count
 from deepdelta.nn import use_backend, use_memory
+from deepdelta.progress import Reporter, duration, reporting, show
+from deepdelta.provenance import commit, machine, versions
 from deepdelta.training.config import TrainConfig
-from deepdelta.training.environment import (
-    Device,
-    choose_device,
-    commit,
-    compiler_problem,
-    keep_freed_memory,
-    machine,
-    versions,
-)
 from deepdelta.training.evaluation import evaluate
 from deepdelta.training.metrics import append_json
 from deepdelta.training.optimizer import build_optimizer, learning_rate, rate_change
-from deepdelta.training.progress import Reporter, duration, reporting, show
 from deepdelta.training.rundir import RunDirectory
 from deepdelta.training.step import micro_losses
 

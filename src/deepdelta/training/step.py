@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from deepdelta.training.environment import Device
+from deepdelta.device import Device
 
 
 def micro_losses(

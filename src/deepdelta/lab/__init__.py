@@ -1,0 +1,1 @@
+"""The laboratory: what measures, compares and shows; only the command line knows it."""

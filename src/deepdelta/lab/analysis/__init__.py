@@ -1,0 +1,1 @@
+"""What records say: results, factorial effects, laws over sizes."""

@@ -1,0 +1,239 @@
+"""What a study measured, as frozen dataclasses: the contract between the runs, the statistics and the report.
+
+`results.json` is exactly this, nothing in a table or a picture comes from anywhere else. Losses are in nats per token,
+times in seconds, memory in bytes. Costs of an operation count one token's forward and backward pass.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from deepdelta.config import from_plain, to_plain
+from deepdelta.errors import UserError
+from deepdelta.files import AnyPath, read_object, write_json
+from deepdelta.lab.measure.cost import Cost
+from deepdelta.lab.measure.rewrites import GATE_BINS
+from deepdelta.provenance import Provenance
+
+BudgetName = Literal["tokens", "flops", "time"]
+"""What the runs of a comparison have in common: training tokens, floating-point operations, or seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    description: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """How the validation loss was measured: on how many tokens, and how contexts are cut (plain English)."""
+
+    tokens: int
+    contexts: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    steps: int
+    tokens_per_step: int
+    threads_per_run: int
+    start_steps: int | None = None
+    """Of the run that all runs of a seed start from; None: they start from new weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """Losses after `step` optimiser steps and `seconds` of training since the run began (0 steps: before training)."""
+
+    step: int
+    seconds: float
+    train_loss: float | None = None
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """One finished run. `validation_loss` is None where the loss became non-finite and the run stopped (diverged)."""
+
+    seed: int
+    validation_loss: float | None
+    seconds: float
+    steps: int | None = None
+    """Those planned; None: the study's."""
+    curve: tuple[CurvePoint, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.validation_loss is not None and not math.isfinite(self.validation_loss):
+            raise UserError(
+                f"validation_loss must be finite, got {self.validation_loss}; a run that diverged has null there"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteSummary:
+    """What one trained sublayer's rewrite does, over validation tokens of all the condition's finished runs.
+
+    None stands where the rule has no such quantity: no gate, no target, no direction.
+
+    Fields:
+        gate_histogram: number of gates in each of the GATE_BINS equal bins over [0, 2].
+        discrepancy_before, discrepancy_after: root mean square over tokens and value channels of k^T X - v,
+            before and after the rewrite, with the same k and v.
+        direction_norm: mean ||k||. cosine: mean over tokens and value channels of |cos(k, X)|.
+    """
+
+    layer: int
+    sublayer: str
+    gate_histogram: tuple[int, ...] | None = None
+    gate_mean: float | None = None
+    discrepancy_before: float | None = None
+    discrepancy_after: float | None = None
+    direction_norm: float | None = None
+    cosine: float | None = None
+
+    def __post_init__(self) -> None:
+        counts = self.gate_histogram
+        if counts is not None and (len(counts) != GATE_BINS or min(counts) < 0):
+            raise UserError(f"gate_histogram must hold {GATE_BINS} counts >= 0, got {counts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """How a condition's learning rate was chosen: the lowest mean loss on the last tenth of the training part.
+
+    Fields:
+        lr: the chosen one. edge: it is the lowest or the highest of the grid, so that a better one may lie beyond.
+        grid, losses: the rates tried and their mean losses; None where a run diverged.
+        seeds: of those runs; none is reported on.
+    """
+
+    lr: float
+    edge: bool
+    grid: tuple[float, ...]
+    losses: tuple[float | None, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factorial:
+    """Factors whose effects are told apart, on the conditions that have them all and the levels in `where`.
+
+    Without `interactions`, which a fraction of a full factorial may not tell from each other, main effects alone.
+    """
+
+    factors: tuple[str, ...]
+    where: dict[str, str] = field(default_factory=dict)
+    interactions: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Power:
+    """The plan for the number of seeds: `pilot_sd` is the spread of paired differences, `difference` what matters."""
+
+    pilot_sd: float
+    difference: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extrapolate:
+    """Carry the fitted laws to so many training FLOPs; with a floor, L = floor + b C^-a instead of L = b C^-a."""
+
+    flops: float
+    floor: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionResult:
+    """One condition of the study. `flops_per_token` counts forward and backward, element-wise work included.
+
+    Fields:
+        control: the condition that this one is compared with besides the baseline.
+        factors: its level of each factor.
+        runs: at the study's first budget. matched: at the others; a run that serves two budgets has its curve once.
+    """
+
+    name: str
+    summary: str
+    rule: str
+    value_channels: int
+    parameters: int
+    flops_per_token: float
+    cost: Cost | None = None
+    runs: tuple[RunResult, ...] = ()
+    rewrites: tuple[RewriteSummary, ...] = ()
+    control: str | None = None
+    factors: dict[str, str] = field(default_factory=dict)
+    tuned: Tuned | None = None
+    matched: dict[BudgetName, tuple[RunResult, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for runs in (self.runs, *self.matched.values()):
+            seeds = [run.seed for run in runs]
+            if len(set(seeds)) != len(seeds):
+                raise UserError(f"runs of '{self.name}' must have different seeds, got {seeds}")
+
+    def at(self, budget: BudgetName) -> tuple[RunResult, ...]:
+        """The runs at one of the study's budgets."""
+        return self.matched.get(budget, self.runs)
+
+    def losses(self, budget: BudgetName | None = None) -> dict[int, float]:
+        """Validation loss by seed, of the runs that ended with one; at the first budget unless another is named."""
+        runs = self.runs if budget is None else self.at(budget)
+        return {run.seed: run.validation_loss for run in runs if run.validation_loss is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResults(Provenance):
+    """All of a study. Times are ISO 8601."""
+
+    name: str
+    description: str
+    baseline: str
+    started: str
+    finished: str
+    corpus: Corpus
+    validation: Validation
+    budget: Budget
+    seeds: tuple[int, ...]
+    conditions: tuple[ConditionResult, ...]
+    budgets: tuple[BudgetName, ...] = ("tokens",)
+    factorials: dict[str, Factorial] = field(default_factory=dict)
+    power: Power | None = None
+    exploratory: bool = False
+
+    def __post_init__(self) -> None:
+        names = [condition.name for condition in self.conditions]
+        if len(set(names)) != len(names):
+            raise UserError(f"conditions must have different names, got {names}")
+        if self.baseline not in names:
+            raise UserError(f"baseline must be one of the conditions {names}, got '{self.baseline}'")
+        unplanned = {run.seed for condition in self.conditions for run in condition.runs} - set(self.seeds)
+        if unplanned:
+            raise UserError(f"runs must have seeds of the study {list(self.seeds)}, got {sorted(unplanned)}")
+
+    def condition(self, name: str) -> ConditionResult:
+        return next(condition for condition in self.conditions if condition.name == name)
+
+
+def save_results(results: StudyResults, path: Path) -> None:
+    """Write `results.json` atomically, without the curves, which the records of the runs hold."""
+    plain = to_plain(results)
+    for condition in plain["conditions"]:
+        for runs in (condition["runs"], *condition["matched"].values()):
+            for run in runs:
+                del run["curve"]
+    write_json(path, plain)
+
+
+def load_results(path: AnyPath) -> StudyResults:
+    """The results in a file that `save_results` wrote.
+
+    Raises:
+        UserError: the file is absent, is no JSON object, or does not hold the results of a study.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} must be the results.json of a study, but there is no such file.")
+    return from_plain(StudyResults, read_object(path, "run the study's command again"), where=str(path))

@@ -1,0 +1,41 @@
+"""Whether two computations of the same thing agree."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from deepdelta.device import Device
+from deepdelta.training.step import micro_losses
+
+FLOOR = 1e-5
+"""A tensor smaller than this share of the largest is compared with that share: it is rounding."""
+
+
+def agreement(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest relative error |a - b| / |b| in the 2-norm over the named tensors; infinite if one is not finite."""
+    assert ours.keys() == theirs.keys()
+    sizes = {name: float(tensor.double().norm()) for name, tensor in theirs.items()}
+    least = max(FLOOR * max(sizes.values()), torch.finfo(torch.float32).tiny)
+    errors = [
+        float((ours[name].double() - theirs[name].double()).norm()) / max(size, least) for name, size in sizes.items()
+    ]
+    return max(errors) if all(error == error for error in errors) else float("inf")
+
+
+def loss_and_gradients(forward: nn.Module, owner: nn.Module, ids: Tensor, chosen: Device) -> dict[str, Tensor]:
+    """The loss of `forward` on ids (B, T + 1), and the gradients of `owner`'s parameters, which are then cleared."""
+    owner.zero_grad()
+    found = {}
+    for loss in micro_losses(forward, ids[:, :-1], ids[:, 1:], 1, chosen):
+        loss.backward()  # type: ignore[no-untyped-call]
+        found["loss"] = loss.detach()
+    found |= dict(_gradients(owner))
+    owner.zero_grad()
+    return found
+
+
+def _gradients(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in owner.named_parameters():
+        if parameter.grad is not None:
+            yield name, parameter.grad.clone()

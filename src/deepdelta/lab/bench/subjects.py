@@ -1,0 +1,284 @@
+"""One case of a group, built and ready to be run again and again.
+
+Shapes: N tokens, V value channels, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from deepdelta.device import Device, compiler_problem
+from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
+from deepdelta.lab.bench.config import Case, Group, Suite
+from deepdelta.lab.bench.peers import PeerGPT, peer_problem
+from deepdelta.lab.measure import flops, peak_bytes
+from deepdelta.models import GPT, DecodingCache, GPTConfig
+from deepdelta.nn import ResidualConfig, use_backend, use_memory
+from deepdelta.nn.direction import normalisation
+from deepdelta.ops.step import NEEDS, fused_problem, fused_step, rewrite_step
+from deepdelta.training.config import TrainConfig
+from deepdelta.training.optimizer import build_optimizer
+from deepdelta.training.step import micro_losses
+
+SEED = 0
+NORM_EPS = 1e-5
+
+Stage = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    stages: tuple[Stage, ...]
+    """What is run in order; the group's measures are the times to the end of each."""
+    tokens: int
+    """Tokens that one run of the stages works on."""
+    parameters: int
+    peak: Callable[[], int] | None = None
+    """Peak memory of one run; None where it is not seen."""
+    bytes_per_token: tuple[int, ...] = ()
+    """Bytes that each measure must move at least, by formula."""
+    flops_per_token: tuple[int, ...] = ()
+    verify: Callable[[], float] | None = None
+    """The relative error of a compiled model against the uncompiled one; None where nothing is compiled."""
+
+
+def problem(group: Group, case: Case, suite: Suite) -> str | None:
+    """Why a case cannot run here, or None where it can."""
+    if group.compiled and (missing := compiler_problem(suite.device)):
+        return missing
+    if case.peer is not None:
+        return peer_problem(case.peer)
+    if case.backend == "fused":
+        return fused_problem(torch.device(suite.device), torch.float32)
+    return None
+
+
+def code_of(case: Case, device: str) -> str:
+    """What does the rewrites of a case: the label that every figure carries."""
+    if case.peer is not None:
+        return "peer"
+    return {"reference": "PyTorch", "fused": f"fused ({NEEDS[device]})"}[case.backend]
+
+
+def build(group: Group, case: Case, chosen: Device) -> Subject:
+    if group.work in ("training", "memory"):
+        return training(group, case, chosen)
+    return {"prefill": prefill, "decoding": decoding, "operator": operator}[group.work](group, case, chosen)
+
+
+def model_config(group: Group, case: Case) -> GPTConfig:
+    sizes = {name: getattr(group, name) for name in ("vocab_size", "context", "layers", "heads", "dim")}
+    return GPTConfig(**sizes) if case.residual is None else GPTConfig(**sizes, residual=case.residual)
+
+
+def build_model(group: Group, case: Case, device: torch.device) -> nn.Module:
+    config = model_config(group, case)
+    if case.peer is not None:
+        return PeerGPT(config, case.peer, SEED).to(device)
+    model = GPT(config, SEED).to(device)
+    use_backend(model, case.backend)
+    # The default of training; the reference saves what plain PyTorch saves.
+    use_memory(model, "replay" if case.backend == "fused" else "save")
+    return model
+
+
+def random_ids(group: Group, device: torch.device, tokens: int, batch: int | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(group.vocab_size, (batch or group.batch, tokens), generator=generator).to(device)
+
+
+def _runnable(model: nn.Module, group: Group) -> nn.Module:
+    """The model, or its compiled form: whole, so that a graph break or a fall back to eager is an error."""
+    return torch.compile(model, fullgraph=True) if group.compiled else model  # type: ignore[return-value]
+
+
+def training(group: Group, case: Case, chosen: Device) -> Subject:
+    """Forward and backward, then clipping and the fused AdamW."""
+    model = build_model(group, case, chosen.device)
+    forward = _runnable(model, group)
+    optimizer = build_optimizer(model, TrainConfig())
+    ids = random_ids(group, chosen.device, group.context + 1)
+
+    def forward_backward() -> None:
+        for loss in micro_losses(forward, ids[:, :-1], ids[:, 1:], 1, chosen):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def step() -> None:
+        forward_backward()
+        update()
+
+    def verify() -> float:
+        plain = loss_and_gradients(model, model, ids, chosen)
+        return agreement(loss_and_gradients(forward, model, ids, chosen), plain)
+
+    def peak() -> int:
+        state = chain.from_iterable(values.values() for values in optimizer.state.values())
+        return peak_bytes(step, [ids, *model.parameters(), *model.buffers(), *state])
+
+    seen = chosen.device.type == "cuda" or not group.compiled
+    return Subject(
+        stages=(forward_backward, update),
+        tokens=group.batch * group.context,
+        parameters=_count(model),
+        peak=peak if seen else None,
+        verify=verify if group.compiled else None,
+    )
+
+
+def prefill(group: Group, case: Case, chosen: Device) -> Subject:
+    """The forward pass over whole sequences, without gradients."""
+    model = build_model(group, case, chosen.device).eval()
+    forward = _runnable(model, group)
+    ids = random_ids(group, chosen.device, group.context)
+
+    @torch.no_grad()
+    def logits(run: nn.Module = forward) -> Tensor:
+        with torch.autocast(chosen.device.type, dtype=torch.bfloat16, enabled=chosen.precision == "bf16"):
+            return run(ids).logits  # type: ignore[no-any-return]
+
+    return Subject(
+        stages=(logits,),
+        tokens=group.batch * group.context,
+        parameters=_count(model),
+        verify=(lambda: agreement({"logits": logits()}, {"logits": logits(model)})) if group.compiled else None,
+    )
+
+
+def decoding(group: Group, case: Case, chosen: Device) -> Subject:
+    """A cache filled from empty, one token of every row at a time."""
+    model = build_model(group, case, chosen.device).eval()
+    assert isinstance(model, GPT)
+    cache = DecodingCache(model, batch=group.batch)
+    ids = random_ids(group, chosen.device, group.context)
+
+    def run() -> None:
+        cache.clear()
+        for position in range(group.context):
+            cache.decode(ids[:, position : position + 1])
+
+    return Subject(stages=(run,), tokens=group.batch * group.context, parameters=_count(model))
+
+
+class Operands:
+    """The rewrite with the next opening on random numbers: k = h / |h|, one gate, channel compression, RMSNorm."""
+
+    def __init__(
+        self, residual: ResidualConfig, tokens: int, dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        generator = torch.Generator().manual_seed(SEED)
+        channels = residual.value_channels
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        def placed(values: Tensor, kind: torch.dtype) -> Tensor:
+            return values.to(device, kind).requires_grad_()
+
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.state, self.h = placed(normal(tokens, channels, dim), dtype), placed(normal(tokens, dim), dtype)
+        self.write = placed(normal(tokens, channels), wide)
+        self.erase = placed(normal(tokens, 1).sigmoid() * 2, wide)
+        self.compression = None if channels == 1 else placed(normal(channels, dim), wide)
+        self.weight = placed(normal(dim), wide)
+        self.d_state = normal(tokens, channels, dim).to(device, dtype)
+        self.d_c = normal(tokens, dim).to(device, dtype)
+        self.normalise = normalisation(residual, dim)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        given = (self.state, self.h, self.write, self.erase, self.compression, self.weight)
+        return [tensor for tensor in given if tensor is not None]
+
+    def forward(self, backend: str) -> tuple[Tensor, Tensor]:
+        given = (self.state, self.h, self.write, self.erase, self.normalise, self.compression, self.weight, NORM_EPS)
+        if backend == "reference":
+            return rewrite_step(*given)
+        state, c = fused_step(*given, opens=True)[:2]
+        assert c is not None
+        return state, c
+
+    def backward(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, self.leaves, (self.d_state, self.d_c))
+
+
+def operator(group: Group, case: Case, chosen: Device) -> Subject:
+    """The rewrite and the next opening, forward and backward."""
+    assert case.residual is not None
+    tokens = group.batch * group.context
+    operands = Operands(case.residual, tokens, group.dim, _dtype(chosen), chosen.device)
+    made: list[tuple[Tensor, Tensor]] = []
+
+    def forward() -> None:
+        made.append(operands.forward(case.backend))
+
+    def backward() -> None:
+        operands.backward(made.pop())
+
+    moved = step_bytes(case.residual.value_channels, group.dim, _dtype(chosen).itemsize)
+    work = step_flops(case.residual, group.dim)
+    return Subject(
+        stages=(forward, backward),
+        tokens=tokens,
+        parameters=0,
+        bytes_per_token=moved,
+        flops_per_token=(work, work * (1 + flops.BACKWARD)),
+    )
+
+
+def triad(group: Group, chosen: Device) -> Subject:
+    """a = b + s c over as many bytes as the group's operator must move: what the machine's memory allows."""
+    residual = group.cases[0].residual
+    assert residual is not None
+    tokens, itemsize = group.batch * group.context, _dtype(chosen).itemsize
+    moved = step_bytes(residual.value_channels, group.dim, itemsize)
+    counts = [tokens * part // (3 * itemsize) for part in (moved[0], moved[1] - moved[0])]
+
+    def stage(count: int) -> Stage:
+        a, b, c = (torch.ones(count, dtype=_dtype(chosen), device=chosen.device) for _ in range(3))
+        return partial(torch.add, b, c, alpha=3.0, out=a)
+
+    return Subject(
+        stages=tuple(map(stage, counts)),
+        tokens=tokens,
+        parameters=0,
+        bytes_per_token=moved,
+        flops_per_token=tuple(2 * part // (3 * itemsize) for part in moved),
+    )
+
+
+def step_bytes(channels: int, dim: int, itemsize: int) -> tuple[int, int]:
+    """Bytes per token that the forward pass, and both passes, move at least.
+
+    Forward reads X and h and writes X' and c': 2 (V + 1) D numbers. Backward reads X, h, dX' and dc' and writes dX and
+    dh: 3 (V + 1) D. Numbers of which a token has one or V (gates, targets, scales) are left out, and parameters.
+    """
+    numbers = (channels + 1) * dim * itemsize
+    return 2 * numbers, 5 * numbers
+
+
+def step_flops(residual: ResidualConfig, dim: int) -> int:
+    """Operations per token of the scale, the rewrite, the compression and the norm."""
+    parts = (
+        flops.direction(residual, dim),
+        flops.rewrite(residual, dim),
+        flops.compression(residual, dim),
+        flops.rms_norm(dim),
+    )
+    return sum(part.total for part in parts)
+
+
+def _dtype(chosen: Device) -> torch.dtype:
+    return torch.bfloat16 if chosen.precision == "bf16" else torch.float32
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

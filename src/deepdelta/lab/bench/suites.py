@@ -1,0 +1,232 @@
+"""The named suites."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, get_args
+
+from deepdelta.errors import unknown
+from deepdelta.lab.bench.config import Bar, Case, Group, Peer, Suite
+from deepdelta.nn import ResidualConfig
+from deepdelta.nn.presets import PRESETS
+
+ADDITIVE = Case(name="additive", residual=PRESETS["additive"])
+ADDITIVE_FUSED = Case(name="additive, fused", residual=PRESETS["additive"], backend="fused")
+SCALAR = (
+    Case(name="ddl-scalar", residual=PRESETS["ddl-scalar"]),
+    Case(name="ddl-scalar, fused", residual=PRESETS["ddl-scalar"], backend="fused"),
+)
+DDL = (
+    Case(name="ddl", residual=PRESETS["ddl"]),
+    Case(name="ddl, fused", residual=PRESETS["ddl"], backend="fused"),
+)
+DDL_16 = Case(name="ddl V=16, fused", residual=replace(PRESETS["ddl"], value_channels=16), backend="fused")
+CONTROLS = (
+    Case(name="write_only, fused", residual=replace(PRESETS["ddl"], rule="write_only"), backend="fused"),
+    Case(name="additive_erase, fused", residual=replace(PRESETS["ddl"], rule="additive_erase"), backend="fused"),
+)
+HYPER, MHC, *X_TRANSFORMERS = (Case(name=peer, peer=peer) for peer in get_args(Peer))
+
+OURS = (ADDITIVE, ADDITIVE_FUSED, *SCALAR, *DDL)
+
+
+def reaches(
+    scalar: float, ddl: float, measure: str = "forward_backward", scalar_case: str = "ddl-scalar, fused"
+) -> tuple[Bar, ...]:
+    """What V = 1 and V = 4 must reach of the additive model's throughput, with the code that `auto` takes."""
+    return (
+        Bar(case=scalar_case, against="additive", measure=measure, at_least=scalar),
+        Bar(case="ddl, fused", against="additive", measure=measure, at_least=ddl),
+    )
+
+
+def against_hyper(ratio: float) -> Bar:
+    return Bar(case="ddl, fused", against=HYPER.name, at_least=ratio)
+
+
+LESS_MEMORY = Bar(case="ddl, fused", against=HYPER.name, measure="peak", at_most=1.0)
+
+BAR = Suite(
+    name="bar",
+    question="What does a delta residual cost against the additive model, and against other residuals?",
+    groups=(
+        Group(
+            name="training, d 256, eager",
+            work="training",
+            dim=256,
+            layers=4,
+            cases=(*OURS, HYPER, MHC),
+            baseline="additive",
+            bars=(*reaches(0.95, 0.86), against_hyper(2.0), LESS_MEMORY),
+        ),
+        Group(
+            name="memory, 24 layers",
+            work="memory",
+            dim=256,
+            layers=24,
+            cases=(*OURS, HYPER),
+            baseline="additive",
+            bars=(Bar(case="ddl, fused", against="additive", measure="peak", at_most=1.05), LESS_MEMORY),
+        ),
+        Group(
+            name="decoding, d 256",
+            work="decoding",
+            dim=256,
+            layers=4,
+            batch=1,
+            cases=OURS,
+            baseline="additive",
+            bars=reaches(0.95, 0.90, measure="decoding"),
+        ),
+        Group(
+            name="prefill, d 256, eager",
+            work="prefill",
+            dim=256,
+            layers=4,
+            cases=(*OURS, HYPER, MHC),
+            baseline="additive",
+        ),
+        Group(
+            name="training, d 256, compiled",
+            work="training",
+            dim=256,
+            layers=4,
+            compiled=True,
+            cases=(*OURS, DDL_16, HYPER),
+            baseline="additive",
+            bars=(
+                *reaches(0.98, 0.92, scalar_case="ddl-scalar"),
+                Bar(case="ddl V=16, fused", against="ddl, fused", at_least=0.75),
+                against_hyper(1.5),
+            ),
+        ),
+        Group(
+            name="training, d 768, compiled",
+            work="training",
+            dim=768,
+            layers=2,
+            heads=12,
+            batch=4,
+            compiled=True,
+            cases=(*OURS, HYPER),
+            baseline="additive",
+            bars=reaches(0.99, 0.96, scalar_case="ddl-scalar"),
+        ),
+    ),
+)
+
+PEERS = Suite(
+    name="peers",
+    question="What do other residuals cost, and what does each rule?",
+    groups=tuple(
+        Group(
+            name=f"training, d 256, {'compiled' if compiled else 'eager'}",
+            work="training",
+            dim=256,
+            layers=4,
+            compiled=compiled,
+            cases=(*OURS, DDL_16, *CONTROLS, HYPER, MHC, *X_TRANSFORMERS),
+            baseline="additive",
+        )
+        for compiled in (False, True)
+    ),
+)
+
+CURVE = (ADDITIVE, *DDL)
+
+
+def channels(count: int) -> tuple[Case, ...]:
+    residual = PRESETS["ddl-scalar"] if count == 1 else replace(PRESETS["ddl"], value_channels=count)
+    return (ADDITIVE, *(replace(case, residual=residual) for case in DDL))
+
+
+POINT = Group(name="point", work="training", dim=256, layers=4, cases=CURVE, baseline="additive")
+
+
+def point(axis: str, value: int, **changes: Any) -> Group:
+    """A point of a growth curve; what does not change is that of POINT."""
+    return replace(POINT, name=f"{axis} {value}", axis=axis, value=value, **changes)
+
+
+GROWTH = Suite(
+    name="growth",
+    question="How do time and memory of a training step grow with V, width, depth and sequence length?",
+    rounds=15,
+    groups=(
+        *(point("V", count, cases=channels(count)) for count in (1, 2, 4, 8, 16)),
+        *(point("d", dim, dim=dim, heads=dim // 64, batch=4) for dim in (128, 256, 512, 768)),
+        *(point("layers", layers, layers=layers, batch=4) for layers in (2, 4, 8, 16)),
+        *(point("tokens", tokens, context=tokens, batch=2048 // tokens) for tokens in (128, 256, 512, 1024)),
+    ),
+)
+
+
+def operator(dim: int, residual: ResidualConfig) -> Group:
+    return Group(
+        name=f"rewrite, d {dim}, V={residual.value_channels}",
+        work="operator",
+        dim=dim,
+        batch=8192 * 256 // dim,
+        context=1,
+        baseline="triad",
+        cases=(
+            Case(name="reference", residual=residual),
+            Case(name="fused", residual=residual, backend="fused"),
+        ),
+    )
+
+
+OPERATOR = Suite(
+    name="operator",
+    question="How near does the rewrite with the next opening come to what its bytes allow?",
+    groups=tuple(
+        operator(dim, replace(PRESETS["ddl-cc-repeat"], value_channels=count))
+        for dim in (256, 768)
+        for count in (1, 4, 16)
+    ),
+)
+
+GPU = Suite(
+    name="gpu",
+    question="What does a delta residual cost on a GPU, at the published small size (124M)?",
+    device="cuda",
+    precision="bf16",
+    groups=(
+        Group(
+            name="training, 124M, compiled",
+            work="training",
+            dim=768,
+            layers=12,
+            heads=6,
+            batch=16,
+            context=1024,
+            vocab_size=50304,
+            compiled=True,
+            cases=(*OURS, DDL_16, HYPER),
+            baseline="additive",
+            bars=(
+                *reaches(0.98, 0.92),
+                Bar(case="ddl, fused", against="additive", measure="peak", at_most=1.03),
+            ),
+        ),
+        *(replace(group, name=f"{group.name}, cuda") for group in OPERATOR.groups),
+    ),
+)
+
+GRADIENTS = "gradients"
+"""What measures errors, not times, under this name: `benchmarks.gradients`."""
+QUESTION = "How far from fp64 are the gradients of a deep model, by backend and by what is saved?"
+
+SUITES: Mapping[str, Suite] = MappingProxyType({suite.name: suite for suite in (BAR, PEERS, GROWTH, OPERATOR, GPU)})
+QUESTIONS = {name: suite.question for name, suite in SUITES.items()} | {GRADIENTS: QUESTION}
+
+
+def load_suite(name: str) -> Suite:
+    """A named suite of timings.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if name not in SUITES:
+        raise unknown("suite", name, QUESTIONS)
+    return SUITES[name]

@@ -1,0 +1,106 @@
+"""Successive halving: many candidates for a short time, the best of them for longer and on more seeds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepdelta.config import to_plain
+from deepdelta.files import write_json
+from deepdelta.lab.analysis.results import Corpus as CorpusResult
+from deepdelta.lab.analysis.results import Tuned
+from deepdelta.lab.experiments.config import StudyConfig
+from deepdelta.lab.experiments.record import RunRecord
+from deepdelta.lab.statistics import Comparison, corrected, paired
+from deepdelta.provenance import Provenance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """A candidate's result in a rung.
+
+    Fields:
+        losses: by seed, nats per token on the last tenth of the training part; None where the run diverged.
+        change: from the baseline on the same seeds, corrected for all candidates of the rung; None where none shared.
+        kept: whether it went on. A candidate that diverged on a seed ranks last.
+    """
+
+    condition: str
+    losses: dict[int, float | None]
+    mean: float | None
+    change: Comparison | None
+    kept: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungResult:
+    """A rung, best candidate first; the baseline's losses beside them."""
+
+    steps: int
+    seeds: tuple[int, ...]
+    baseline: dict[int, float | None]
+    ranking: tuple[Ranked, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResults(Provenance):
+    """All of a search. `winners` are the candidates that the last rung kept."""
+
+    name: str
+    baseline: str
+    finished: str
+    corpus: CorpusResult
+    tuned: dict[str, Tuned]
+    rungs: tuple[RungResult, ...]
+    winners: tuple[str, ...]
+
+
+def rank(
+    config: StudyConfig, rung: int, candidates: Sequence[str], records: Mapping[tuple[str, int], RunRecord]
+) -> RungResult:
+    """Order a rung's candidates by mean loss over its seeds.
+
+    Args:
+        rung: its number, from 0.
+        records: by condition and seed, the baseline's too.
+    """
+    assert config.search is not None
+    plan = config.search.rungs[rung]
+    losses = {
+        name: {seed: records[name, seed].validation_loss for seed in plan.seeds}
+        for name in (*candidates, config.baseline)
+    }
+    means = {
+        name: math.fsum(math.inf if x is None else x for x in own.values()) / len(own) for name, own in losses.items()
+    }
+    order = sorted(candidates, key=means.__getitem__)
+    differences = {
+        name: [
+            own - base
+            for seed in plan.seeds
+            if (own := losses[name][seed]) is not None and (base := losses[config.baseline][seed]) is not None
+        ]
+        for name in order
+    }
+    compared = [name for name in order if differences[name]]
+    changes = dict(zip(compared, corrected([paired(differences[name]) for name in compared]), strict=True))
+    return RungResult(
+        steps=plan.steps,
+        seeds=plan.seeds,
+        baseline=losses[config.baseline],
+        ranking=tuple(
+            Ranked(
+                condition=name,
+                losses=losses[name],
+                mean=means[name] if math.isfinite(means[name]) else None,
+                change=changes.get(name),
+                kept=place < plan.keep and math.isfinite(means[name]),
+            )
+            for place, name in enumerate(order)
+        ),
+    )
+
+
+def save_search(found: SearchResults, path: Path) -> None:
+    """Write `search.json` atomically."""
+    write_json(path, to_plain(found))

@@ -1,0 +1,44 @@
+"""Learning rates chosen before the reported seeds run, on text and seeds that no result rests on."""
+
+import math
+from collections.abc import Mapping
+
+from deepdelta.errors import UserError
+from deepdelta.lab.analysis.results import Tuned
+from deepdelta.lab.experiments.config import Tune
+from deepdelta.lab.experiments.record import RunRecord
+
+
+def choose(tune: Tune, losses: Mapping[float, list[float | None]], condition: str) -> Tuned:
+    """The rate with the lowest mean loss over the tuning seeds; a rate at which any seed diverged is out.
+
+    Args:
+        losses: by rate, one per seed, None where the run diverged.
+
+    Raises:
+        UserError: every rate diverged.
+    """
+    grid = tuple(sorted(tune.lr))
+    means = [
+        math.fsum(math.inf if loss is None else loss for loss in losses[rate]) / len(losses[rate]) for rate in grid
+    ]
+    best = min(range(len(grid)), key=means.__getitem__)
+    if not math.isfinite(means[best]):
+        raise UserError(f"{condition} diverged at every learning rate of tune.lr {list(grid)}: add lower ones.")
+    return Tuned(
+        lr=grid[best],
+        edge=best in (0, len(grid) - 1),
+        grid=grid,
+        losses=tuple(mean if math.isfinite(mean) else None for mean in means),
+        seeds=tune.seeds,
+    )
+
+
+def chosen(
+    tune: Tune, names: Mapping[tuple[str, float, int], str], records: Mapping[str, RunRecord]
+) -> dict[str, Tuned]:
+    """The choice for every condition, from the records of its tuning runs, whose names `names` has."""
+    losses: dict[str, dict[float, list[float | None]]] = {}
+    for (condition, rate, _), name in names.items():
+        losses.setdefault(condition, {}).setdefault(rate, []).append(records[name].validation_loss)
+    return {condition: choose(tune, by_rate, condition) for condition, by_rate in losses.items()}

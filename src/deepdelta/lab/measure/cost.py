@@ -1,0 +1,184 @@
+"""Speed and memory of a training step, several conditions measured against each other in one process."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from deepdelta.device import Device, choose_device, keep_freed_memory
+from deepdelta.errors import UserError, nearest
+from deepdelta.lab.measure.memory import peak_bytes
+from deepdelta.models import GPT
+from deepdelta.nn import use_backend, use_memory
+from deepdelta.training.config import TrainConfig
+from deepdelta.training.loop import check_size
+from deepdelta.training.optimizer import build_optimizer
+from deepdelta.training.step import micro_losses
+
+WARM_UP = 2
+"""Steps of each condition before anything is measured: the first one allocates the optimiser's state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Cost of one condition's training step (forward, backward, clipping, optimiser)."""
+
+    tokens_per_second: float
+    """Median over rounds."""
+    speed_ratio: float
+    """Median over rounds of tokens/s divided by the baseline's in the same round."""
+    speed_ratio_low: float
+    """The least of the rounds."""
+    speed_ratio_high: float
+    """The greatest of the rounds."""
+    rounds: int
+    peak_bytes: int
+    """Peak memory of allocated tensors in a step (see `deepdelta.lab.measure.memory`)."""
+    peak_ratio: float
+    """peak_bytes divided by the baseline's."""
+
+
+def measure_costs(
+    configs: Mapping[str, TrainConfig],
+    *,
+    vocab_size: int,
+    rounds: int,
+    baseline: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Cost]:
+    """Cost of each condition, by name.
+
+    Every round makes one training step of every condition (see `interleaved`). All models live at once. Token ids are
+    random: the work does not depend on them.
+
+    Args:
+        configs: the conditions; device, precision and threads must be the same in all.
+        vocab_size: the vocabulary of models whose configuration leaves it open.
+        rounds: how many rounds are timed, after warm-up and the measurement of memory.
+        baseline: the condition that ratios refer to.
+        progress: called as progress(rounds done, rounds).
+
+    Raises:
+        UserError: an unknown baseline, no rounds, conditions on different devices, or a device that is absent.
+    """
+    if rounds < 1:
+        raise UserError(f"rounds must be at least 1, got {rounds}.")
+    if baseline not in configs:
+        raise UserError(f"baseline must be one of the conditions, got '{baseline}'; {nearest(baseline, configs)}")
+    for field in ("device", "precision", "threads"):
+        values = {getattr(config, field) for config in configs.values()}
+        if len(values) > 1:
+            raise UserError(f"{field} must be the same in all conditions to compare costs, got {values}; set one.")
+    first = configs[baseline]
+    chosen = choose_device(first.device, first.precision)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(first.threads or threads_before)
+    keep_freed_memory()
+    try:
+        trials = {name: _Trial(config, vocab_size, chosen) for name, config in configs.items()}
+        for trial in trials.values():
+            for _ in range(WARM_UP):
+                trial.step(trial.forward)
+        peaks = {name: trial.peak_bytes() for name, trial in trials.items()}
+        times = _timed(trials, rounds, progress)
+    finally:
+        torch.set_num_threads(threads_before)
+    speeds = {name: [trials[name].tokens / seconds for seconds in times[name]] for name in trials}
+    costs = {}
+    for name, speed in speeds.items():
+        ratios = [one / reference for one, reference in zip(speed, speeds[baseline], strict=True)]
+        costs[name] = Cost(
+            tokens_per_second=statistics.median(speed),
+            speed_ratio=statistics.median(ratios),
+            speed_ratio_low=min(ratios),
+            speed_ratio_high=max(ratios),
+            rounds=rounds,
+            peak_bytes=peaks[name],
+            peak_ratio=peaks[name] / peaks[baseline],
+        )
+    return costs
+
+
+def interleaved(
+    runs: Mapping[str, Sequence[Callable[[], object]]],
+    *,
+    rounds: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[tuple[float, ...]]]:
+    """Seconds of each run in each round, from its beginning to the end of each of its stages.
+
+    Every round makes every run once, in an order drawn anew (with a fixed seed), so that what else slows the machine
+    down meets all runs alike.
+    """
+    shuffle = random.Random(0).sample
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in runs}
+    for done in range(1, rounds + 1):
+        for name in shuffle(list(runs), len(runs)):
+            ends = []
+            _synchronize(device)
+            began = time.perf_counter()
+            for stage in runs[name]:
+                stage()
+                _synchronize(device)
+                ends.append(time.perf_counter() - began)
+            times[name].append(tuple(ends))
+        if progress is not None:
+            progress(done, rounds)
+    return times
+
+
+def _timed(
+    trials: Mapping[str, "_Trial"], rounds: int, progress: Callable[[int, int], None] | None
+) -> dict[str, list[float]]:
+    """Seconds of each condition's step in each round."""
+    runs = {name: (partial(trial.step, trial.forward),) for name, trial in trials.items()}
+    device = next(iter(trials.values())).chosen.device
+    times = interleaved(runs, rounds=rounds, device=device, progress=progress)
+    return {name: [seconds for (seconds,) in rows] for name, rows in times.items()}
+
+
+class _Trial:
+    """One condition: model, optimiser and a batch, ready to make the same training step again and again."""
+
+    def __init__(self, config: TrainConfig, vocab_size: int, chosen: Device) -> None:
+        vocabulary = config.model.vocab_size or vocab_size
+        self.config, self.chosen, self.tokens = config, chosen, config.tokens_per_step
+        model = replace(config.model, vocab_size=vocabulary)
+        check_size(replace(config, model=model), chosen)
+        self.model = GPT(model, seed=config.seed).to(chosen.device)
+        use_backend(self.model, config.backend, compiled=config.compile)
+        use_memory(self.model, config.memory)
+        self.optimizer = build_optimizer(self.model, config)
+        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        shape = (config.accumulate * config.batch_size, config.model.context + 1)
+        generator = torch.Generator().manual_seed(config.seed)
+        self.ids = torch.randint(vocabulary, shape, generator=generator).to(chosen.device)
+
+    def step(self, forward: nn.Module) -> None:
+        """What `deepdelta.training` does in a step, apart from reading the batch and writing the record."""
+        for loss in micro_losses(forward, self.ids[:, :-1], self.ids[:, 1:], self.config.accumulate, self.chosen):
+            loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def peak_bytes(self) -> int:
+        """Of the step as it runs on CUDA; elsewhere of the uncompiled step, since the compiled one cannot be seen."""
+        forward = self.forward if self.chosen.device.type == "cuda" else self.model
+        return peak_bytes(lambda: self.step(forward), self._held())
+
+    def _held(self) -> list[Tensor]:
+        state = chain.from_iterable(values.values() for values in self.optimizer.state.values())
+        return [self.ids, *self.model.parameters(), *self.model.buffers(), *state]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,151 @@
+"""Images: accuracy of a small vision transformer and a small ResNet against training-set size and against depth.
+
+scikit-learn's digits (1,797 images of 8 x 8 pixels) by default, where the full set saturates; `source` takes folders of
+images and torchvision's data sets for real runs.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from deepdelta.errors import UserError, nearest
+from deepdelta.lab.tasks.fitting import CONDITIONS, check_settings, fit, part_of, seeded
+from deepdelta.lab.tasks.images import Images, load_images, split_images
+from deepdelta.lab.tasks.registry import SUMMARIES
+from deepdelta.lab.tasks.task import Progress, Task
+from deepdelta.lab.tasks.vision import MODELS, ResNet, ViT
+from deepdelta.nn import ResidualConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsSettings:
+    """The images, the sizes of the networks and the recipe; a condition changes `residual` alone.
+
+    One network per model is trained at every training-set size with the first depth, and at every other depth with the
+    first size.
+    """
+
+    residual: ResidualConfig = field(default_factory=ResidualConfig)
+    source: str = "digits"
+    """digits, folder:PATH (a folder of images per class) or torchvision:NAME."""
+    root: str = "data"
+    """Where a data set of torchvision lies."""
+    download: bool = False
+    """Let torchvision fetch what is not there."""
+    image_size: int | None = None
+    """Height and width that images of a folder are scaled to."""
+    test_share: float = 0.4
+    models: tuple[str, ...] = MODELS
+    train_images: tuple[int, ...] = (200, 50, 800)
+    depths: tuple[int, ...] = (2, 8)
+    """Blocks: of two residuals in the transformer, of one in the ResNet."""
+    dim: int = 32
+    """Width of the transformer; half of it is the width of the ResNet's first stage."""
+    heads: int = 4
+    patch: int = 2
+    """Height and width of the transformer's patches in pixels."""
+    steps: int = 400
+    batch_size: int = 32
+    lr: float = 3e-3
+    weight_decay: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_settings(
+            self,
+            dict.fromkeys(("heads", "patch", "steps", "batch_size"), 1) | {"dim": 2},
+            different=("models", "train_images", "depths"),
+        )
+        for model in self.models:
+            if model not in MODELS:
+                raise UserError(f"there is no model '{model}'; {nearest(model, MODELS)}")
+        if min(self.train_images) < 2 or min(self.depths) < 1:
+            raise UserError(
+                f"train_images must be at least 2 and depths at least 1, got {list(self.train_images)} and "
+                f"{list(self.depths)}."
+            )
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"image_size must be at least 1, got {self.image_size}.")
+
+    def points(self) -> list[tuple[str, int, int]]:
+        """(model, training images, depth) of every network that a run trains."""
+        size, depth = self.train_images[0], self.depths[0]
+        pairs = [(images, depth) for images in self.train_images] + [(size, other) for other in self.depths[1:]]
+        return [(model, *pair) for model in self.models for pair in pairs]
+
+
+def build(settings: DigitsSettings, model: str, images: Images, depth: int, seed: int) -> nn.Module:
+    """An untrained network for these images."""
+    channels, height, width = images.pixels.shape[1:]
+    image, dim = (channels, height, width), settings.dim
+    with seeded(seed):
+        if model == "resnet":
+            return ResNet(image, images.classes, settings.residual, depth=depth, dim=dim // 2, seed=seed)
+        return ViT(
+            image,
+            images.classes,
+            settings.residual,
+            depth=depth,
+            dim=dim,
+            heads=settings.heads,
+            patch=settings.patch,
+            seed=seed,
+        )
+
+
+def run(settings: DigitsSettings, seed: int, progress: Progress) -> dict[str, float]:
+    """Train every network and test it on the images held out.
+
+    Returns:
+        accuracy: the mean of the following; accuracy_MODEL_nN_dD: fraction of right labels on the test images of the
+        model of depth D trained on N images.
+
+    Raises:
+        UserError: the source cannot be read, or has too few images.
+    """
+    images = load_images(settings.source, root=settings.root, size=settings.image_size, download=settings.download)
+    train, test = split_images(images, settings.test_share, seed)
+    if len(train.labels) < max(settings.train_images):
+        raise UserError(
+            f"train_images must be at most the {len(train.labels)} images that are not for testing, got "
+            f"{max(settings.train_images)}: lower it or test_share."
+        )
+    points = settings.points()
+    networks = [build(settings, model, images, depth, seed) for model, _, depth in points]
+    found = {}
+    for number, ((model, count, depth), network) in enumerate(zip(points, networks, strict=True)):
+        shown = Images(train.pixels[:count], train.labels[:count], train.classes)
+        _train(settings, network, shown, seed, part_of(progress, number, len(points)))
+        found[f"accuracy_{model}_n{count}_d{depth}"] = accuracy(network, test)
+    return {"accuracy": sum(found.values()) / len(found), **found}
+
+
+def _train(settings: DigitsSettings, network: nn.Module, images: Images, seed: int, progress: Progress) -> None:
+    generator = Generator().manual_seed(seed)
+
+    def loss_of(step: int) -> Tensor:
+        rows = torch.randint(len(images.labels), (settings.batch_size,), generator=generator)
+        return F.cross_entropy(network(images.pixels[rows]), images.labels[rows])
+
+    fit(network, loss_of, steps=settings.steps, lr=settings.lr, weight_decay=settings.weight_decay, progress=progress)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, images: Images) -> float:
+    """Fraction of right labels."""
+    guesses = torch.cat([network(pixels).argmax(-1) for pixels in torch.split(images.pixels, 256)])
+    return (guesses == images.labels).float().mean().item()
+
+
+TASK = Task(
+    name="digits",
+    summary=SUMMARIES["digits"],
+    settings=DigitsSettings(),
+    conditions=CONDITIONS,
+    baseline="additive",
+    primary="accuracy",
+    unit="fraction of test images",
+    higher_is_better=True,
+    run=run,
+)

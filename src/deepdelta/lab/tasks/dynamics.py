@@ -1,0 +1,226 @@
+"""Next-state prediction of mechanical systems by a deep residual net, its rollouts, its spectrum and its finer steps.
+
+Shapes: N trajectories, T + 1 times, 2 numbers of a system's state, B points, D width.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from deepdelta.errors import UserError, nearest
+from deepdelta.lab.tasks.fitting import CONDITIONS, check_settings, fit, part_of, seeded, stream_of
+from deepdelta.lab.tasks.refinement import can_refine, flowed, refined, spectrum
+from deepdelta.lab.tasks.registry import SUMMARIES
+from deepdelta.lab.tasks.task import Progress, Task, Variant
+from deepdelta.lab.tasks.trajectories import SYSTEMS, trajectories
+from deepdelta.nn import DeltaResidual, ResidualConfig
+
+SUBSTEPS = (2, 4, 16)
+BOUND = 10.0
+"""Rollouts are cut off at so many standard deviations, so that one that runs away is far off and not infinite."""
+GATES = (0.05, 0.25, 1.0, 1.75)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicsSettings:
+    """The systems, the sizes of the net and the recipe; a condition changes `residual` alone.
+
+    One net is trained per system.
+    """
+
+    residual: ResidualConfig = field(default_factory=ResidualConfig)
+    systems: tuple[str, ...] = tuple(SYSTEMS)
+    """Of pendulum, lotka_volterra and bouncing."""
+    depth: int = 8
+    """Residuals."""
+    dim: int = 16
+    train_trajectories: int = 64
+    test_trajectories: int = 64
+    length: int = 60
+    """Steps of a trajectory."""
+    rollout: int = 40
+    """Steps predicted from a test trajectory's start by the net's own predictions."""
+    steps: int = 1000
+    batch_size: int = 128
+    lr: float = 5e-3
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("depth", "dim", "train_trajectories", "test_trajectories"), 1)
+        least |= dict.fromkeys(("length", "rollout", "steps", "batch_size"), 1)
+        check_settings(self, least, different=("systems",))
+        for system in self.systems:
+            if system not in SYSTEMS:
+                raise UserError(f"there is no system '{system}'; {nearest(system, SYSTEMS)}")
+        if self.rollout > self.length:
+            raise UserError(f"rollout must be at most length, got {self.rollout} and {self.length}.")
+
+
+class DynamicsNet(nn.Module):
+    """From a state to the next: linear map in, `depth` residuals with a hidden layer each, linear map out.
+
+    Nothing but the residual stream carries the state to the end.
+    """
+
+    def __init__(self, settings: DynamicsSettings, seed: int) -> None:
+        super().__init__()
+        dim = settings.dim
+        self.inward = nn.Linear(2, dim)
+        self.stream = stream_of(settings.residual, dim, seed)
+        self.residuals = nn.ModuleList(
+            self.stream.wrap(nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)))
+            for _ in range(settings.depth)
+        )
+        self.outward = nn.Linear(dim, 2)
+
+    def forward(self, y: Float[Tensor, "B 2"]) -> Float[Tensor, "B 2"]:
+        return self.through(y, _as_trained)
+
+    def through(
+        self, y: Float[Tensor, "B 2"], layers: Callable[[list[DeltaResidual], Tensor], Tensor]
+    ) -> Float[Tensor, "B 2"]:
+        """The prediction, `layers` taking the state through the residuals."""
+        state = layers(list(self.residuals), self.stream.expand(self.inward(y)))  # type: ignore[arg-type]
+        predicted: Tensor = self.outward(self.stream.reduce(state))
+        return predicted
+
+
+def _as_trained(residuals: list[DeltaResidual], state: Tensor) -> Tensor:
+    for residual in residuals:
+        state = residual(state)
+    return state
+
+
+class Data(NamedTuple):
+    """Standardised by the mean and the standard deviation of the training states."""
+
+    train: Float[Tensor, "N T 2"]
+    test: Float[Tensor, "M T 2"]
+
+
+def dynamics_data(settings: DynamicsSettings, system: str, seed: int) -> Data:
+    """Trajectories to train on and others to test on."""
+    count = settings.train_trajectories
+    both = trajectories(system, count + settings.test_trajectories, settings.length, seed)
+    states = both[:count].flatten(0, 1)
+    both = ((both - states.mean(0)) / states.std(0)).float()
+    return Data(both[:count], both[count:])
+
+
+def run(settings: DynamicsSettings, seed: int, progress: Progress) -> dict[str, float]:
+    """Train a net per system and test it.
+
+    Returns:
+        Per system, errors being root mean squares in standard deviations of the system's states:
+        rollout_SYSTEM: of the net's own predictions over `rollout` steps; one_step_SYSTEM: of the next state;
+        eigenvalue_SYSTEM: mean over layers and test states of the shortcuts' special eigenvalue 1 - b;
+        negative_SYSTEM: the share of these below 0; complex_SYSTEM: the share of test states at which the product of
+        all shortcuts has complex eigenvalues.
+        Geometric means over the systems: rollout and one_step; refined_n: the one-step error with every layer in n
+        steps of gate / n with k, v and beta held; flow: in infinitely many; followed_n: with k, v and beta asked for
+        again at every step.
+        Spectra and finer steps where every layer is one rewrite along its branch's unit direction.
+    """
+    metrics: dict[str, float] = {}
+    means: dict[str, list[float]] = {}
+    for number, system in enumerate(settings.systems):
+        data = dynamics_data(settings, system, seed)
+        net = _trained(settings, data, seed, part_of(progress, number, len(settings.systems)))
+        found = _tested(settings, net, data)
+        for name, value in found.items():
+            if name in PER_SYSTEM:
+                metrics[f"{name}_{system}"] = value
+            if name not in SPECTRAL:
+                means.setdefault(name, []).append(value)
+    return {name: math.exp(sum(map(math.log, values)) / len(values)) for name, values in means.items()} | metrics
+
+
+SPECTRAL = ("eigenvalue", "negative", "complex")
+PER_SYSTEM = ("rollout", "one_step", *SPECTRAL)
+
+
+def _trained(settings: DynamicsSettings, data: Data, seed: int, progress: Progress) -> DynamicsNet:
+    generator = Generator().manual_seed(seed)
+    now, following = data.train[:, :-1].flatten(0, 1), data.train[:, 1:].flatten(0, 1)
+    with seeded(seed):
+        net = DynamicsNet(settings, seed)
+
+    def loss_of(step: int) -> Tensor:
+        rows = torch.randint(len(now), (settings.batch_size,), generator=generator)
+        return F.mse_loss(net(now[rows]), following[rows])
+
+    fit(net, loss_of, steps=settings.steps, lr=settings.lr, weight_decay=settings.weight_decay, progress=progress)
+    return net
+
+
+@torch.no_grad()
+def rollout(net: nn.Module, start: Float[Tensor, "N 2"], steps: int) -> Float[Tensor, "N T 2"]:
+    """The net's own predictions, one from the other, cut off at BOUND."""
+    states = [start]
+    for _ in range(steps):
+        states.append(net(states[-1]).clamp(-BOUND, BOUND))
+    return torch.stack(states[1:], dim=1)
+
+
+@torch.no_grad()
+def _tested(settings: DynamicsSettings, net: DynamicsNet, data: Data) -> dict[str, float]:
+    now, following = data.test[:, :-1].flatten(0, 1), data.test[:, 1:].flatten(0, 1)
+
+    def error(layers: Callable[[list[DeltaResidual], Tensor], Tensor]) -> float:
+        return _rms(net.through(now, layers) - following)
+
+    found = {
+        "rollout": _rms(rollout(net, data.test[:, 0], settings.rollout) - data.test[:, 1 : settings.rollout + 1]),
+        "one_step": error(_as_trained),
+    }
+    config = settings.residual
+    if not can_refine(config):
+        return found
+    for substeps in SUBSTEPS:
+        found[f"refined_{substeps}"] = error(_in(substeps, follow=False))
+    found["flow"] = error(flowed)
+    for substeps in SUBSTEPS:
+        found[f"followed_{substeps}"] = error(_in(substeps, follow=True))
+    if config.rule == "delta":
+        special, product = spectrum(list(net.residuals), net.stream.expand(net.inward(now[::16])))  # type: ignore[arg-type]
+        found["eigenvalue"] = special.mean().item()
+        found["negative"] = (special < -1e-3).float().mean().item()
+        found["complex"] = (product.imag.abs() > 1e-4).any(-1).float().mean().item()
+    return found
+
+
+def _in(substeps: int, *, follow: bool) -> Callable[[list[DeltaResidual], Tensor], Tensor]:
+    return lambda residuals, state: refined(residuals, state, substeps, follow=follow)
+
+
+def _rms(errors: Tensor) -> float:
+    return errors.square().mean().sqrt().item()
+
+
+def _gated(gate: float) -> dict[str, Any]:
+    return {"residual": {"rule": "delta", "value_channels": 1, "gate": "constant", "gate_init": gate}}
+
+
+TASK = Task(
+    name="dynamics",
+    summary=SUMMARIES["dynamics"],
+    settings=DynamicsSettings(),
+    conditions=CONDITIONS
+    | {
+        f"gate-{gate}": Variant(
+            summary=f"the delta rule, V = 1, every gate held at {gate}", changes=_gated(gate), control="delta"
+        )
+        for gate in GATES
+    },
+    baseline="additive",
+    primary="rollout",
+    unit="standard deviations of the states",
+    higher_is_better=False,
+    run=run,
+)

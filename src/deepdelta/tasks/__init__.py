@@ -1,6 +1,0 @@
-"""Tasks beyond text: each has its data, its models, its controls and one number."""
-
-from deepdelta.tasks.registry import load_task, named_tasks
-from deepdelta.tasks.task import Progress, Task, Variant
-
-__all__ = ["Progress", "Task", "Variant", "load_task", "named_tasks"]

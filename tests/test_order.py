@@ -1,0 +1,105 @@
+"""The order of folders: every import points down a list, in which only the commands stand above the laboratory."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deepdelta
+
+SOURCE = Path(deepdelta.__file__).parent
+ORDER = """
+errors version
+config files ids device progress provenance interruption
+limits
+tensors
+ops
+operator
+nn
+models
+data interop
+training
+retrofitting selfcheck
+lab.statistics
+lab.measure
+lab.audit lab.analysis
+lab.experiments
+lab.views
+lab.tasks lab.bench
+lab.runner
+cli
+__main__
+"""
+"""A line imports from the lines above it and from itself; what stands on one line does not import each other."""
+HEIGHT = {name: height for height, line in enumerate(ORDER.split("\n")) for name in line.split()}
+
+
+def place(name: str) -> str:
+    """The entry of ORDER that a module, named below deepdelta, belongs to."""
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] == "lab" else 1])
+
+
+def module(file: Path) -> str:
+    """Its name below deepdelta."""
+    return ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def is_module(name: str) -> bool:
+    path = SOURCE / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Modules below deepdelta that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and re.match(r"deepdelta\b", node.module or ""):
+            assert node.module is not None
+            base = node.module.removeprefix("deepdelta").removeprefix(".")
+            for alias in node.names:
+                name = f"{base}.{alias.name}".removeprefix(".")
+                found.add(name if is_module(name) else base)
+        elif isinstance(node, ast.Import):
+            found |= {name.removeprefix("deepdelta.") for a in node.names if (name := a.name).startswith("deepdelta.")}
+    return found - {""}
+
+
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_every_import_points_down(file: Path) -> None:
+    own = place(module(file))
+    if own == "lab":
+        return
+    for name in imported(ast.parse(file.read_text(encoding="utf-8"))):
+        other = place(name)
+        assert other == own or HEIGHT[other] < HEIGHT[own], f"{own} must not import {name}"
+
+
+def test_the_list_is_that_of_the_package() -> None:
+    names = {place(module(file)) for file in FILES}
+    assert names - {"lab"} == set(HEIGHT)
+    # The library does not know the laboratory: whatever stands below it in the list.
+    assert max(height for name, height in HEIGHT.items() if not re.match("lab|cli|__main__", name)) < min(
+        height for name, height in HEIGHT.items() if name.startswith("lab")
+    )
+
+
+def test_neither_the_package_nor_help_imports_the_laboratory() -> None:
+    code = """
+import sys
+import deepdelta
+from deepdelta.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+print("found:", sorted(name for name in sys.modules if name.startswith("deepdelta.lab")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("found: []")
