@@ -45,9 +45,9 @@ def captured(model: GPT) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         if isinstance(part, DeltaResidual):
             kept = found.setdefault(name, [])
             handles += [
-                part.register_forward_pre_hook(lambda m, given, kept=kept: kept.append(given[0].state)),
+                part.register_forward_pre_hook(lambda m, given, kept=kept: kept.append(given[0])),
                 part.branch.register_forward_hook(lambda m, given, h, kept=kept: kept.append(h)),
-                part.register_forward_hook(lambda m, given, opened, kept=kept: kept.append(opened.state)),
+                part.register_forward_hook(lambda m, given, new, kept=kept: kept.append(new)),
             ]
     with torch.no_grad():
         model(WINDOWS[:, :-1])

@@ -58,7 +58,7 @@ def evaluated(printed: str) -> dict[str, float]:
 def test_help() -> None:
     shown = subprocess.run(command("--help"), env=ENVIRONMENT, capture_output=True, text=True)
     assert shown.returncode == 0 and not shown.stderr
-    assert all(name in shown.stdout for name in (*COMMANDS, "quick"))
+    assert all(name in shown.stdout for name in COMMANDS)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

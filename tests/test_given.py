@@ -21,13 +21,13 @@ from deepdelta.training import RunDirectory, train
 from tiny_runs import assert_same_run, config, quietly, text_file
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("benchmarks", "data", "interop", "report", "retrofitting", "training")
-INNER = ("analysis.audit_run", "studies.results", "studies.runner", "tasks.runner")
+FOLDERS = ("data", "interop", "lab.bench", "lab.views", "retrofitting", "training")
+INNER = ("lab.analysis.results", "lab.audit.audit_run", "lab.runner", "lab.tasks.runner")
 
 
 def public_functions() -> Iterator[Any]:
-    """Of the package and its rooms; of modules without a list, those that load or run something."""
-    for name in ("deepdelta", *(f"deepdelta.{room}" for room in (*ROOMS, *INNER))):
+    """Of the package and its folders; of modules without a list, those that load or run something."""
+    for name in ("deepdelta", *(f"deepdelta.{folder}" for folder in (*FOLDERS, *INNER))):
         module = importlib.import_module(name)
         names = getattr(module, "__all__", None) or [key for key in vars(module) if key.startswith(("load_", "run"))]
         for value in (getattr(module, key) for key in names):
