@@ -80,6 +80,19 @@ def test_a_hook_runs_once_a_pass(name: str, backend: str) -> None:
                 assert len(count) == 5 * times, path
 
 
+@both_backends
+def test_backward_hooks_run_on_every_part(backend: str) -> None:
+    """torch gives them gradients of tensors and tuples alone."""
+    model, seen = model_of("ddl", backend), set[str]()
+    names = [name for name, part in model.named_modules() if name.rpartition(".")[2] in ("direction", "gate", "target")]
+    assert len(names) == 14  # the gates of the MLPs among them
+    for name in names:
+        part = model.get_submodule(name)
+        part.register_full_backward_hook(lambda module, given, wanted, name=name: seen.add(name))
+    model(IDS, IDS).loss.backward()
+    assert seen == set(names)
+
+
 def test_a_hook_on_every_module_runs_too() -> None:
     model, paths = model_of("ddl", "fused"), []
     with torch.nn.modules.module.register_module_forward_hook(lambda module, *_: paths.append(module)):

@@ -26,7 +26,7 @@ class Doctor:
         chosen = choose_device("auto", "auto")
         print(f"device     {chosen.device} ({chosen.reason}), precision {chosen.precision}")
         print(f"compiler   {compiler_problem(chosen.device.type) or 'torch.compile has what it needs'}")
-        print("sharding   FSDP2 by layers: a sharded or hooked layer opens its own state; print(model) says which holds")
+        print("sharding   by FSDP2: a sharded or hooked layer opens its own state; print(model) says which holds")
         table = Table("backend", "device", "dtype", "values", "gradients", "", title="errors against fp64")
         checks = list(self_check())
         for check in checks:

@@ -41,8 +41,8 @@ class BranchDirection(nn.Module):
         if config.rank > 1:
             self.maps = Linear(dim, config.rank * dim, std=std)
 
-    def forward(self, state_VD: Tensor, h_D: Tensor) -> list[Tensor]:
-        return [h_D] if self.rank == 1 else list(self.maps(h_D).chunk(self.rank, dim=-1))
+    def forward(self, state_VD: Tensor, h_D: Tensor) -> tuple[Tensor, ...]:
+        return (h_D,) if self.rank == 1 else self.maps(h_D).chunk(self.rank, dim=-1)
 
 
 class PooledDirection(Initialised):
@@ -61,7 +61,7 @@ class PooledDirection(Initialised):
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
         parameter.normal_(0.0, self.std, generator=generator)
 
-    def forward(self, state_VD: Tensor, h_D: Tensor) -> list[Tensor]:
+    def forward(self, state_VD: Tensor, h_D: Tensor) -> tuple[Tensor, ...]:
         if self.pool == "flatten":
             pooled = state_VD.flatten(-2)
         elif self.pool == "mean":
@@ -69,7 +69,8 @@ class PooledDirection(Initialised):
         else:
             logits_V = state_VD @ self.query.to(state_VD.dtype) / math.sqrt(state_VD.shape[-1])
             pooled = (logits_V.softmax(-1).unsqueeze(-2) @ state_VD).squeeze(-2)
-        return list(self.outer(F.silu(self.inner(pooled))).chunk(self.rank, dim=-1))
+        raw: Tensor = self.outer(F.silu(self.inner(pooled)))
+        return raw.chunk(self.rank, dim=-1)
 
 
 def build_direction(config: ResidualConfig, dim: int, std: float) -> BranchDirection | PooledDirection:

@@ -45,7 +45,7 @@ class Gate(Initialised):
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
         parameter.zero_()
 
-    def forward(self, c_D: Tensor) -> list[Tensor]:
+    def forward(self, c_D: Tensor) -> tuple[Tensor, ...]:
         """One beta per rank: (..., 1), or (..., V) per value channel."""
         if self.kind == "constant":
             wide = accumulation_dtype(c_D.dtype)
@@ -55,4 +55,4 @@ class Gate(Initialised):
             beta = 2 * torch.sigmoid(logits)
         if self.opening is not None:
             beta = self.opening.to(beta.dtype) * beta
-        return list(beta.chunk(self.rank, dim=-1))
+        return beta.chunk(self.rank, dim=-1)

@@ -25,21 +25,22 @@ class Target(nn.Module):
             biased = self.kind in ("scaled_sigmoid", "linear_input")
             self.map = Linear(dim, self.rank * self.channels, std=std, bias=0.0 if biased else None)
 
-    def forward(self, x_in_D: Tensor | None, c_D: Tensor, h_D: Tensor, vectors: list[Tensor]) -> list[Tensor]:
+    def forward(
+        self, x_in_D: Tensor | None, c_D: Tensor, h_D: Tensor, vectors: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         """One v (..., V) per rank; `vectors` are what the r directions are made of."""
         if self.kind == "constant":
-            return [
-                torch.full((*c_D.shape[:-1], self.channels), self.value, dtype=c_D.dtype, device=c_D.device)
-            ] * self.rank
+            shape = (*c_D.shape[:-1], self.channels)
+            return (torch.full(shape, self.value, dtype=c_D.dtype, device=c_D.device),) * self.rank
         source = {"linear": c_D, "magnitude": c_D, "branch": h_D}.get(self.kind, x_in_D)
         assert source is not None, "a reading that drops x_in goes with targets that do not need it"
-        v_rV = list(self.map(source).chunk(self.rank, dim=-1))
+        v_rV: tuple[Tensor, ...] = self.map(source).chunk(self.rank, dim=-1)
         if self.kind == "scaled_sigmoid":
-            return [self.scale * torch.sigmoid(v) for v in v_rV]
+            return tuple(self.scale * torch.sigmoid(v) for v in v_rV)
         if self.along_h:
-            return [1 + v for v in v_rV]
+            return tuple(1 + v for v in v_rV)
         if self.kind == "magnitude":
-            return [size(vector, self.eps) * (1 + v) for v, vector in zip(v_rV, vectors, strict=True)]
+            return tuple(size(vector, self.eps) * (1 + v) for v, vector in zip(v_rV, vectors, strict=True))
         return v_rV
 
 
