@@ -109,8 +109,12 @@ def _run(jobs: Sequence[Job[TaskRecord]], records: dict[str, TaskRecord], task: 
             raise
 
 
+def _record_name(condition: str, seed: int) -> str:
+    return f"{condition}-seed{seed}"
+
+
 def _job(task: Task, condition: str, seed: int, settings: dict[str, Any], records: RecordFile) -> Job[TaskRecord]:
-    name, runs = f"{condition}-seed{seed}", records.path.parent / "runs"
+    name, runs = _record_name(condition, seed), records.path.parent / "runs"
     path, log = runs / f"{name}.json", runs / f"{name}.log"
 
     def command() -> list[str]:
@@ -169,7 +173,7 @@ def make_record(name: str, condition: str, seed: int, settings: dict[str, Any], 
     except Diverged as error:
         diverged = str(error)
     record = TaskRecord(
-        name=f"{condition}-seed{seed}",
+        name=_record_name(condition, seed),
         task=name,
         condition=condition,
         seed=seed,
