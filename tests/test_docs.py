@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from deepdelta import PRESETS, GPTConfig, ResidualConfig
-from deepdelta.nn.config import ILLEGAL, RANGES
+from deepdelta.nn.config import ILLEGAL
 from deepdelta.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -112,9 +112,9 @@ def test_values_and_default(name: str) -> None:
     (default,) = quoted(row["default"])
     expected = PRESETS[default] if name == "residual" else ast.literal_eval(default)
     assert (type(expected), expected) == (type(DEFAULTS[name]), DEFAULTS[name])
-    limits = {field: (low, high) for field, low, high in RANGES}
-    if name in limits:
-        assert tuple(float(limit) for limit in row["value"].split(" to ")) == limits[name]
+    hint = get_type_hints(ResidualConfig, include_extras=True).get(name)
+    if bounds := getattr(hint, "__metadata__", ()):
+        assert tuple(float(limit) for limit in row["value"].split(" to ")) == (bounds[0].ge, bounds[0].le)
     elif FIELDS[name] is bool:
         assert quoted(row["value"]) == ["True", "False"]
     elif type(None) in get_args(FIELDS[name]):

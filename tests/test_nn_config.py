@@ -8,7 +8,7 @@ import pytest
 
 from deepdelta import PRESETS, DeltaStream, ResidualConfig, UserError
 from deepdelta.config import from_plain, to_plain
-from deepdelta.nn.config import ILLEGAL, RANGES
+from deepdelta.nn.config import ILLEGAL
 
 # For every entry of the table, settings that break this rule and no other.
 TRIGGERS: dict[str, list[dict[str, Any]]] = {
@@ -80,6 +80,18 @@ def _legal(settings: dict[str, Any]) -> bool:
     except UserError:
         return False
     return True
+
+
+RANGES = [
+    (name, bounds.ge, bounds.le)
+    for name, hint in get_type_hints(ResidualConfig, include_extras=True).items()
+    for bounds in getattr(hint, "__metadata__", ())
+]
+
+
+def test_every_number_has_a_range():
+    numbers = {name for name, kind in get_type_hints(ResidualConfig).items() if kind in (int, float)}
+    assert {name for name, _, _ in RANGES} == numbers
 
 
 @pytest.mark.parametrize(("name", "low", "high"), RANGES)

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Le
+
+from deepdelta.config import Settings
 from deepdelta.errors import UserError, check_utf8
 
 MOST_MERGED = 1 << 20
@@ -11,7 +14,7 @@ MOST_MERGED = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """The corpus of a run.
 
     Attributes:
@@ -35,24 +38,19 @@ class DataConfig:
     source: str = "stdlib"
     pattern: str = "**/*"
     tokenizer: str = "bytes"
-    bpe_vocab_size: int = 4096
+    bpe_vocab_size: Annotated[int, Ge(257), Le(MOST_MERGED), "the 256 bytes and a separator"] = 4096
     bin_vocab_size: int = 50304
     validation_fraction: float = 0.1
     held_out: Literal["validation", "train_tail"] = "validation"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("source", "pattern", "tokenizer"):
             if not getattr(self, name):
                 raise UserError(f"{name} must not be empty.")
             check_utf8(name, getattr(self, name))
         if PurePath(self.pattern).is_absolute() or ".." in PurePath(self.pattern).parts:
             raise UserError(f"pattern must stay inside the folder that source names, got '{self.pattern}'.")
-        if self.bpe_vocab_size < 257:
-            raise UserError(
-                f"bpe_vocab_size must be at least 257 (the 256 bytes and a separator), got {self.bpe_vocab_size}."
-            )
-        if self.bpe_vocab_size > MOST_MERGED:
-            raise UserError(f"bpe_vocab_size must be at most {MOST_MERGED:,}, got {self.bpe_vocab_size:,}.")
         if not 2 <= self.bin_vocab_size <= 65536:
             raise UserError(f"bin_vocab_size must lie in 2 to 65536 (ids are uint16), got {self.bin_vocab_size}.")
         if not 0 < self.validation_fraction < 1:

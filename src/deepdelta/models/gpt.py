@@ -6,13 +6,16 @@ Shapes: B batch, T tokens, V value channels, D model width.
 import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Ge, Gt, Interval, Le
 from jaxtyping import Float, Int
+from pydantic import ConfigDict
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from deepdelta.config import Settings
 from deepdelta.errors import UserError
 from deepdelta.models.attention import Attention, Rotary, SwiGLU
 from deepdelta.nn import DeltaResidual, DeltaStream, ResidualConfig, RMSNorm, initialise
@@ -24,63 +27,52 @@ from deepdelta.ops import accumulation_dtype
 
 LARGEST = 1 << 24
 """The largest size that a model may have in any one direction: products of such can be counted in 64 bits."""
+Size = Annotated[int, Ge(1), Le(LARGEST)]
+Spread = Annotated[float, Interval(ge=0, le=1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTConfig:
+class GPTConfig(Settings):
     """Sizes and settings of the GPT; the additive baseline is rule 'additive' at V = 1 with compression 'channel',
     everything else equal."""
 
-    vocab_size: int | None = None
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
+
+    vocab_size: Size | None = None
     """Rows of the embedding; None takes the corpus's vocabulary."""
-    context: int = 256
+    context: Size = 256
     """Tokens the model can see."""
-    layers: int = 4
-    heads: int = 4
-    head_dim: int | None = None
+    layers: Size = 4
+    heads: Size = 4
+    head_dim: Size | None = None
     """Width of a head; None: dim / heads."""
-    dim: int = 128
+    dim: Size = 128
     """D, the model width."""
-    mlp_dim: int | None = None
+    mlp_dim: Size | None = None
     """Hidden width of the MLP; None: floor(8/3 dim)."""
-    rope_base: float = 10000.0
-    rope_fraction: float = 1.0
+    rope_base: Annotated[float, Gt(0)] = 10000.0
+    rope_fraction: Annotated[float, Interval(ge=0, le=1)] = 1.0
     """Share of each head's features that is rotated."""
     qk_norm: bool = True
     """RMSNorm of q and k per head, after the rotation."""
-    out_norm: float | None = None
+    out_norm: Annotated[float, Interval(gt=0, le=1e6)] | None = None
     """RMSNorm of what each branch returns, its weight starting at this number; None: no norm. A control: what
     normalising h does without a rewrite."""
-    embedding_std: float | None = None
+    embedding_std: Spread | None = None
     """Embeddings start N(0, embedding_std^2); None: 1 / sqrt(dim). The reference has 0.02, too little for the plain
     residual at widths far below its 768."""
-    init_factor: float = 0.5
+    init_factor: Spread = 0.5
     """Matrices start N(0, (init_factor / sqrt(dim))^2), output projections further / sqrt(layers)."""
     residual: ResidualConfig = field(default_factory=lambda: PRESETS["ddl"])
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "layers", "heads", "head_dim", "dim", "mlp_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}.")
-            if value is not None and value > LARGEST:
-                raise UserError(f"{name} must be at most {LARGEST:,}, got {value:,}.")
+        super().__post_init__()
         if self.heads * self.head_width > LARGEST:
             raise UserError(f"heads times head_dim must be at most {LARGEST:,}, got {self.heads * self.head_width:,}.")
         if self.head_dim is None and self.dim % self.heads:
             raise UserError(
                 f"dim must be a multiple of heads, got dim={self.dim}, heads={self.heads}; or set head_dim."
             )
-        if not self.rope_base > 0:
-            raise UserError(f"rope_base must be greater than 0, got {self.rope_base}.")
-        for name in ("embedding_std", "init_factor"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1e6:
-                raise UserError(f"{name} must lie in [0, 1e6], got {value}.")
-        if self.out_norm is not None and not 0 < self.out_norm <= 1e6:
-            raise UserError(f"out_norm must be None or lie in (0, 1e6], got {self.out_norm}.")
-        if not 0 <= self.rope_fraction <= 1:
-            raise UserError(f"rope_fraction must lie in [0, 1], got {self.rope_fraction}.")
 
     @property
     def head_width(self) -> int:

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
-from deepdelta.errors import UserError, nearest
+from annotated_types import Interval
+
+from deepdelta.config import Settings
+from deepdelta.errors import UserError
 
 Rule = Literal["delta", "write_only", "erase_only", "additive", "additive_erase", "two_gate"]
 Direction = Literal["branch", "pooled"]
@@ -17,10 +20,15 @@ Compression = Literal["channel", "channel_conv", "token"]
 CompressionInit = Literal["identity", "random"]
 CompressionSharing = Literal["sublayer", "block"]
 Norm = Literal["rms", "none"]
+Width = Annotated[int, Interval(ge=1, le=1 << 20)]
+Taps = Annotated[int, Interval(ge=1, le=4096)]
+Epsilon = Annotated[float, Interval(ge=1e-15, le=1e3)]
+Gating = Annotated[float, Interval(ge=0, le=2)]
+Number = Annotated[float, Interval(ge=-1e6, le=1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualConfig:
+class ResidualConfig(Settings):
     """How a residual reads, erases and writes; `docs/settings.md` ties each field to its equation.
 
     The field defaults are those of a bare `DeltaStream`, which needs no token axis; `deepdelta.PRESETS["ddl"]` is
@@ -29,39 +37,39 @@ class ResidualConfig:
 
     rule: Rule = "delta"
     """delta | write_only | erase_only | additive | additive_erase | two_gate (docs/method.md#rules)."""
-    value_channels: int = None  # type: ignore[assignment]  # __post_init__ puts the rule's own
+    value_channels: Annotated[int, Interval(ge=1, le=4096)] = None  # type: ignore[assignment]  # __post_init__ puts the rule's own
     """V, the number of width-D vectors that a token's state holds; 4, and 1 with rule additive, unless it is given."""
-    rank: int = 1
+    rank: Annotated[int, Interval(ge=1, le=64)] = 1
     """Rewrites per residual: r learned maps of h, r targets, r gates, applied in index order."""
     direction: Direction = "branch"
     """branch: k from h = F(c); pooled: k from an MLP over the token's own pooled value channels (v1)."""
     direction_pool: Pool = "mean"
     """How `pooled` pools the value channels."""
-    direction_hidden: int = 128
+    direction_hidden: Width = 128
     """Hidden width of the MLP of `pooled`."""
     direction_norm: DirectionNorm = "unit"
     """unit: h / sqrt(|h|^2 + eps^2); operator: A = I - beta h h^T / (h^T h + eps); bounded: h / sqrt(|h|^2 + D);
     free: h / sqrt(D)."""
-    direction_eps: float = 1e-5
+    direction_eps: Epsilon = 1e-5
     """eps of `unit` and `operator`; the derivative at h = 0 is 1 / eps."""
     target: Target = "linear"
     """linear: W c; scaled_sigmoid: scale * sigmoid(W x_in + b); linear_input: W x_in + b; constant; magnitude:
     |h| (1 + W c); branch: W h (v1, where F supplies the target)."""
-    target_scale: float = 4.0
+    target_scale: Number = 4.0
     """The scale of `scaled_sigmoid`."""
-    target_value: float = 2.0
+    target_value: Number = 2.0
     """The value of `constant`."""
     gate: Gate = "linear"
     """linear and two_layer: 2 sigmoid(g(c)), logits in fp32; constant: gate_init itself."""
-    gate_init: float = 1.0
+    gate_init: Gating = 1.0
     """beta at the start, in [0, 2]; within `LEARNING` unless it is constant."""
-    gate_hidden: int = 128
+    gate_hidden: Width = 128
     """Hidden width of `two_layer`."""
     gate_hidden_bias: bool = True
     """A bias in the first layer of `two_layer` (the text has one, the authors' code none)."""
     gate_per_channel: bool = False
     """One gate per value channel instead of one for all (an extension)."""
-    erase_init: float = 0.1
+    erase_init: Gating = 0.1
     """The erase gate at the start, for rules whose erase has a gate of its own (additive_erase, two_gate); as
     `gate_init`."""
     plain_start: bool = False
@@ -69,12 +77,12 @@ class ResidualConfig:
     starts at 0, W of w_h = 1 + W c starts at 0, and the weights of `channel` add up to 1 but differ."""
     expansion: Expansion = "repeat"
     """repeat: every value channel is the embedding; embedding_conv: causal depthwise convolution over tokens."""
-    expansion_kernel: int = 4
+    expansion_kernel: Taps = 4
     """Taps of `embedding_conv`."""
     compression: Compression = "channel"
     """channel: one weight per feature and channel; channel_conv: the authors' code's factored form of it;
     token: causal depthwise convolution over tokens per feature and channel, then a read vector."""
-    compression_kernel: int = 4
+    compression_kernel: Taps = 4
     """Taps of `token`, over tokens; taps of `channel_conv`, over value channels (at most V)."""
     compression_causal: bool = False
     """`channel_conv` pads on the left only."""
@@ -85,23 +93,13 @@ class ResidualConfig:
     where `wrap(share_compression=...)` says so."""
     norm: Norm = "rms"
     """rms: the branch and the gate see c = RMSNorm(x_in); none: they see x_in."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Interval(ge=0, le=1)] = 1e-5
     """eps of that norm."""
 
     def __post_init__(self) -> None:
         if vars(self)["value_channels"] is None:
             object.__setattr__(self, "value_channels", 1 if self.rule == "additive" else 4)
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            choices = get_args(kind)
-            if choices and value not in choices:
-                raise UserError(
-                    f"{name} must be one of {', '.join(choices)}, got {value!r}; {nearest(str(value), choices)}"
-                )
-        for name, low, high in RANGES:
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UserError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}.")
+        super().__post_init__()
         for illegal in ILLEGAL:
             if illegal.holds(self):
                 raise UserError(f"{illegal.settings}: {illegal.reason}")
@@ -151,21 +149,6 @@ class ResidualConfig:
         """Whether a part works over a token axis, the one before the value channels."""
         return self.expansion == "embedding_conv" or self.compression == "token"
 
-
-RANGES: tuple[tuple[str, float, float], ...] = (
-    ("value_channels", 1, 4096),
-    ("rank", 1, 64),
-    ("direction_hidden", 1, 1 << 20),
-    ("direction_eps", 1e-15, 1e3),
-    ("target_scale", -1e6, 1e6),
-    ("target_value", -1e6, 1e6),
-    ("gate_init", 0.0, 2.0),
-    ("gate_hidden", 1, 1 << 20),
-    ("erase_init", 0.0, 2.0),
-    ("expansion_kernel", 1, 4096),
-    ("compression_kernel", 1, 4096),
-    ("norm_eps", 0.0, 1.0),
-)
 
 LEARNING = (1e-3, 2 - 1e-3)
 """Where a learned gate may start: its slope beta (2 - beta) / 2 is 0.5 at 1, 0.001 at these ends and 0 beyond them."""

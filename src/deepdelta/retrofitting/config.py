@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from deepdelta.config import Settings
 from deepdelta.nn.config import Gate, ResidualConfig
 from deepdelta.nn.presets import PRESETS
 
@@ -11,7 +12,7 @@ Trainable = Literal["all", "residual"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrofitConfig:
+class RetrofitConfig(Settings):
     """The options of `retrofit`; rule, expansion and compression are those that leave the function as it is."""
 
     value_channels: int = 4
@@ -32,6 +33,7 @@ class RetrofitConfig:
     """What the gates are drawn from; None takes it from torch's generator."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.residual()
 
     def residual(self) -> ResidualConfig:

@@ -1,54 +1,63 @@
 """Everything that decides the numbers of a training run."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
-from deepdelta.config import Plain, from_plain, merged, refuse_not_finite, to_plain
+from annotated_types import Gt, Interval
+from pydantic import ConfigDict
+
+from deepdelta.config import LARGEST, Count, Plain, Settings, Threads, from_plain, merged, to_plain
 from deepdelta.data import DataConfig
 from deepdelta.errors import UserError
-from deepdelta.limits import check_threads
 from deepdelta.models import GPTConfig
 from deepdelta.nn import Backend, Plan, ResidualConfig
 from deepdelta.nn.presets import overlaid
 
+Whole = Annotated[int, Interval(ge=0, le=LARGEST)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
+Positive = Annotated[float, Gt(0)]
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """A run is a pure function of this, the corpus, the versions, the machine and the number of threads."""
+
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
 
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    seed: int = 0
+    seed: Whole = 0
     """Draws the parameters (with their names) and the batches (with the step)."""
-    steps: int = 1000
-    batch_size: int = 8
+    steps: Count = 1000
+    batch_size: Count = 8
     """Sequences per micro-batch."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches per step."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Peak learning rate, reached after `warmup` steps; `schedule` says what follows. None: `tuned_rate`, what the
     studies found for such a residual."""
-    final_lr: float = 0.1
+    final_lr: Share = 0.1
     """The share of `lr` that the last step has."""
-    warmup: int = 100
+    warmup: Whole = 100
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: down to the last step, so that a run extended by more steps goes back up. constant: `lr` up to the
     `cooldown`, so that a run without one, extended, is the run that had those steps from the start."""
     cooldown: int = 0
     """Of a constant rate: the last steps, over which it falls linearly to `lr * final_lr`."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    weight_decay: Annotated[float, Interval(ge=0, le=1e6)] = 0.1
     """On matrices and embeddings; never on gates, biases, norms and reads."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Largest gradient norm."""
-    eval_every: int = 250
+    eval_every: Count = 250
     """Steps between validations on `eval_tokens`."""
-    eval_tokens: int = 65536
+    eval_tokens: Count = 65536
     """Validation tokens of those, in whole windows evenly spread over the split."""
-    final_eval_tokens: int | None = None
+    final_eval_tokens: Count | None = None
     """Validation tokens of the final number after the last step, spread likewise; None is the whole split."""
-    checkpoint_every: int = 250
+    checkpoint_every: Count = 250
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a CUDA device that has it, else fp32."""
@@ -59,37 +68,11 @@ class TrainConfig:
     for bit), recover (the last, the others made backwards). Compiled code decides by itself."""
     compile: bool = False
     """torch.compile the model."""
-    threads: int | None = None
+    threads: Threads | None = None
     """CPU threads; None keeps torch's choice."""
 
     def __post_init__(self) -> None:
-        refuse_not_finite(asdict(self))
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "eval_every",
-            "eval_tokens",
-            "final_eval_tokens",
-            "checkpoint_every",
-        ):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= 1 << 62:
-                bound = f"at least 1, got {value}" if value < 1 else f"at most {1 << 62:,}, got {value:,}"
-                raise UserError(f"{name} must be {bound}.")
-        check_threads(self.threads)
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} must be greater than 0, got {value}.")
-        for name, low, high in (
-            ("final_lr", 0, 1),
-            ("warmup", 0, 1 << 62),
-            ("weight_decay", 0, 1e6),
-            ("seed", 0, 1 << 62),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name} must lie in [{low}, {high:g}], got {getattr(self, name)}.")
+        super().__post_init__()
         if self.cooldown and self.schedule != "constant":
             raise UserError(f"cooldown must be 0 where the schedule is not 'constant', got {self.cooldown}.")
         if not 0 <= self.cooldown <= max(0, self.steps - self.warmup):
@@ -97,8 +80,6 @@ class TrainConfig:
                 f"cooldown must lie in [0, {max(0, self.steps - self.warmup)}], the steps after the warmup; got "
                 f"{self.cooldown}."
             )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas must lie in [0, 1), got {self.betas}.")
 
     @property
     def rate(self) -> float:
