@@ -6,11 +6,13 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
+from deepdelta.lab.analysis.comparisons import analyse
 from deepdelta.lab.analysis.results import (
     Budget,
     ConditionResult,
     Corpus,
     CurvePoint,
+    Measurements,
     RewriteSummary,
     RunResult,
     StudyResults,
@@ -71,7 +73,7 @@ def condition(name: str, losses: list[float], number: int) -> ConditionResult:
 
 
 def study(losses: dict[str, list[float]] = LOSSES) -> StudyResults:
-    return StudyResults(
+    measured = Measurements(
         name="quick",
         description="Does a delta rewrite <help>?",
         baseline="additive",
@@ -87,6 +89,13 @@ def study(losses: dict[str, list[float]] = LOSSES) -> StudyResults:
         seeds=tuple(range(max(map(len, losses.values())))),
         conditions=tuple(condition(name, values, number) for number, (name, values) in enumerate(losses.items())),
     )
+    return analyse(measured)
+
+
+def anew(results: StudyResults, **changes: Any) -> StudyResults:
+    """The study with something else measured, analysed again."""
+    measured = {field.name: getattr(results, field.name) for field in dataclasses.fields(Measurements)}
+    return analyse(Measurements(**(measured | changes)))
 
 
 def many_seeds(shift: float = -0.05) -> StudyResults:
@@ -101,7 +110,7 @@ def bare() -> StudyResults:
     """Nothing but the plan: no finished run, no costs, no rewrites."""
     results = study()
     empty = [dataclasses.replace(c, cost=None, runs=(), rewrites=()) for c in results.conditions]
-    return dataclasses.replace(results, conditions=tuple(empty), commit=None, finished="2026-01-01T00:00:00+00:00")
+    return anew(results, conditions=tuple(empty), commit=None, finished="2026-01-01T00:00:00+00:00")
 
 
 class Page(HTMLParser):

@@ -15,7 +15,7 @@ from deepdelta.data import load_corpus
 from deepdelta.lab.audit.audit_run import spread_windows
 from deepdelta.lab.audit.findings import AuditResults
 from deepdelta.lab.views.audit import audit_summary, audit_tables, render_audit
-from deepdelta.lab.views.tables import markdown_cells, markdown_text
+from deepdelta.lab.views.tables import markdown_table, markdown_text
 from deepdelta.training import RunDirectory, import_published
 from report_samples import Page
 from test_interop_import import byte_model, checkpoint, ids_file
@@ -100,7 +100,7 @@ def test_the_page(run: Path, tmp_path: Path) -> None:
     text = (tmp_path / "new" / "out" / "audit.html").read_text(encoding="utf-8")
     assert text == render_audit(results), "the page comes from the JSON alone"
     written = (tmp_path / "new" / "out" / "table.md").read_text(encoding="utf-8")
-    assert all(markdown_cells(table) in written for table in audit_tables(results))
+    assert all(markdown_table(table) in written for table in audit_tables(results))
     assert all(markdown_text(sentence) in written for sentence in audit_summary(results))
     assert markdown_text(results.facts(results.finished)) in written and "<b>bold" not in written
     page = Page(text)

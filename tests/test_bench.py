@@ -122,7 +122,7 @@ def test_bars_from_known_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert [one.reached for one in found.bars] == [True, False, True, False]
     assert found.row("ddl").timings["step"].tokens_per_second == 2 * 12 / 8
     assert found.row("ddl").peak_ratio == 3
-    bar = tables.cells(results)[0]
+    bar = tables.bench_tables(results)[0]
     assert [row[-1] for row in bar.rows] == ["yes", "no", "yes", "no"]
     assert bars_of(group, [row for row in found.rows if row.case != "ddl"]) == (found.bars[0], found.bars[2])
 
@@ -329,7 +329,7 @@ def test_the_command_end_to_end(
     assert "The bar" in said and max(map(len, said.splitlines())) <= 80
     ElementTree.fromstring((out / "plot.svg").read_text())
     page = (out / "plot.html").read_text()
-    for one in tables.cells(results):
+    for one in tables.bench_tables(results):
         assert all(f'<th scope="col">{column.title}</th>' in page for column in one.columns)
     assert "Does &lt;all&gt; of it run &amp; fit?" in page and "<all>" not in page
     assert "throughput against layers, additive = 1" in page and "default-src 'none'" in page
@@ -353,13 +353,13 @@ def test_the_command_names_its_errors(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_results_of_another_kind_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    with pytest.raises(UserError, match="there are no benchmark results"):
+    with pytest.raises(UserError, match="must hold results that deepdelta bench wrote, but there is no such file"):
         load_results(file)
     for text, message in (
         ("{", "must hold a JSON object, but is damaged"),
         ("[]", "must hold a JSON object, got list"),
-        ("{}", "of format 1"),
-        (json.dumps({"format": 2}), "of format 1"),
+        ("{}", "has format 1, and this version reads 2"),
+        (json.dumps({"format": 3}), "has format 3, and this version reads 2"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):

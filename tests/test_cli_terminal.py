@@ -24,7 +24,7 @@ from deepdelta.errors import printable
 from deepdelta.files import write_json
 from deepdelta.lab.views import plot, study_markdown
 from deepdelta.lab.views.page import render_page
-from deepdelta.lab.views.tables import Cells, Column, render_cells
+from deepdelta.lab.views.tables import Column, TextTable, render
 from deepdelta.progress import reporting, show
 from report_samples import study
 from tiny_runs import ENVIRONMENT, config, quietly, settings, text_file
@@ -199,7 +199,7 @@ def test_progress_and_tables_escape_what_they_name(terminal: bool) -> None:
     with reporting(f"{HOSTILE}[/red]", 1, console=console) as reporter:
         reporter.note(HOSTILE)
         reporter.update(1, "[/blue]")
-    console.print(render_cells(Cells(columns=(Column(title=HOSTILE),), rows=((HOSTILE,),), title=HOSTILE)))
+    console.print(render(TextTable(columns=(Column(title=HOSTILE),), rows=((HOSTILE,),), title=HOSTILE)))
     text = written.getvalue()
     assert ESCAPED in text and f"{ESCAPED}[/red]" in text and "[/blue]" in text
     assert not {"\x07", "\x9b", "\u202e", "\x00"} & set(text) and "\x1b[2Ja" not in text

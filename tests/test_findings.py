@@ -13,12 +13,11 @@ import pytest
 from scipy import stats
 
 from deepdelta.config import from_plain
-from deepdelta.lab.analysis.contrasts import contrasts
-from deepdelta.lab.analysis.factorial import effects
+from deepdelta.lab.analysis.comparison import Comparison
 from deepdelta.lab.analysis.results import StudyResults, load_results
+from deepdelta.lab.analysis.statistics import paired
+from deepdelta.lab.analysis.tasks import TaskResults
 from deepdelta.lab.experiments.config import load_study
-from deepdelta.lab.statistics import Comparison, paired
-from deepdelta.lab.tasks.results import TaskResults
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -73,11 +72,10 @@ def comparisons() -> Iterator[Comparison]:
     studies = [str(file.parent.relative_to(RESULTS)) for file in RESULTS.glob("**/results.json")]
     for name in studies:
         if name.startswith("task-"):
-            for condition in task(name.removeprefix("task-")).conditions:
-                yield from (one for one in (condition.against_baseline, condition.against_control) if one)
+            yield from (one.comparison for one in task(name.removeprefix("task-")).contrasts)
         elif not name.startswith("bench-"):
-            yield from (one.comparison for one in contrasts(study(name)))
-            yield from (one.comparison for one in effects(study(name)))
+            yield from (one.comparison for one in study(name).contrasts)
+            yield from (one.comparison for one in study(name).effects)
     yield from (paired(differences(*one)) for one in AFTERWARDS)
 
 
@@ -132,7 +130,7 @@ def test_the_table_of_the_headline(page: str) -> None:
         for name, cell in zip(TEXTS, cells, strict=True):
             (found,) = (
                 one.comparison
-                for one in contrasts(study(name))
+                for one in study(name).contrasts
                 if (one.condition, one.reference, one.budget) == (condition, "additive", "flops")
             )
             assert found.t_interval is not None
@@ -280,7 +278,7 @@ def test_what_refinement_does() -> None:
 def test_the_headline_made_again_overlaps_the_committed_one() -> None:
     first, again = study("headline"), study("headline-again")
     assert first.commit != again.commit and first.corpus == again.corpus
-    one, other = contrasts(first), contrasts(again)
+    one, other = first.contrasts, again.contrasts
     assert len(one) == len(other) == 20
     for a, b in zip(one, other, strict=True):
         assert (a.condition, a.reference, a.budget) == (b.condition, b.reference, b.budget)

@@ -1,6 +1,8 @@
 """The order of folders: every import points down a list, in which only the commands stand above the laboratory."""
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -23,9 +25,9 @@ models
 data interop
 training
 retrofitting selfcheck
-lab.statistics
 lab.measure
-lab.audit lab.analysis
+lab.analysis
+lab.audit
 lab.experiments
 lab.views
 lab.tasks lab.bench
@@ -79,6 +81,20 @@ def test_every_import_points_down(file: Path) -> None:
     for name in imported(ast.parse(file.read_text(encoding="utf-8"))):
         other = place(name)
         assert other == own or HEIGHT[other] < HEIGHT[own], f"{own} must not import {name}"
+
+
+@pytest.mark.parametrize("file", sorted((SOURCE / "lab/views").glob("*.py")), ids=lambda file: file.name)
+def test_views_read_what_the_analysis_found_and_compute_none_of_it(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deepdelta.lab.analysis"):
+            found = [getattr(importlib.import_module(node.module or ""), alias.name) for alias in node.names]
+            assert not any(map(inspect.isroutine, found)), f"{node.module}: {[alias.name for alias in node.names]}"
+
+
+@pytest.mark.parametrize("file", sorted((SOURCE / "lab").rglob("results.py")), ids=lambda file: file.parent.name)
+def test_results_know_no_views(file: Path) -> None:
+    known = imported(ast.parse(file.read_text(encoding="utf-8")))
+    assert not [name for name in known if re.search(r"\.(views|tables|figures)\b", name)]
 
 
 def test_the_list_is_that_of_the_package() -> None:

@@ -1,16 +1,23 @@
 """The file of records: whole, cut short at every byte, damaged, compacted; and that of the committed studies."""
 
 import lzma
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from scipy.stats import ttest_rel
 
 from deepdelta import UserError
 from deepdelta.config import from_plain
-from deepdelta.lab.analysis.results import load_results
+from deepdelta.lab.analysis.comparison import Comparison, Interval
+from deepdelta.lab.analysis.results import RunResult, StudyResults, load_results
+from deepdelta.lab.analysis.stored import load_stored
+from deepdelta.lab.analysis.tasks import TaskResults
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
-from deepdelta.lab.tasks.results import TaskRecord
+from deepdelta.lab.tasks import load_task
+from deepdelta.lab.tasks.results import TaskRecord, collect
+from report_samples import anew
 
 ROWS = [{"name": name, "loss": loss, "note": "ü" * 40} for name, loss in (("a", 1.5), ("b", None), ("c", 0.25))]
 RESULTS = Path(__file__).parents[1] / "results"
@@ -70,17 +77,64 @@ def test_what_is_no_record(tmp_path, text, message):
         RecordFile(tmp_path).rows()
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.rglob(FILE_NAME)), ids=lambda file: file.parent.name)
-def test_the_committed_records_are_those_of_the_committed_results(file):
-    kind = TaskRecord if file.parent.name.startswith("task-") else RunRecord
-    records = [from_plain(kind, row, where=name) for name, row in RecordFile(file.parent).rows().items()]
-    assert records and (file.parent / "results.json").exists() | (file.parent / "search.json").exists()
-    if kind is TaskRecord or not (file.parent / "results.json").exists():
-        return
+def study_again(file: Path, records: list[RunRecord]) -> StudyResults:
+    """The committed study analysed anew, its losses those of the records."""
     results = load_results(file.parent / "results.json")
     known = {(one.condition, one.seed, one.steps): one.validation_loss for one in records}
-    for condition in results.conditions:
-        for budget in results.budgets:
-            for run in condition.at(budget):
-                steps = run.steps or results.budget.steps
-                assert known[condition.name, run.seed, steps] == run.validation_loss, (condition.name, budget)
+
+    def recorded(condition: str, runs: tuple[RunResult, ...]) -> tuple[RunResult, ...]:
+        return tuple(
+            replace(run, validation_loss=known[condition, run.seed, run.steps or results.budget.steps]) for run in runs
+        )
+
+    conditions = tuple(
+        replace(
+            one,
+            runs=recorded(one.name, one.runs),
+            matched={budget: recorded(one.name, runs) for budget, runs in one.matched.items()},
+        )
+        for one in results.conditions
+    )
+    assert conditions == results.conditions
+    return anew(results, conditions=conditions)
+
+
+def assert_close(one: Comparison, other: Comparison) -> None:
+    for field in fields(Comparison):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, Interval):
+            a, b = (a.low, a.high), (b.low, b.high)
+        assert a == (None if b is None else pytest.approx(b, rel=1e-9)), field.name
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.rglob(FILE_NAME)), ids=lambda file: file.parent.name)
+def test_the_committed_comparisons_are_those_of_the_committed_records(file):
+    kind = TaskRecord if file.parent.name.startswith("task-") else RunRecord
+    records = [from_plain(kind, row, where=name) for name, row in RecordFile(file.parent).rows().items()]
+    assert records
+    if (file.parent / "search.json").exists():
+        return
+    if kind is TaskRecord:
+        stored = load_stored(TaskResults, file.parent / "results.json", "deepdelta task")
+        by_run = {(one.condition, one.seed): one for one in records}
+        again = collect(load_task(stored.task), stored.seeds, by_run, stored.command)
+        assert again.conditions == stored.conditions
+        values = {(one.condition, one.seed): one.metrics.get(stored.primary) for one in records}
+    else:
+        stored, again = load_results(file.parent / "results.json"), study_again(file, records)
+        assert again.headline == stored.headline and again.seeds_needed == stored.seeds_needed
+        for one, other in zip(again.effects, stored.effects, strict=True):
+            assert_close(one.comparison, other.comparison)
+    for one, other in zip(again.contrasts, stored.contrasts, strict=True):
+        assert (one.condition, one.reference, one.budget) == (other.condition, other.reference, other.budget)
+        assert_close(one.comparison, other.comparison)
+        if other.comparison.t_interval is None:
+            continue
+        if kind is RunRecord:
+            values = {(c.name, seed): x for c in stored.conditions for seed, x in c.losses(one.budget).items()}
+        expected = ttest_rel(
+            *([values[name, seed] for seed in other.differences] for name in (one.condition, one.reference))
+        )
+        interval = expected.confidence_interval()
+        assert (other.comparison.t_interval.low, other.comparison.t_interval.high) == pytest.approx(interval, rel=1e-8)
+        assert other.comparison.p_value == pytest.approx(expected.pvalue, rel=1e-8)

@@ -14,28 +14,28 @@ from rich.console import Console
 
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.lab.analysis.contrasts import compare
 from deepdelta.lab.analysis.results import RewriteSummary, StudyResults, load_results, save_results
-from deepdelta.lab.statistics import paired
+from deepdelta.lab.analysis.statistics import paired
 from deepdelta.lab.views import figures as pictures
-from deepdelta.lab.views import markdown_table, render_table, summarise, write_report
+from deepdelta.lab.views import render_study, summarise, write_report
 from deepdelta.lab.views.page import render_page
-from deepdelta.lab.views.table import si, table_cells
-from report_samples import HOSTILE, Page, bare, flat, many_seeds, markdown_rows, run, study
+from deepdelta.lab.views.study import main_table
+from deepdelta.lab.views.tables import markdown_table, si
+from report_samples import HOSTILE, Page, anew, bare, flat, many_seeds, markdown_rows, run, study
 from tiny_runs import without_curves
 
 
 @pytest.mark.parametrize("results", [study(), many_seeds(), bare()], ids=["three seeds", "six seeds", "bare"])
 def test_three_forms_show_the_same_cells(results: StudyResults) -> None:
-    cells = table_cells(results)
+    cells = main_table(results)
     expected = [[" ".join(column.title.split()) for column in cells.columns], *flat(cells.rows)]
-    assert markdown_rows(markdown_table(results)) == expected
+    assert markdown_rows(markdown_table(cells)) == expected
     page = Page(render_page(results))
     assert [[" ".join(cell.split()) for cell in row] for row in page.rows["results"]] == expected
     # A wide terminal loses no character of any cell, a narrow one cuts none of those that it shows.
     for width in (200, 60):
         console = Console(file=StringIO(), width=width, color_system=None)
-        console.print(render_table(results, width))
+        console.print(render_study(results, width))
         shown = console.file.getvalue()  # type: ignore[attr-defined]
         assert "…" not in shown
         if width == 200:
@@ -43,7 +43,7 @@ def test_three_forms_show_the_same_cells(results: StudyResults) -> None:
 
 
 def test_cells_are_the_numbers_of_the_study() -> None:
-    cells = table_cells(study())
+    cells = main_table(study())
     titles = [column.title for column in cells.columns]
     assert not any("interval" in title or "Holm" in title for title in titles)
     row = dict(zip(titles, cells.rows[2], strict=True))
@@ -61,9 +61,9 @@ def test_cells_are_the_numbers_of_the_study() -> None:
 
 def test_intervals_appear_with_enough_seeds() -> None:
     results = many_seeds()
-    cells = table_cells(results)
+    cells = main_table(results)
     row = dict(zip((column.title for column in cells.columns), cells.rows[1], strict=True))
-    comparison = compare(results)[HOSTILE]
+    comparison = results.against_baseline()[0].comparison
     assert comparison.t_interval is not None and comparison.p_value is not None
     assert row["95 %\ninterval"] == f"{comparison.t_interval.low:+.4f}\nto {comparison.t_interval.high:+.4f}"
     # Two comparisons: the smaller p-value doubles.
@@ -75,8 +75,8 @@ def test_diverged_runs_are_shown_and_left_out_of_means() -> None:
     results = study()
     first, second, third = results.conditions
     second = dataclasses.replace(second, runs=(second.runs[0], run(1, None), second.runs[2]))
-    results = dataclasses.replace(results, conditions=(first, second, third))
-    rows = table_cells(results).rows
+    results = anew(results, conditions=(first, second, third))
+    rows = main_table(results).rows
     assert rows[1][2] == "1.7170\ndiverged\n1.6900"
     assert rows[1][3] == "-0.0035\n(2 of 3)"  # (0.003 - 0.010) / 2
     text = Page(render_page(results)).visible
@@ -178,8 +178,11 @@ def test_files_that_hold_no_results_are_refused(tmp_path: Path) -> None:
     for text, message in (
         ("{", "must hold a JSON object, but is damaged"),
         ("[]", "must hold a JSON object, got list"),
-        ("{}", "command: Field required"),
-        ('{"nam": 1}', "did you mean"),
+        ("{}", "has format 1, and this version reads 2: it does not say which version wrote it"),
+        ('{"format": 3, "versions": {"deepdelta": "0.2.0"}}', "has format 3.*reads 2: read it with deepdelta 0.2.0"),
+        ('{"versions": {"deepdelta": "0.1.0"}, "commit": "abc"}', "with deepdelta 0.1.0 at commit abc"),
+        ('{"format": 2}', "command: Field required"),
+        ('{"format": 2, "nam": 1}', "did you mean"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -194,13 +197,13 @@ def test_files_that_hold_no_results_are_refused(tmp_path: Path) -> None:
 def test_contradictory_results_are_refused() -> None:
     results = study()
     with pytest.raises(UserError, match="baseline must be one of"):
-        dataclasses.replace(results, baseline="adidtive")
+        anew(results, baseline="adidtive")
     with pytest.raises(UserError, match="different names"):
-        dataclasses.replace(results, conditions=(results.conditions[0],) * 2)
+        anew(results, conditions=(results.conditions[0],) * 2)
     with pytest.raises(UserError, match="different seeds"):
         dataclasses.replace(results.conditions[0], runs=(run(0, 1.0), run(0, 1.1)))
     with pytest.raises(UserError, match="seeds of the study"):
-        dataclasses.replace(results, seeds=(0, 1))
+        anew(results, seeds=(0, 1))
     with pytest.raises(UserError, match="must be finite"):
         run(0, math.nan)
     with pytest.raises(UserError, match="gate_histogram"):
@@ -249,7 +252,7 @@ def test_without_plotly_the_error_names_the_extra() -> None:
 def test_a_narrow_terminal_keeps_names_and_intervals_whole() -> None:
     results = load_results(Path(__file__).parents[1] / "results" / "headline" / "results.json")
     console = Console(file=StringIO(), width=80, color_system=None)
-    console.print(render_table(results, 80))
+    console.print(render_study(results, 80))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert max(map(len, lines)) <= 80
     for condition in results.conditions:

@@ -8,13 +8,12 @@ from xml.etree import ElementTree
 import plotly.graph_objects as go
 import pytest
 
-from deepdelta.lab.analysis.contrasts import compare
 from deepdelta.lab.analysis.results import RewriteSummary
 from deepdelta.lab.measure.rewrites import GATE_BINS
 from deepdelta.lab.views import figures as pictures
 from deepdelta.lab.views.page import render_page
 from deepdelta.lab.views.plot import plot
-from report_samples import HOSTILE, Page, many_seeds, run, study
+from report_samples import Page, anew, many_seeds, run, study
 
 
 def test_pictures_are_valid_and_each_has_its_place() -> None:
@@ -27,7 +26,7 @@ def test_pictures_are_valid_and_each_has_its_place() -> None:
 
 def test_differences_show_every_seed_the_mean_and_the_interval() -> None:
     results = many_seeds()
-    comparison = compare(results)[HOSTILE]
+    comparison = results.against_baseline()[0].comparison
     figure = pictures.differences(results)
     assert figure is not None and comparison.t_interval is not None
     dots, mean = figure["data"][:2]
@@ -42,7 +41,7 @@ def test_differences_show_every_seed_the_mean_and_the_interval() -> None:
 
 def test_the_plot_shows_every_seed_the_mean_the_interval_and_every_condition() -> None:
     results = many_seeds()
-    comparisons = compare(results)
+    comparisons = {one.condition: one.comparison for one in results.against_baseline()}
     tree = ElementTree.fromstring(plot(results))  # no markup of a name ends an element
     name = "{http://www.w3.org/2000/svg}"
     texts = [element.text for element in tree.iter(f"{name}text")]
@@ -71,7 +70,7 @@ def test_the_plot_shows_every_seed_the_mean_the_interval_and_every_condition() -
 def test_loss_curves_lie_on_steps_flops_and_seconds() -> None:
     results = study()
     slow = dataclasses.replace(results.conditions[1], runs=tuple(run(seed, 1.7, late=float(seed)) for seed in range(3)))
-    results = dataclasses.replace(results, conditions=(results.conditions[0], slow))
+    results = anew(results, conditions=(results.conditions[0], slow))
     expected = {
         "steps": [0, 10, 20, 30, 40],
         "flops": [step * 2048 * 4.9e6 * 1.1 for step in (0, 10, 20, 30, 40)],
@@ -99,7 +98,7 @@ def test_curves_fall_back_to_training_loss_and_say_so() -> None:
         )
         for c in results.conditions
     ]
-    results = dataclasses.replace(results, conditions=tuple(conditions))
+    results = anew(results, conditions=tuple(conditions))
     assert pictures.measured_loss(results) == "train"
     page = Page(render_page(results))
     assert page.data["steps"]["layout"]["yaxis"]["title"]["text"] == "training loss (nats)"

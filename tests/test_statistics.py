@@ -12,17 +12,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from deepdelta.errors import UserError
-from deepdelta.lab.statistics import (
-    MINIMUM_SEEDS,
-    Comparison,
-    Interval,
+from deepdelta.lab.analysis.comparison import MINIMUM_SEEDS, Comparison, Interval
+from deepdelta.lab.analysis.statistics import (
     holm,
     paired,
     seeds_needed,
-    separated,
     smallest_resolvable,
-    verdict,
 )
+from deepdelta.lab.views.tables import verdict
 
 BASELINE = [1.714, 1.658, 1.702, 1.690, 1.671, 1.683]
 CONDITION = [1.653, 1.647, 1.660, 1.688, 1.640, 1.651]
@@ -81,7 +78,7 @@ def test_seeds_that_do_not_vary_support_no_inference(value: float) -> None:
     assert comparison.sd == 0
     assert comparison.t_interval is None and comparison.p_value is None and comparison.smallest_resolvable is None
     assert "did not vary" in verdict(comparison)
-    assert not separated(comparison)
+    assert not comparison.separated
 
 
 @pytest.mark.parametrize("values", [[], [math.nan], [0.1, math.inf], [0.1, 0.2, 0.3, 0.4, math.nan]])
@@ -193,15 +190,15 @@ def test_separated_agrees_with_the_verdict() -> None:
     cases = [comparison(-0.01, 0.02), comparison(-0.03, -0.01), comparison(-0.03, -0.01, 0.08), paired([-1.0, -1.1])]
     for case in cases:
         text = verdict(case)
-        assert separated(case) == (text.startswith(("lower", "higher")) and "not separated" not in text)
-    assert not separated(dataclasses.replace(cases[1], t_interval=None))
+        assert case.separated == (text.startswith(("lower", "higher")) and "not separated" not in text)
+    assert not dataclasses.replace(cases[1], t_interval=None).separated
 
 
 def test_without_scipy_the_error_names_the_extra() -> None:
     code = (
         "import sys; sys.modules['scipy'] = None\n"
         "from deepdelta.errors import UserError\n"
-        "from deepdelta.lab.statistics import paired\n"
+        "from deepdelta.lab.analysis.statistics import paired\n"
         "assert paired([0.1]).mean == 0.1\n"
         "try: paired([0.1, 0.2])\n"
         "except UserError as error: print(error)\n"

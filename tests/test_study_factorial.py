@@ -9,15 +9,15 @@ import pytest
 from scipy import stats
 
 from deepdelta import UserError
-from deepdelta.lab.analysis.contrasts import contrasts
-from deepdelta.lab.analysis.factorial import design, effects
+from deepdelta.lab.analysis.comparison import MINIMUM_SEEDS
+from deepdelta.lab.analysis.factorial import design
 from deepdelta.lab.analysis.results import ConditionResult, Factorial, Power, RunResult, StudyResults, Tuned
+from deepdelta.lab.analysis.statistics import holm, paired
 from deepdelta.lab.experiments.config import load_study
-from deepdelta.lab.statistics import MINIMUM_SEEDS, holm, paired
 from deepdelta.lab.views import detail_tables
 from deepdelta.lab.views.page import render_page
-from deepdelta.lab.views.tables import markdown_cells
-from report_samples import Page, study
+from deepdelta.lab.views.tables import markdown_table
+from report_samples import Page, anew, study
 
 LEVELS = {"write": ["branch", "target"], "erase": ["no", "yes"], "expansion": ["repeat", "conv", "none"]}
 ALL = Factorial(factors=tuple(LEVELS))
@@ -43,7 +43,7 @@ def results(losses: dict[str, list[float]], factorial: Factorial = ALL) -> Study
         )
         for name, values in losses.items()
     )
-    return dataclasses.replace(
+    return anew(
         study(),
         baseline=made[0].name,
         conditions=made,
@@ -81,7 +81,7 @@ def test_effects_recover_a_known_truth() -> None:
         ]
         for name, own in conditions().items()
     }
-    found = {one.name: one.comparison for one in effects(results(losses))}
+    found = {one.name: one.comparison for one in results(losses).effects}
     truth = {
         "write: target - branch": -0.10 - 0.04,  # the interaction counts for half of the conditions
         "erase: yes - no": -0.04,
@@ -111,7 +111,7 @@ def test_effects_equal_an_independent_least_squares_fit_with_dummy_codes() -> No
         )
         rows.append([1, w, e, c, n, w * e, w * c, w * n, e * c, e * n])
     solution = np.linalg.lstsq(np.array(rows), np.array([losses[name] for name in names]), rcond=None)[0]
-    found = {one.name: one.comparison for one in effects(results(losses))}
+    found = {one.name: one.comparison for one in results(losses).effects}
     expected = {
         "write: target - branch x erase: yes - no": solution[5],
         "write: target - branch x expansion: none - repeat": solution[7],
@@ -133,10 +133,10 @@ def test_seeds_that_some_condition_lacks_are_left_out() -> None:
     broken = study_results.conditions[2]
     runs = (*broken.runs[:1], dataclasses.replace(broken.runs[1], validation_loss=None), *broken.runs[2:])
     changed = [dataclasses.replace(c, runs=runs) if c is broken else c for c in study_results.conditions]
-    found = effects(dataclasses.replace(study_results, conditions=tuple(changed)))
+    found = anew(study_results, conditions=tuple(changed)).effects
     assert {one.comparison.n for one in found} == {len(SEEDS) - 1}
     missing = [dataclasses.replace(c, runs=()) if c is broken else c for c in study_results.conditions]
-    assert effects(dataclasses.replace(study_results, conditions=tuple(missing))) == ()
+    assert anew(study_results, conditions=tuple(missing)).effects == ()
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def with_designs() -> StudyResults:
                 tuned=Tuned(lr=1e-3, edge=number == 1, grid=(1e-3, 2e-3), losses=(1.8, None), seeds=(9,)),
             )
         )
-    return dataclasses.replace(
+    return anew(
         first,
         conditions=tuple(changed),
         budgets=("tokens", "flops"),
@@ -217,7 +217,7 @@ def with_designs() -> StudyResults:
 
 def test_contrasts_pair_each_condition_with_baseline_and_control_at_each_budget() -> None:
     given = with_designs()
-    found = {(one.budget, one.condition, one.reference): one.comparison for one in contrasts(given)}
+    found = {(one.budget, one.condition, one.reference): one.comparison for one in given.contrasts}
     pairs = [("delta", "additive"), ("delta", "write"), ("write", "additive")]
     assert list(found) == [(budget, *pair) for budget in ("tokens", "flops") for pair in pairs]
     for budget in given.budgets:
@@ -242,13 +242,13 @@ def test_detail_tables_hold_their_numbers_in_text_and_page() -> None:
         assert [[" ".join(cell.split()) for cell in row] for row in shown] == [
             [" ".join(cell.split()) for cell in row] for row in table.rows
         ]
-        assert markdown_cells(table).startswith(f"### {table.title}\n")
+        assert markdown_table(table).startswith(f"### {table.title}\n")
         assert "Exploratory: a difference of 0.01 nats with a pilot's paired spread of 0.02 takes " in table.notes[-1]
     first = comparisons.rows[1]
-    mean = contrasts(given)[1].comparison.mean
+    mean = given.contrasts[1].comparison.mean
     assert first[:5] == ("delta", "write", "tokens", "39\n(38)", f"{mean:+.4f}")
     assert tuning.rows[1] == ("delta", "0.001 (edge)", "1.8000", "diverged")
-    effect = effects(given)[0].comparison.mean
+    effect = given.effects[0].comparison.mean
     losses = [given.condition(name).losses() for name in ("additive", "delta", "write")]
     assert effect == pytest.approx(math.fsum((losses[1][s] + losses[2][s]) / 2 - losses[0][s] for s in given.seeds) / 5)
     assert factors.rows[0][:2] == ("write: yes - no", "writing") and factors.rows[0][3] == f"{effect:+.4f}"

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from deepdelta import UserError
 from deepdelta.config import from_plain, merged, to_plain
 from deepdelta.data import load_corpus, train_tail
 from deepdelta.lab import runner
+from deepdelta.lab.analysis import statistics
+from deepdelta.lab.analysis.comparison import Comparison
 from deepdelta.lab.analysis.results import StudyResults, load_results
 from deepdelta.lab.experiments.config import StudyConfig, Tune, load_study
 from deepdelta.lab.experiments.plan import Planner
@@ -346,3 +349,30 @@ def test_the_lowest_mean_loss_is_chosen_and_edges_are_flagged() -> None:
 def test_plans_that_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         study(tmp_path, (old, new))
+
+
+def test_every_distinct_comparison_is_evaluated_once(
+    done: tuple[StudyConfig, Path, StudyResults], launched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From records to results, table, picture, page and terminal."""
+    evaluated: list[tuple[float, ...]] = []
+
+    def counted(differences: Sequence[float]) -> Comparison:
+        evaluated.append(tuple(differences))
+        return paired(differences)
+
+    paired = statistics.paired
+    monkeypatch.setattr(statistics, "paired", counted)
+    config = study(
+        tmp_path,
+        ("[train]", '[factorials.parts]\nfactors = ["part"]\n[train]'),
+        *(
+            (f'summary = "{one}"', f'summary = "{one}"\nfactors = {{ part = "{one}" }}')
+            for one in ("x + h", "a rewrite")
+        ),
+    )
+    results = run_study(config, done[1], command="deepdelta study")
+    names = [(one.budget, one.condition, one.reference) for one in results.contrasts]
+    assert not launched and len(names) == len(set(names)) == 9
+    assert len(results.effects) == 3 and len(evaluated) == 9 + 3
+    assert load_results(done[1] / "results.json").contrasts == results.contrasts

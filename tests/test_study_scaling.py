@@ -12,12 +12,14 @@ from scipy import stats
 from deepdelta import UserError
 from deepdelta.config import from_plain
 from deepdelta.lab import runner
+from deepdelta.lab.analysis.comparison import Estimate
 from deepdelta.lab.analysis.results import StudyResults, load_results
-from deepdelta.lab.analysis.scaling import Estimate, Law, Scaling, fit, scaling
+from deepdelta.lab.analysis.scaling import Law, Scaling, fit, scaling
 from deepdelta.lab.experiments.config import Extrapolate, StudyConfig, load_study
 from deepdelta.lab.experiments.search import SearchResults
-from deepdelta.lab.views.details import scaling_table, search_table
+from deepdelta.lab.views.study import scaling_table, search_table
 from deepdelta.training import RunDirectory
+from report_samples import anew
 from report_samples import study as sample
 from tiny_runs import RUNS, text_file, trained_here
 
@@ -76,7 +78,7 @@ def at_sizes(exponent: float, noise: float) -> dict[str, StudyResults]:
                 for run, offset in zip(size.runs, offsets, strict=True)
             )
             conditions.append(dataclasses.replace(size, runs=runs))
-        found[f"s{number}"] = dataclasses.replace(base, conditions=tuple(conditions))
+        found[f"s{number}"] = anew(base, conditions=tuple(conditions))
     return found
 
 
@@ -139,7 +141,7 @@ def test_conditions_without_a_common_seed_have_no_fit() -> None:
     studies = at_sizes(0.1, 0.01)
     last = studies["s2"]
     gone = dataclasses.replace(last.conditions[1], runs=())
-    studies["s2"] = dataclasses.replace(last, conditions=(last.conditions[0], gone))
+    studies["s2"] = anew(last, conditions=(last.conditions[0], gone))
     with pytest.raises(UserError, match="delta and additive finished no seed at every size"):
         scaling(studies, "grow", Extrapolate(flops=1e15), command="")
 

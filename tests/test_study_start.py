@@ -21,7 +21,7 @@ from deepdelta.lab.experiments.plan import Planner, Run
 from deepdelta.lab.experiments.record import RunRecord, canonical, fingerprint
 from deepdelta.lab.experiments.records import FILE_NAME
 from deepdelta.lab.runner import run_study
-from deepdelta.lab.views.table import table_cells
+from deepdelta.lab.views.study import main_table
 from deepdelta.training import RunDirectory, TrainConfig
 from tiny_runs import (
     RUNS,
@@ -127,7 +127,7 @@ def test_one_start_per_seed_before_its_runs(original: tuple[Path, StudyResults, 
         first = names.index(f"plain+start-seed{seed + START_SEED}")
         assert all(names.index(name) > first for name in OTHERS if name.endswith(f"seed{seed}"))
     assert results.budget.start_steps == 10 and load_results(folder / "out" / "results.json") == without_curves(results)
-    assert any("go on from the weights of one run of 10 steps" in note for note in table_cells(results).notes)
+    assert any("go on from the weights of one run of 10 steps" in note for note in main_table(results).notes)
 
 
 def test_a_run_goes_on_from_exactly_the_weights_of_its_start(done: Done, tmp_path: Path) -> None:

@@ -16,14 +16,17 @@ import torch
 from deepdelta import UserError
 from deepdelta.cli import main
 from deepdelta.config import from_plain, to_plain
+from deepdelta.lab.analysis.comparison import Comparison
+from deepdelta.lab.analysis.tasks import TaskResults
 from deepdelta.lab.experiments import pool
 from deepdelta.lab.experiments.pool import Job
 from deepdelta.lab.experiments.records import FILE_NAME
 from deepdelta.lab.tasks import load_task, named_tasks, registry, runner
 from deepdelta.lab.tasks.fitting import check_loss
-from deepdelta.lab.tasks.results import TaskRecord, TaskResults, conditions_of, markdown
+from deepdelta.lab.tasks.results import TaskRecord, collect
 from deepdelta.lab.tasks.runner import default_folder, run_task
 from deepdelta.lab.tasks.task import read_overrides
+from deepdelta.lab.views.tasks import task_markdown
 from tiny_runs import Ended, forget, record_anew, recorded
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -71,6 +74,11 @@ def results_of(out: Path) -> TaskResults:
     return from_plain(TaskResults, json.loads((out / "results.json").read_text(encoding="utf-8")))
 
 
+def compared(results: TaskResults, condition: str, reference: str) -> Comparison | None:
+    pair = (condition, reference)
+    return next((one.comparison for one in results.contrasts if (one.condition, one.reference) == pair), None)
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as ended:
         main(["task", *arguments])
@@ -90,7 +98,7 @@ def test_the_command_writes_records_results_and_a_table(finished):
             record = recorded(finished)[f"{condition.name}-seed{seed}"]
             assert record["metrics"] == metrics and record["settings"]["group"] == "S3" and record["seconds"] > 0
     text = (finished / "table.md").read_text(encoding="utf-8")
-    assert text == markdown(results)
+    assert text == task_markdown(results)
     assert text.startswith("# words: word problems") and "no interval" in text
 
 
@@ -154,7 +162,7 @@ def test_a_number_that_is_not_finite_is_kept_and_compared_with_nothing(tmp_path,
     assert results.conditions == run_task("words", (0, 1), tmp_path, overrides=TINY).conditions
     by_name = {one.name: one for one in results.conditions}
     assert by_name["gate-0-1"].metrics == {0: {"accuracy": 0.5, "other": 2.0}, 1: {"accuracy": None, "other": 2.0}}
-    assert by_name["gate-0-2"].against_baseline is None
+    assert compared(results, "gate-0-2", "gate-0-1") is None
     assert "not finite" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
@@ -181,9 +189,9 @@ def test_a_run_that_diverges_is_a_record_without_a_number(tmp_path, ran, monkeyp
     assert found.diverged == (1,) and sorted(found.metrics) == [0, 2, 3, 4, 5]
     pairs = [(losses["gate-0-2"][seed], losses["gate-0-1"][seed]) for seed in (0, 2, 3, 4, 5)]
     interval = scipy.stats.ttest_rel(*zip(*pairs, strict=True)).confidence_interval()
-    assert found.against_baseline is not None and found.against_baseline.t_interval is not None
-    compared = found.against_baseline.t_interval
-    assert (compared.low, compared.high) == pytest.approx((interval.low, interval.high))
+    found_here = compared(results, "gate-0-2", "gate-0-1")
+    assert found_here is not None and found_here.t_interval is not None
+    assert (found_here.t_interval.low, found_here.t_interval.high) == pytest.approx((interval.low, interval.high))
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if line.startswith("| gate-0-2 |"))
     assert "| 5 | 0.7800 | 0.9000 diverged 0.8000 0.6000 0.9000 0.7000 |" in row
@@ -305,20 +313,8 @@ def results_with(values: dict[str, list[float]]) -> TaskResults:
         for name, column in values.items()
         for seed, value in enumerate(column)
     }
-    return TaskResults(
-        task="recall",
-        summary="summary",
-        primary="accuracy_overwritten",
-        unit="fraction",
-        higher_is_better=True,
-        baseline="additive",
-        seeds=(0, 1, 2, 3, 4),
-        command="deepdelta task recall",
-        commit="abc",
-        versions={"torch": "2"},
-        machine={"cores": "2"},
-        finished="now",
-        conditions=conditions_of(task, cells),
+    return dataclasses.replace(
+        collect(task, (0, 1, 2, 3, 4), cells, "deepdelta task recall"), summary="summary", commit="abc"
     )
 
 
@@ -331,31 +327,29 @@ VALUES = {
 
 
 def test_comparisons_are_paired_by_seed_and_corrected_together():
-    conditions = {condition.name: condition for condition in results_with(VALUES).conditions}
+    results = results_with(VALUES)
     pairs = [("write-only", "additive"), ("delta", "additive"), ("delta", "write-only")]
     raw = [scipy.stats.ttest_rel(VALUES[one], VALUES[other]) for one, other in pairs]
-    delta = conditions["delta"]
-    assert delta.against_baseline is not None and delta.against_control is not None
-    found = [conditions["write-only"].against_baseline, delta.against_baseline, delta.against_control]
     running = 0.0
     for rank, index in enumerate(sorted(range(3), key=lambda i: raw[i].pvalue)):
-        comparison, interval = found[index], raw[index].confidence_interval()
+        comparison, interval = compared(results, *pairs[index]), raw[index].confidence_interval()
         assert comparison is not None and comparison.t_interval is not None
         running = max(running, (3 - rank) * raw[index].pvalue)
         assert comparison.adjusted_p == pytest.approx(running)
         assert (comparison.t_interval.low, comparison.t_interval.high) == pytest.approx((interval.low, interval.high))
-    assert conditions["additive"].against_baseline is None
-    assert conditions["delta-4"].against_control is None  # its control has no run
+    assert compared(results, "delta-4", "write-only-4") is None  # its control has no run
 
 
 def test_the_table_holds_every_measure_with_its_interval():
-    text = markdown(results_with(VALUES))
+    text = task_markdown(results_with(VALUES))
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    assert "recall: summary (accuracy\\_overwritten, fraction, higher is better)" in text
+    assert "recall: summary (accuracy\\_overwritten, fraction of answers, higher is better)" in text
     assert "deepdelta task recall" in text and "commit abc" in text
     row = next(line for line in lines if line[0] == "delta")
     assert row[:4] == ["delta", "5", "0.8360", "0.8000 0.8400 0.7900 0.9000 0.8500"]
-    assert row[4] == "+0.3140" and row[6] == "+0.2140" and "p = " in row[5] and "p = " in row[7]
+    changes = {row[1]: row[2:] for row in lines if row[0] == "delta" and len(row) == 6}
+    assert changes["additive"][0] == "+0.3140" and changes["write-only"][0] == "+0.2140"
+    assert changes["additive"][3].startswith("higher by 0.3140 (95 % interval 0.2")
     heading = next(line for line in lines if line[0] == "measured")
     loss = next(line for line in lines if line[0] == "loss")
     losses = [1 - value for value in VALUES["delta"]]

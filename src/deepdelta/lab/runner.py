@@ -25,7 +25,7 @@ from deepdelta.lab.measure.cost import Cost
 from deepdelta.lab.views import (
     detail_tables,
     plot,
-    render_table,
+    render_study,
     scaling_markdown,
     scaling_table,
     search_markdown,
@@ -34,7 +34,7 @@ from deepdelta.lab.views import (
     summarise,
     write_report,
 )
-from deepdelta.lab.views.tables import render_cells
+from deepdelta.lab.views.tables import render
 from deepdelta.progress import show
 from deepdelta.provenance import now, provenance
 
@@ -99,7 +99,7 @@ def run_study(config: StudyConfig, out: AnyPath, *, workers: int | None = None, 
     write_text(out / "table.md", study_markdown(results))
     write_text(out / "plot.svg", plot(results))
     write_report(results, out / "report.html")
-    for table in (render_table(results), *map(render_cells, detail_tables(results))):
+    for table in (render_study(results), *map(render, detail_tables(results))):
         study.console.print(table)
     show(summarise(results).headline)
     show(f"Results: {out / 'results.json'}\nReport:  {out / 'report.html'}")
@@ -118,7 +118,7 @@ def run_sizes(config: StudyConfig, out: AnyPath, *, workers: int | None = None, 
     save_scaling(found, out / "scaling.json")
     write_text(out / "table.md", scaling_markdown(found, studies))
     console = Console()
-    console.print(render_cells(scaling_table(found)))
+    console.print(render(scaling_table(found)))
     show(f"Scaling: {out / 'scaling.json'}")
     return found
 
@@ -155,7 +155,7 @@ def run_search(config: StudyConfig, out: AnyPath, *, workers: int | None = None,
     study.planner.records.compact()
     save_search(found, out / "search.json")
     write_text(out / "table.md", search_markdown(found))
-    study.console.print(render_cells(search_table(found)))
+    study.console.print(render(search_table(found)))
     show(f"Search: {out / 'search.json'}")
     return found
 

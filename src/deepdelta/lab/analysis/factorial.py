@@ -4,33 +4,16 @@ Legend of shapes: C conditions, P coefficients.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepdelta.errors import UserError, nearest
-from deepdelta.lab.analysis.results import BudgetName, Factorial, StudyResults
-from deepdelta.lab.statistics import Comparison, corrected, paired
+from deepdelta.lab.analysis.results import Effect, Factorial, Measurements
+from deepdelta.lab.analysis.statistics import family
 
 Vector = NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effect:
-    """An effect in nats per token; negative means a lower loss.
-
-    Fields:
-        factorial: the title of the factorial it belongs to.
-        name: 'erase: yes - no' for a main effect, 'erase: yes - no x write: branch - target' for an interaction.
-        comparison: its values, one per seed.
-    """
-
-    factorial: str
-    name: str
-    budget: BudgetName
-    comparison: Comparison
 
 
 def design(title: str, factorial: Factorial, levels: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, float]]:
@@ -95,27 +78,32 @@ def design(title: str, factorial: Factorial, levels: Mapping[str, Mapping[str, s
     return effects
 
 
-def effects(results: StudyResults) -> tuple[Effect, ...]:
+def effects(measured: Measurements) -> tuple[Effect, ...]:
     """Every effect of every factorial at every budget, one value per seed that all its conditions finished.
 
     The values of the seeds give a t-interval as any paired difference does. Holm's correction runs over the effects of
     a budget.
     """
-    levels = {condition.name: condition.factors for condition in results.conditions}
+    levels = {condition.name: condition.factors for condition in measured.conditions}
+    designs = {
+        (title, name): weights
+        for title, factorial in measured.factorials.items()
+        for name, weights in design(title, factorial, levels).items()
+    }
     found: list[Effect] = []
-    for budget in results.budgets:
-        losses = {condition.name: condition.losses(budget) for condition in results.conditions}
-        names, comparisons = [], []
-        for title, factorial in results.factorials.items():
-            for name, weights in design(title, factorial, levels).items():
-                seeds = [seed for seed in results.seeds if all(seed in losses[condition] for condition in weights)]
-                values = [sum(w * losses[condition][seed] for condition, w in weights.items()) for seed in seeds]
-                if values:
-                    names.append((title, name))
-                    comparisons.append(paired(values))
+    for budget in measured.budgets:
+        losses = {condition.name: condition.losses(budget) for condition in measured.conditions}
+        values = {
+            key: {
+                seed: sum(weight * losses[condition][seed] for condition, weight in weights.items())
+                for seed in measured.seeds
+                if all(seed in losses[condition] for condition in weights)
+            }
+            for key, weights in designs.items()
+        }
         found += [
-            Effect(factorial=title, name=name, budget=budget, comparison=comparison)
-            for (title, name), comparison in zip(names, corrected(comparisons), strict=True)
+            Effect(factorial=title, name=name, budget=budget, values=values[title, name], comparison=comparison)
+            for (title, name), comparison in family(values).items()
         ]
     return tuple(found)
 

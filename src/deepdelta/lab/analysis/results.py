@@ -1,4 +1,4 @@
-"""What a study measured, as frozen dataclasses: the contract between the runs, the statistics and the report.
+"""What a study measured and what its analysis found, as frozen dataclasses: the contract between runs and views.
 
 `results.json` is exactly this, nothing in a table or a picture comes from anywhere else. Losses are in nats per token,
 times in seconds, memory in bytes. Costs of an operation count one token's forward and backward pass.
@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from deepdelta.config import from_plain, to_plain
+from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import AnyPath, read_object, write_json
+from deepdelta.files import AnyPath, write_json
+from deepdelta.lab.analysis.comparison import Comparison
+from deepdelta.lab.analysis.stored import Stored, load_stored
 from deepdelta.lab.measure.cost import Cost
 from deepdelta.lab.measure.rewrites import GATE_BINS
-from deepdelta.provenance import Provenance
 
 BudgetName = Literal["tokens", "flops", "time"]
 """What the runs of a comparison have in common: training tokens, floating-point operations, or seconds."""
@@ -185,8 +186,8 @@ class ConditionResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyResults(Provenance):
-    """All of a study. Times are ISO 8601."""
+class Measurements(Stored):
+    """All that a study measured. Times are ISO 8601."""
 
     name: str
     description: str
@@ -217,6 +218,69 @@ class StudyResults(Provenance):
         return next(condition for condition in self.conditions if condition.name == name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """`condition` compared with `reference`, the baseline or its control, at one budget.
+
+    Fields:
+        budget: None where the runs of all conditions are alike in what they spend, as those of a task.
+        differences: condition minus reference, by seed.
+    """
+
+    condition: str
+    reference: str
+    budget: BudgetName | None = None
+    differences: dict[int, float]
+    comparison: Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """An effect of a factorial in nats per token; negative means a lower loss.
+
+    Fields:
+        factorial: the title of the factorial it belongs to.
+        name: 'erase: yes - no' for a main effect, 'erase: yes - no x write: branch - target' for an interaction.
+        values: by seed.
+    """
+
+    factorial: str
+    name: str
+    budget: BudgetName
+    values: dict[int, float]
+    comparison: Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """Conditions by what their comparison with the baseline at the first budget shows; `seeds`: the most of any."""
+
+    lower: tuple[str, ...]
+    higher: tuple[str, ...]
+    not_separated: tuple[str, ...]
+    without_interval: tuple[str, ...]
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResults(Measurements):
+    """A study with its analysis, computed once from what was measured: by `analyse`.
+
+    Fields:
+        seeds_needed: for the difference and the spread of `power`; None without these.
+    """
+
+    contrasts: tuple[Contrast, ...]
+    effects: tuple[Effect, ...]
+    headline: Headline
+    seeds_needed: int | None
+
+    def against_baseline(self) -> tuple[Contrast, ...]:
+        """The contrasts with the baseline at the study's first budget, one per condition at most."""
+        wanted = (self.baseline, self.budgets[0])
+        return tuple(one for one in self.contrasts if (one.reference, one.budget) == wanted)
+
+
 def save_results(results: StudyResults, path: Path) -> None:
     """Write `results.json` atomically, without the curves, which the records of the runs hold."""
     plain = to_plain(results)
@@ -231,9 +295,6 @@ def load_results(path: AnyPath) -> StudyResults:
     """The results in a file that `save_results` wrote.
 
     Raises:
-        UserError: the file is absent, is no JSON object, or does not hold the results of a study.
+        UserError: the file is absent, of another format, or does not hold the results of a study.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} must be the results.json of a study, but there is no such file.")
-    return from_plain(StudyResults, read_object(path, "run the study's command again"), where=str(path))
+    return load_stored(StudyResults, path, "deepdelta study")

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
 from deepdelta.files import write_json
-from deepdelta.lab.analysis.results import Extrapolate, StudyResults
-from deepdelta.lab.statistics import Interval, load_scipy, paired
-from deepdelta.provenance import Provenance, now, provenance
+from deepdelta.lab.analysis.comparison import Estimate
+from deepdelta.lab.analysis.results import Extrapolate, Measurements
+from deepdelta.lab.analysis.statistics import estimate, load_scipy
+from deepdelta.lab.analysis.stored import Stored
+from deepdelta.provenance import now, provenance
 
 Array = NDArray[np.float64]
 
@@ -29,14 +31,6 @@ class Law:
 
     def loss(self, flops: float) -> float:
         return self.floor + self.scale * math.pow(flops / self.unit, -self.exponent)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A mean over seeds, and its 95 % t-interval where there are enough of them."""
-
-    mean: float
-    interval: Interval | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +56,7 @@ class ScalingResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaling(Provenance):
+class Scaling(Stored):
     """All fits of a study; `target` is the compute in FLOPs that they are carried to. Times are ISO 8601."""
 
     name: str
@@ -112,7 +106,7 @@ def fit(flops: Sequence[float] | Array, losses: Sequence[float] | Array, *, floo
     return Law(scale=math.exp(best[0]), exponent=float(best[1]), floor=float(best[2]), unit=unit)
 
 
-def scaling(studies: Mapping[str, StudyResults], name: str, extrapolate: Extrapolate, *, command: str) -> Scaling:
+def scaling(studies: Mapping[str, Measurements], name: str, extrapolate: Extrapolate, *, command: str) -> Scaling:
     """Fits per condition over the sizes, on the seeds that it and the baseline finished at every size.
 
     Every seed is fitted by itself, and so is the baseline's run of the same seed: what is estimated is a mean over
@@ -153,10 +147,10 @@ def scaling(studies: Mapping[str, StudyResults], name: str, extrapolate: Extrapo
                 flops=tuple(flops),
                 losses=tuple(means),
                 law=fit(flops, means, floor=extrapolate.floor),
-                exponent=_estimate([law.exponent for law in own]),
-                at=_estimate(foretold),
-                gap=None if gaps is None else _estimate(gaps),
-                gap_of_largest=None if largest is None else _estimate(largest),
+                exponent=estimate([law.exponent for law in own]),
+                at=estimate(foretold),
+                gap=None if gaps is None else estimate(gaps),
+                gap_of_largest=None if largest is None else estimate(largest),
             )
         )
     return Scaling(
@@ -175,23 +169,18 @@ def save_scaling(found: Scaling, path: Path) -> None:
     write_json(path, to_plain(found))
 
 
-def _points(results: Sequence[StudyResults], name: str, seeds: Sequence[int]) -> tuple[list[float], list[list[float]]]:
+def _points(results: Sequence[Measurements], name: str, seeds: Sequence[int]) -> tuple[list[float], list[list[float]]]:
     """Per size, training FLOPs of a run of the condition at the study's first budget, and its losses by seed."""
     by_size = [one.condition(name).losses() for one in results]
     return [_flops(one, name) for one in results], [[by_seed[seed] for seed in seeds] for by_seed in by_size]
 
 
-def _flops(results: StudyResults, name: str) -> float:
+def _flops(results: Measurements, name: str) -> float:
     condition, budget = results.condition(name), results.budget
     return (condition.runs[0].steps or budget.steps) * budget.tokens_per_step * condition.flops_per_token
 
 
-def _fits(results: Sequence[StudyResults], name: str, seeds: Sequence[int], floor: bool) -> list[Law]:
+def _fits(results: Sequence[Measurements], name: str, seeds: Sequence[int], floor: bool) -> list[Law]:
     """A law for every seed."""
     flops, losses = _points(results, name, seeds)
     return [fit(flops, of_seed, floor=floor) for of_seed in zip(*losses, strict=True)]
-
-
-def _estimate(by_seed: Sequence[float]) -> Estimate:
-    found = paired(by_seed)
-    return Estimate(mean=found.mean, interval=found.t_interval)

@@ -1,13 +1,13 @@
-"""What an audit finds, as plain data: `deepdelta audit` writes it as JSON, the report room shows it.
+"""What an audit finds, as plain data: `deepdelta audit` writes it as JSON, lab/views shows it.
 
 None stands where a rule has no such thing.
 """
 
 from dataclasses import dataclass
 
+from deepdelta.lab.analysis.stored import Stored
 from deepdelta.lab.audit.shortcut import Distribution, Shortcut
 from deepdelta.models import GPTConfig
-from deepdelta.provenance import Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class Findings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditResults(Provenance):
+class AuditResults(Stored):
     """The findings about a run, with what they depend on: all that audit.json holds."""
 
     run: str

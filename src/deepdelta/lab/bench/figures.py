@@ -89,7 +89,7 @@ def page(results: BenchResults) -> str:
         "page.html",
         results=results,
         facts=tables.facts(results),
-        tables=tables.cells(results),
+        tables=tables.bench_tables(results),
         picture=Markup(svg(results)),
     )
 

@@ -21,11 +21,12 @@ from deepdelta.config import to_plain
 from deepdelta.device import Device, choose_device, usable_cores
 from deepdelta.errors import UserError
 from deepdelta.files import AnyPath, locked, write_json, write_text
+from deepdelta.lab.analysis.stored import Stored
 from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
 from deepdelta.lab.bench.checks import disturb
 from deepdelta.lab.bench.runner import all_versions
 from deepdelta.lab.bench.suites import GRADIENTS, QUESTION
-from deepdelta.lab.views.tables import Cells, Column, markdown_page, render_cells
+from deepdelta.lab.views.tables import Column, TextTable, markdown_page, render
 from deepdelta.limits import check_threads
 from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import ResidualConfig, use_backend, use_memory
@@ -33,7 +34,7 @@ from deepdelta.nn.presets import PRESETS
 from deepdelta.nn.replay import Plan
 from deepdelta.ops.step import fused_problem
 from deepdelta.progress import reporting, show
-from deepdelta.provenance import Provenance, now, provenance
+from deepdelta.provenance import now, provenance
 
 ALL, PLAIN, WORST = "all gradients", "of PyTorch's own", "worst parameter"
 COLUMNS = (
@@ -95,7 +96,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientResults(Provenance):
+class GradientResults(Stored):
     """`results.json` is exactly this."""
 
     suite: str = GRADIENTS
@@ -150,7 +151,7 @@ def run_gradients(
         write_json(out / "results.json", to_plain(results))
         write_text(out / "table.md", markdown(results))
     for one in cells(results):
-        Console().print(render_cells(one))
+        Console().print(render(one))
     show(f"Results and table: {out}")
     return results
 
@@ -241,12 +242,12 @@ def markdown(results: GradientResults) -> str:
     return markdown_page(f"{results.suite}: {results.question}", (facts(results),), cells(results))
 
 
-def cells(results: GradientResults) -> list[Cells]:
+def cells(results: GradientResults) -> list[TextTable]:
     """A table per start: the error of all gradients as one vector, and that of the worst parameter."""
     titles = {"initial": "As training starts", "moved": "Every parameter moved off its start"}
     plain = {(r.case, r.start, r.precision): r for r in results.rows if (r.backend, r.plan) == ("reference", "save")}
     return [
-        Cells(
+        TextTable(
             title=titles[start],
             columns=COLUMNS,
             rows=tuple(

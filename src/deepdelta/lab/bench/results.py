@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from deepdelta.config import from_plain, to_plain
-from deepdelta.errors import UserError
-from deepdelta.files import AnyPath, read_object, write_json
+from deepdelta.config import to_plain
+from deepdelta.files import AnyPath, write_json
+from deepdelta.lab.analysis.statistics import load_scipy
+from deepdelta.lab.analysis.stored import Stored, load_stored
 from deepdelta.lab.bench.config import Bar, Group
-from deepdelta.provenance import Provenance
 
-FORMAT = 1
 RESAMPLES = 9999
 MINIMUM_ROUNDS = 5
 """Rounds from which an interval is given."""
@@ -88,8 +87,7 @@ class GroupResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchResults(Provenance):
-    format: int = FORMAT
+class BenchResults(Stored):
     suite: str
     question: str
     quick: bool
@@ -110,8 +108,10 @@ def ratio_of(baseline: Sequence[float], seconds: Sequence[float]) -> Ratio:
     ratios = np.array(baseline) / np.array(seconds)
     low = high = None
     if len(ratios) >= MINIMUM_ROUNDS:
-        picks = np.random.default_rng(0).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-        low, high = map(float, np.percentile(np.median(ratios[picks], axis=1), (2.5, 97.5)))
+        bootstrap = load_scipy().stats.bootstrap(
+            (ratios,), np.median, method="percentile", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
+        )
+        low, high = map(float, bootstrap.confidence_interval)
     return Ratio(
         median=float(np.median(ratios)), low=low, high=high, minimum=float(ratios.min()), maximum=float(ratios.max())
     )
@@ -162,10 +162,4 @@ def load_results(path: AnyPath) -> BenchResults:
     Raises:
         UserError: no such file, or one that holds no results of this format.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there are no benchmark results at {path}; deepdelta bench writes them.")
-    plain = read_object(path, "run deepdelta bench again")
-    if plain.get("format") != FORMAT:
-        raise UserError(f"{path} must hold benchmark results of format {FORMAT}; run deepdelta bench again.")
-    return from_plain(BenchResults, plain, where=str(path))
+    return load_stored(BenchResults, path, "deepdelta bench")

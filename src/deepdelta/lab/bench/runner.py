@@ -16,6 +16,7 @@ from deepdelta.lab.bench.config import MEASURES, Case, Group, Suite
 from deepdelta.lab.bench.results import BenchResults, GroupResult, Row, bars_of, save_results, timing_of
 from deepdelta.lab.bench.subjects import Subject, build, code_of, problem, triad
 from deepdelta.lab.measure.cost import WARM_UP, interleaved
+from deepdelta.lab.views.tables import render
 from deepdelta.limits import check_threads
 from deepdelta.progress import Reporter, reporting, show
 from deepdelta.provenance import now, provenance, versions
@@ -95,7 +96,7 @@ def run_suite(
     finally:
         torch.set_num_threads(threads_before)
     results = so_far()
-    for table in tables.render(results):
+    for table in map(render, tables.bench_tables(results)):
         console.print(table)
     show(f"Results, table and plot: {out}")
     return results

@@ -1,10 +1,8 @@
 """The tables of a benchmark."""
 
-from rich.table import Table
-
 from deepdelta.lab.bench.config import Bar
 from deepdelta.lab.bench.results import BenchResults, GroupResult, Ratio, Row
-from deepdelta.lab.views.tables import ABSENT, Cells, Column, markdown_page, render_cells
+from deepdelta.lab.views.tables import ABSENT, Column, TextTable, markdown_page
 
 TITLES = {
     "forward_backward": "forward + backward",
@@ -17,7 +15,7 @@ RATIO = "[95 %]"
 MIB = 1 << 20
 
 
-def cells(results: BenchResults) -> list[Cells]:
+def bench_tables(results: BenchResults) -> list[TextTable]:
     """The bar, where the suite has one, and a table per group."""
     found = [_group(result) for result in results.groups]
     if any(result.bars for result in results.groups):
@@ -32,14 +30,9 @@ def facts(results: BenchResults) -> str:
     return quick + results.facts(how, results.date)
 
 
-def render(results: BenchResults) -> list[Table]:
-    """The tables for a terminal; `table.md` has more columns."""
-    return [render_cells(one) for one in cells(results)]
-
-
 def markdown(results: BenchResults) -> str:
     """The tables as GitHub-flavoured Markdown."""
-    return markdown_page(f"{results.suite}: {results.question}", (facts(results),), cells(results))
+    return markdown_page(f"{results.suite}: {results.question}", (facts(results),), bench_tables(results))
 
 
 def ratio_text(ratio: Ratio | None) -> str:
@@ -53,7 +46,7 @@ def needed(bar: Bar) -> str:
     return f"at least {bar.at_least:.2f}" if bar.at_least is not None else f"at most {bar.at_most:.2f}"
 
 
-def _bars(results: BenchResults) -> Cells:
+def _bars(results: BenchResults) -> TextTable:
     rows = [
         (
             result.group.name,
@@ -80,7 +73,7 @@ def _bars(results: BenchResults) -> Cells:
     )
     wanted = sum(len(result.group.bars) for result in results.groups)
     missing = (f"{wanted - len(rows)} of {wanted} bars were not measured, see below.",) if len(rows) < wanted else ()
-    return Cells(
+    return TextTable(
         title="The bar",
         columns=columns,
         rows=tuple(rows),
@@ -88,7 +81,7 @@ def _bars(results: BenchResults) -> Cells:
     )
 
 
-def _group(result: GroupResult) -> Cells:
+def _group(result: GroupResult) -> TextTable:
     group = result.group
     rows = [_row(result, row) for row in result.rows]
     # Alike in every row, the baseline and `triad` included.
@@ -108,7 +101,7 @@ def _group(result: GroupResult) -> Cells:
             "bytes and operations are counted by formula."
         )
     notes += [f"{name}: skipped, {reason}." for name, reason in result.skipped.items()]
-    return Cells(
+    return TextTable(
         title=group.name,
         columns=tuple(Column(title=title, narrow=title.endswith(shown)) for title in titles),
         rows=tuple(tuple(row.values()) for row in rows),

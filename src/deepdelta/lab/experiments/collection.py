@@ -9,10 +9,12 @@ from pathlib import Path
 from deepdelta.config import from_plain, to_plain
 from deepdelta.data import Corpus
 from deepdelta.files import read_object, write_json
+from deepdelta.lab.analysis.comparisons import analyse
 from deepdelta.lab.analysis.results import (
     Budget,
     BudgetName,
     ConditionResult,
+    Measurements,
     RunResult,
     StudyResults,
     Tuned,
@@ -96,9 +98,9 @@ def collect(
     command: str,
     started: str,
 ) -> StudyResults:
-    """The results of a study: its records put together, and what is computed from configurations alone."""
+    """The results of a study: its records put together and analysed, and what configurations alone decide."""
     settings = config.train_config(config.baseline, config.seeds[0])
-    return StudyResults(
+    measured = Measurements(
         name=config.name,
         description=config.question,
         baseline=config.baseline,
@@ -125,6 +127,7 @@ def collect(
         power=config.power,
         exploratory=config.exploratory,
     )
+    return analyse(measured)
 
 
 def _condition(

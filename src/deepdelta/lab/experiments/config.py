@@ -13,7 +13,7 @@ from deepdelta.errors import UserError, nearest, unknown
 from deepdelta.files import parse, read_object
 from deepdelta.lab.analysis.factorial import design
 from deepdelta.lab.analysis.results import BudgetName, Extrapolate, Factorial, Power
-from deepdelta.lab.statistics import seeds_needed
+from deepdelta.lab.analysis.statistics import seeds_needed
 from deepdelta.models import GPTConfig, parameter_count
 from deepdelta.training import TrainConfig
 from deepdelta.training.config import run_settings, settings_over

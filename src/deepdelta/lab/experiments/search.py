@@ -7,12 +7,13 @@ from pathlib import Path
 
 from deepdelta.config import to_plain
 from deepdelta.files import write_json
+from deepdelta.lab.analysis.comparison import Comparison
+from deepdelta.lab.analysis.comparisons import contrasts
 from deepdelta.lab.analysis.results import Corpus as CorpusResult
 from deepdelta.lab.analysis.results import Tuned
+from deepdelta.lab.analysis.stored import Stored
 from deepdelta.lab.experiments.config import StudyConfig
 from deepdelta.lab.experiments.record import RunRecord
-from deepdelta.lab.statistics import Comparison, corrected, paired
-from deepdelta.provenance import Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class RungResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchResults(Provenance):
+class SearchResults(Stored):
     """All of a search. `winners` are the candidates that the last rung kept."""
 
     name: str
@@ -74,16 +75,9 @@ def rank(
         name: math.fsum(math.inf if x is None else x for x in own.values()) / len(own) for name, own in losses.items()
     }
     order = sorted(candidates, key=means.__getitem__)
-    differences = {
-        name: [
-            own - base
-            for seed in plan.seeds
-            if (own := losses[name][seed]) is not None and (base := losses[config.baseline][seed]) is not None
-        ]
-        for name in order
-    }
-    compared = [name for name in order if differences[name]]
-    changes = dict(zip(compared, corrected([paired(differences[name]) for name in compared]), strict=True))
+    finished = {name: {seed: x for seed, x in own.items() if x is not None} for name, own in losses.items()}
+    compared = contrasts(dict.fromkeys(order), config.baseline, finished)
+    changes = {one.condition: one.comparison for one in compared}
     return RungResult(
         steps=plan.steps,
         seeds=plan.seeds,

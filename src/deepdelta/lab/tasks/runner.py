@@ -16,14 +16,17 @@ from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.device import keep_freed_memory, usable_cores
 from deepdelta.errors import UserError, require
 from deepdelta.files import AnyPath, locked, read_object, write_json, write_text
+from deepdelta.lab.analysis.tasks import TaskResults
 from deepdelta.lab.experiments.pool import Job, run_jobs
 from deepdelta.lab.experiments.records import RecordFile
 from deepdelta.lab.tasks.fitting import Diverged
 from deepdelta.lab.tasks.registry import load_task
-from deepdelta.lab.tasks.results import TaskRecord, TaskResults, conditions_of, markdown, table
+from deepdelta.lab.tasks.results import TaskRecord, collect
 from deepdelta.lab.tasks.task import Task
+from deepdelta.lab.views.tables import render
+from deepdelta.lab.views.tasks import task_markdown, task_tables
 from deepdelta.progress import reporting, show
-from deepdelta.provenance import commit, machine, now, provenance, versions
+from deepdelta.provenance import commit, machine, now, versions
 from deepdelta.training.loop import stop_signals
 
 UNITS = 100
@@ -68,22 +71,12 @@ def run_task(
         records = {job.name: job.record() for job in jobs if job.ended()}
         _run([job for job in jobs if job.name not in records], records, task, workers or usable_cores())
         file.compact()
-        results = TaskResults(
-            task=task.name,
-            summary=task.summary,
-            primary=task.primary,
-            unit=task.unit,
-            higher_is_better=task.higher_is_better,
-            baseline=task.baseline,
-            seeds=tuple(seeds),
-            **provenance(command),
-            finished=now(),
-            conditions=conditions_of(task, {(one.condition, one.seed): one for one in records.values()}),
-        )
+        results = collect(task, seeds, {(one.condition, one.seed): one for one in records.values()}, command)
         write_json(out / "results.json", to_plain(results))
-        write_text(out / "table.md", markdown(results))
+        write_text(out / "table.md", task_markdown(results))
     console = Console()
-    console.print(table(results))
+    for table in task_tables(results)[:2]:
+        console.print(render(table))
     show(f"Results and table: {out}")
     return results
 

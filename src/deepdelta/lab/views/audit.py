@@ -14,7 +14,7 @@ from deepdelta.lab.audit.shortcut import Distribution
 from deepdelta.lab.views import audit_figures as figures
 from deepdelta.lab.views.audit_figures import row_name
 from deepdelta.lab.views.page import Chart, chart, template
-from deepdelta.lab.views.tables import ABSENT, Cells, Column, markdown_page, render_cells
+from deepdelta.lab.views.tables import ABSENT, Column, TextTable, markdown_page, render
 
 ALL = "all"
 """The row of what is done to every sublayer at once."""
@@ -29,7 +29,7 @@ class Section:
     charts: tuple[Chart, ...]
 
 
-def audit_tables(results: AuditResults) -> tuple[Cells, ...]:
+def audit_tables(results: AuditResults) -> tuple[TextTable, ...]:
     """What the rewrites do, the spectrum of the shortcut, and what the loss is without parts of them."""
     tables = (_rewrites(results.findings), _shortcut(results.findings), _effects(results))
     return tuple(table for table in tables if table is not None)
@@ -80,7 +80,7 @@ def audit_markdown(results: AuditResults) -> str:
 def print_audit(results: AuditResults, console: Console) -> None:
     """The tables and the sentences."""
     for table in audit_tables(results):
-        console.print(render_cells(table))
+        console.print(render(table))
     for sentence in audit_summary(results):
         console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
 
@@ -96,7 +96,7 @@ def render_audit(results: AuditResults) -> str:
     )
 
 
-def _rewrites(found: Findings) -> Cells:
+def _rewrites(found: Findings) -> TextTable:
     def regime(read: Callable[[Regimes], float]) -> Callable[[ResidualAudit], str]:
         def text(one: ResidualAudit) -> str:
             gate = one.erase_gate or one.gate
@@ -143,7 +143,7 @@ def _rewrites(found: Findings) -> Cells:
     # A column of a part that the rule does not have says nothing.
     shown = [(column, cells) for column, cells in texts if set(cells) != {ABSENT}]
     names = [row_name(one.name) for one in found.residuals]
-    return Cells(
+    return TextTable(
         title="What the rewrites do",
         columns=(Column(title="sublayer", help="From the first."), *(column for column, _ in shown)),
         rows=tuple(zip(names, *(cells for _, cells in shown), strict=True)),
@@ -151,7 +151,7 @@ def _rewrites(found: Findings) -> Cells:
     )
 
 
-def _shortcut(found: Findings) -> Cells | None:
+def _shortcut(found: Findings) -> TextTable | None:
     shortcut = found.shortcut
     if shortcut is None:
         return None
@@ -161,7 +161,7 @@ def _shortcut(found: Findings) -> Cells | None:
         ("singular values", *_quantiles(shortcut.singular_values)),
     )
     ranks = ", ".join(f"{rank:.1f} above {threshold}" for threshold, rank in shortcut.effective_rank.items())
-    return Cells(
+    return TextTable(
         title="Composed shortcut",
         columns=(
             Column(title="of the product of all erases", help="Over tokens and its nontrivial directions."),
@@ -175,7 +175,7 @@ def _shortcut(found: Findings) -> Cells | None:
     )
 
 
-def _effects(results: AuditResults) -> Cells:
+def _effects(results: AuditResults) -> TextTable:
     found, config = results.findings, results.model.residual
     rows = [(row_name(one.name), one.effects) for one in found.residuals]
     rows.append((ALL, found.everywhere))
@@ -186,7 +186,7 @@ def _effects(results: AuditResults) -> Cells:
     notes += [f"No '{label}': {reason}." for label, reason in lacking.items()]
     if config.rule == "two_gate":
         notes.append("The gate that is set is that of the erase.")
-    return Cells(
+    return TextTable(
         title="Change of the loss",
         columns=(
             Column(title="sublayer", help=f"The one where it is done; '{ALL}': in every one at once."),

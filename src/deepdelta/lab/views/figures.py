@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deepdelta.lab.analysis.contrasts import compare
 from deepdelta.lab.analysis.results import ConditionResult, CurvePoint, RewriteSummary, StudyResults
 from deepdelta.lab.views.drawing import (
     BASELINE_COLOUR,
@@ -65,7 +64,7 @@ def axes(results: StudyResults) -> tuple[Axis, ...]:
 
 def differences(results: StudyResults) -> Figure | None:
     """Seed-paired differences to the baseline: a dot per seed, the mean, its interval, what could be resolved."""
-    comparisons = compare(results)
+    comparisons = {one.condition: one.comparison for one in results.against_baseline()}
     if not comparisons:
         return None
     baseline = results.condition(results.baseline).losses()

@@ -9,11 +9,11 @@ from deepdelta.errors import without_extra
 from deepdelta.files import AnyPath, write_text
 from deepdelta.lab.analysis.results import ConditionResult, StudyResults
 from deepdelta.lab.views import figures
-from deepdelta.lab.views.details import detail_tables
 from deepdelta.lab.views.drawing import Figure
 from deepdelta.lab.views.jinja import templates
+from deepdelta.lab.views.study import detail_tables, main_table
 from deepdelta.lab.views.summary import summarise
-from deepdelta.lab.views.table import si, table_cells
+from deepdelta.lab.views.tables import si
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def render_page(results: StudyResults) -> str:
     return render(
         results=results,
         summary=summarise(results),
-        cells=table_cells(results),
+        table=main_table(results),
         details=detail_tables(results),
         looks=figures.looks(results),
         difference=chart("difference", "Differences to the baseline", figures.differences(results)),

@@ -4,12 +4,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deepdelta.lab.analysis.contrasts import compare
+from deepdelta.lab.analysis.comparison import Interval
 from deepdelta.lab.analysis.results import ConditionResult, StudyResults
-from deepdelta.lab.statistics import Interval
 from deepdelta.lab.views.figures import Axis, Look, axes, looks
 from deepdelta.lab.views.page import template
-from deepdelta.lab.views.table import si
+from deepdelta.lab.views.tables import si
 
 WIDTH, LABEL, PLOT = 900.0, 230.0, 560.0
 """Of the picture, of the names at the left, and of what is drawn, in pixels."""
@@ -79,7 +78,7 @@ def plot(results: StudyResults) -> str:
 
 
 def _changes(results: StudyResults, y: float) -> Panel | None:
-    comparisons = compare(results)
+    comparisons = {one.condition: one.comparison for one in results.against_baseline()}
     if not comparisons:
         return None
     baseline = results.condition(results.baseline).losses()

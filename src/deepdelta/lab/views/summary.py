@@ -1,10 +1,11 @@
 """The outcome of a study in sentences that say no more than its numbers carry."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deepdelta.lab.analysis.contrasts import compare
+from deepdelta.lab.analysis.comparison import MINIMUM_SEEDS
 from deepdelta.lab.analysis.results import StudyResults
-from deepdelta.lab.statistics import MINIMUM_SEEDS, Comparison, separated, verdict
+from deepdelta.lab.views.tables import verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,43 +19,35 @@ class Summary:
 
 def summarise(results: StudyResults) -> Summary:
     """What came out, in plain English."""
-    comparisons = compare(results)
     return Summary(
-        headline=_headline(results, comparisons),
-        verdicts=tuple((name, verdict(comparison)) for name, comparison in comparisons.items()),
+        headline=_headline(results),
+        verdicts=tuple((one.condition, verdict(one.comparison)) for one in results.against_baseline()),
         remarks=tuple(filter(None, (_runs(results), _costs(results), _gates(results)))),
     )
 
 
-def _headline(results: StudyResults, comparisons: dict[str, Comparison]) -> str:
-    if not comparisons:
-        return f"Nothing to compare yet: no condition shares a finished seed with {results.baseline}."
-    tested = {name: c for name, c in comparisons.items() if c.t_interval is not None}
-    if not tested:
-        most = max(c.n for c in comparisons.values())
-        if most >= MINIMUM_SEEDS:
-            return f"No condition can be compared with {results.baseline}: the seeds did not vary."
+def _headline(results: StudyResults) -> str:
+    found, baseline = results.headline, results.baseline
+    if not found.seeds:
+        return f"Nothing to compare yet: no condition shares a finished seed with {baseline}."
+    if not (separated := found.lower + found.higher) and not found.not_separated:
+        if found.seeds >= MINIMUM_SEEDS:
+            return f"No condition can be compared with {baseline}: the seeds did not vary."
         return (
-            f"No condition can be called better or worse than {results.baseline}: "
-            f"{_count(most, 'seed')} {'is' if most == 1 else 'are'} too few for intervals, "
-            f"which start at {MINIMUM_SEEDS}."
+            f"No condition can be called better or worse than {baseline}: {_count(found.seeds, 'seed')} "
+            f"{'is' if found.seeds == 1 else 'are'} too few for intervals, which start at {MINIMUM_SEEDS}."
         )
-    found = {name: c for name, c in tested.items() if separated(c)}
-    parts = []
-    for side, names in (
-        ("Lower", [name for name, c in found.items() if c.mean < 0]),
-        ("Higher", [name for name, c in found.items() if c.mean > 0]),
-    ):
-        if names:
-            parts.append(f"{side} loss than {results.baseline}: {_join(names)}.")
-    unseparated = [name for name in tested if name not in found]
-    if unseparated and found:
-        parts.append(f"Not separated from it: {_join(unseparated)}.")
-    elif unseparated:
-        parts.append(f"No condition separates from {results.baseline}: every interval leaves room for no difference.")
-    untested = [name for name in comparisons if name not in tested]
-    if untested:
-        parts.append(f"Too few seeds to tell: {_join(untested)}.")
+    parts = [
+        f"{side} loss than {baseline}: {_join(names)}."
+        for side, names in (("Lower", found.lower), ("Higher", found.higher))
+        if names
+    ]
+    if found.not_separated and separated:
+        parts.append(f"Not separated from it: {_join(found.not_separated)}.")
+    elif found.not_separated:
+        parts.append(f"No condition separates from {baseline}: every interval leaves room for no difference.")
+    if found.without_interval:
+        parts.append(f"Too few seeds to tell: {_join(found.without_interval)}.")
     return " ".join(parts)
 
 
@@ -95,5 +88,5 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _join(names: list[str]) -> str:
+def _join(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -6,43 +6,21 @@ resolved is given from two seeds on, because that is what a small study honestly
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean, stdev
+from typing import Any, TypeVar
+
+import numpy as np
 
 from deepdelta.errors import UserError, without_extra
+from deepdelta.lab.analysis.comparison import MINIMUM_SEEDS, Comparison, Estimate, Interval
 
 MOST_SEEDS = 1_000_000
-MINIMUM_SEEDS = 5
 CONFIDENCE = 0.95
 POWER = 0.8
 
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Paired differences condition - baseline in nats per token; negative means that the condition has lower loss.
-
-    Fields:
-        sd: sample standard deviation of the differences (n - 1); None for one difference.
-        smallest_resolvable: true difference found with probability 0.8 by a two-sided t-test at 5 % (see
-            `smallest_resolvable`), with `sd` taken as the true spread; None for n < 2 or sd = 0.
-        t_interval: 95 %; None below MINIMUM_SEEDS or for sd = 0, as `p_value`: two-sided, paired t-test.
-        adjusted_p: `p_value` after Holm's correction over a study's comparisons; None for a comparison on its own.
-    """
-
-    n: int
-    mean: float
-    sd: float | None
-    smallest_resolvable: float | None
-    t_interval: Interval | None
-    p_value: float | None
-    adjusted_p: float | None = None
+K = TypeVar("K", bound=Hashable)
 
 
 def paired(differences: Sequence[float]) -> Comparison:
@@ -56,13 +34,12 @@ def paired(differences: Sequence[float]) -> Comparison:
     n = len(differences)
     if n == 0 or not all(map(math.isfinite, differences)):
         raise UserError(f"a comparison needs at least one finite difference and no other, got {list(differences)}")
-    mean = math.fsum(differences) / n
-    sd = math.sqrt(math.fsum((x - mean) ** 2 for x in differences) / (n - 1)) if n > 1 else None
-    if sd is not None and sd <= 1e-12 * max(map(abs, differences)):
+    sd = stdev(differences) if n > 1 else None
+    if sd is not None and sd <= max(1e-12 * max(map(abs, differences)), 1e-100):
         sd = 0.0
     comparison = Comparison(
         n=n,
-        mean=mean,
+        mean=fmean(differences),
         sd=sd,
         smallest_resolvable=smallest_resolvable(sd, n) if sd else None,
         t_interval=None,
@@ -70,14 +47,23 @@ def paired(differences: Sequence[float]) -> Comparison:
     )
     if not sd or n < MINIMUM_SEEDS:
         return comparison
-    scipy = load_scipy()
-    error = sd / math.sqrt(n)
-    reach = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
-    return replace(
-        comparison,
-        t_interval=Interval(low=mean - reach, high=mean + reach),
-        p_value=float(2 * scipy.stats.t.sf(abs(mean) / error, n - 1)),
-    )
+    test = load_scipy().stats.ttest_1samp(differences, 0.0)
+    low, high = map(float, test.confidence_interval(CONFIDENCE))
+    return replace(comparison, t_interval=Interval(low=low, high=high), p_value=float(test.pvalue))
+
+
+def estimate(by_seed: Sequence[float]) -> Estimate:
+    """Their mean with its t-interval, as `paired` gives it."""
+    found = paired(by_seed)
+    return Estimate(mean=found.mean, interval=found.t_interval)
+
+
+def family(differences: Mapping[K, Mapping[int, float]]) -> dict[K, Comparison]:
+    """The comparison of each set of differences by seed but empty ones, with Holm's correction over all of them."""
+    found = {key: paired(list(by_seed.values())) for key, by_seed in differences.items() if by_seed}
+    tested = {key: one.p_value for key, one in found.items() if one.p_value is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return {key: replace(one, adjusted_p=adjusted.get(key)) for key, one in found.items()}
 
 
 def smallest_resolvable(sd: float, n: int, power: float = POWER) -> float:
@@ -126,53 +112,10 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     """
     if not all(0 <= p <= 1 for p in p_values):
         raise UserError(f"p-values must lie in [0, 1], got {list(p_values)}")
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return tuple(adjusted)
-
-
-def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons, a family, with Holm's correction over those that have a p-value."""
-    adjusted = iter(holm([c.p_value for c in comparisons if c.p_value is not None]))
-    return [c if c.p_value is None else replace(c, adjusted_p=next(adjusted)) for c in comparisons]
-
-
-def verdict(comparison: Comparison) -> str:
-    """What the comparison with the baseline shows, in plain English and no more than that.
-
-    A difference is called lower or higher only if its 95 % t-interval excludes zero and Holm's correction, where one
-    was made, leaves it below 5 %.
-    """
-    c = comparison
-    if c.n == 1:
-        return f"no interval from 1 seed (difference {c.mean:+.4f} nats): one seed shows no spread, so nothing follows"
-    if c.sd == 0:
-        return f"all {c.n} paired differences equal {c.mean:+.4f} nats: the seeds did not vary, so nothing follows"
-    if c.t_interval is None:
-        return (
-            f"no interval from {c.n} seeds (mean difference {c.mean:+.4f} nats); "
-            f"this design could have resolved {c.smallest_resolvable:.4f} nats"
-        )
-    low, high = c.t_interval.low, c.t_interval.high
-    if low <= 0 <= high:
-        return f"not separated; differences beyond [{low:+.4f}, {high:+.4f}] nats are excluded (95 %)"
-    side = "lower" if c.mean < 0 else "higher"
-    near, far = sorted((abs(low), abs(high)))
-    claim = f"{side} by {abs(c.mean):.4f} nats (95 % interval {near:.4f} to {far:.4f})"
-    if c.adjusted_p is not None and c.adjusted_p >= 1 - CONFIDENCE:
-        return f"{claim} taken alone, but not separated after Holm's correction (p = {c.adjusted_p:.2g})"
-    return claim
-
-
-def separated(comparison: Comparison) -> bool:
-    """Whether `verdict` calls the condition lower or higher than the baseline."""
-    c = comparison
-    if c.t_interval is None or c.t_interval.low <= 0 <= c.t_interval.high:
-        return False
-    return c.adjusted_p is None or c.adjusted_p < 1 - CONFIDENCE
+    p, order = np.array(p_values), np.argsort(p_values, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(np.arange(len(p), 0, -1) * p[order]))
+    return tuple(adjusted.tolist())
 
 
 def load_scipy() -> Any:

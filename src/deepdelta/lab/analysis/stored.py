@@ -1,0 +1,46 @@
+"""Files of results: what each says of itself, and the one reader of all kinds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from deepdelta.config import from_plain
+from deepdelta.errors import UserError
+from deepdelta.files import AnyPath, read_object
+from deepdelta.provenance import Provenance
+
+FORMAT = 2
+"""Of results.json, scaling.json, search.json and audit.json; 1 had no analysis in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored(Provenance):
+    """What every file of results holds: the provenance of its numbers and the format it is written in."""
+
+    format: int = FORMAT
+
+
+S = TypeVar("S", bound=Stored)
+
+
+def load_stored(cls: type[S], path: AnyPath, command: str) -> S:
+    """The results in a file that `command` wrote.
+
+    Raises:
+        UserError: no such file, one of another format, or one that does not hold such results.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} must hold results that {command} wrote, but there is no such file.")
+    plain = read_object(path, f"run {command} again")
+    if (there := plain.get("format", 1)) != FORMAT:
+        raise UserError(f"{path} has format {there}, and this version reads {FORMAT}: {_writer(plain)}.")
+    return from_plain(cls, plain, where=str(path))
+
+
+def _writer(plain: dict[str, object]) -> str:
+    """The version that wrote the results, and so reads them."""
+    versions, commit = plain.get("versions"), plain.get("commit")
+    if not isinstance(versions, dict) or "deepdelta" not in versions:
+        return "it does not say which version wrote it"
+    return f"read it with deepdelta {versions['deepdelta']}" + (f" at commit {commit}" if commit else "")

@@ -1,0 +1,333 @@
+"""The tables of studies: a row per condition; comparisons, effects and tuned rates; searches and sizes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from rich.table import Table
+
+from deepdelta.lab.analysis.comparison import MINIMUM_SEEDS, Estimate
+from deepdelta.lab.analysis.results import BudgetName, ConditionResult, Contrast, Effect, StudyResults, Tuned
+from deepdelta.lab.analysis.scaling import Scaling, ScalingResult
+from deepdelta.lab.experiments.search import Ranked, RungResult, SearchResults
+from deepdelta.lab.views.tables import (
+    ABSENT,
+    Column,
+    Says,
+    TextTable,
+    comparison_columns,
+    markdown_page,
+    render,
+    si,
+    table_of,
+)
+
+
+def main_table(results: StudyResults) -> TextTable:
+    """All that the table says. Columns of intervals exist only if some comparison has enough seeds for them."""
+    comparisons = {one.condition: one.comparison for one in results.against_baseline()}
+    intervals = any(one.t_interval is not None for one in comparisons.values())
+    costs = any(one.cost for one in results.conditions)
+    flops = results.condition(results.baseline).flops_per_token
+    change, interval, (p, p_text), _ = comparison_columns(lambda one: comparisons.get(one.name))
+
+    def change_text(one: ConditionResult) -> str:
+        found = comparisons.get(one.name)
+        few = found is not None and found.n != len(results.seeds)
+        return change[1](one) + (f"\n({found.n} of {len(results.seeds)})" if found and few else "")
+
+    def by_seed(one: ConditionResult) -> str:
+        losses, ended = one.losses(), {run.seed for run in one.runs}
+        texts = {seed: f"{loss:.4f}" for seed, loss in losses.items()}
+        return "\n".join(texts.get(seed, "diverged" if seed in ended else ABSENT) for seed in results.seeds)
+
+    def resolves(one: ConditionResult) -> str:
+        found = comparisons.get(one.name)
+        return f"{found.smallest_resolvable:.4f}" if found and found.smallest_resolvable else ABSENT
+
+    columns: list[Says[ConditionResult]] = [
+        (
+            Column(title="condition", help="What was trained; see the list of conditions."),
+            lambda one: one.name + ("\n(baseline)" if one.name == results.baseline else ""),
+        ),
+        (
+            Column(title="loss", help="Mean validation loss over finished seeds, nats per token. Lower is better."),
+            lambda one: f"{sum(one.losses().values()) / len(one.losses()):.4f}" if one.losses() else ABSENT,
+        ),
+        (
+            Column(title="by seed", help=f"Validation loss of seed {', '.join(map(str, results.seeds))}.", spare=9),
+            by_seed,
+        ),
+        (
+            Column(title="change", help=f"Mean over seeds of condition minus {results.baseline}, same seed and data."),
+            change_text,
+        ),
+        (
+            Column(
+                title="resolves",
+                help="Smallest true difference that this many seeds with this spread find in 4 of 5 studies (5 % level)"
+                ". The spread is itself estimated from these seeds.",
+                spare=4,
+            ),
+            resolves,
+        ),
+        *([interval, (replace(p, spare=0), p_text)] if intervals else []),
+    ]
+    if any(one.tuned for one in results.conditions):
+        column = Column(title="lr", help="The learning rate, tuned per condition; 'edge': of the grid.", spare=1)
+        columns.append((column, lambda one: ABSENT if one.tuned is None else rate_text(one.tuned, "\n")))
+    columns += [
+        (Column(title="params", help="Trained parameters.", spare=6), lambda one: si(one.parameters)),
+        (
+            Column(
+                title="FLOPs",
+                help="Per token of training, forward and backward; and relative to the baseline.",
+                spare=5,
+            ),
+            lambda one: f"{si(one.flops_per_token)}\n({one.flops_per_token / flops:.2f}x)",
+        ),
+    ]
+    if costs:
+        columns += [
+            (
+                Column(
+                    title="speed",
+                    help="Tokens/s relative to the baseline: median and extremes of interleaved rounds.",
+                    spare=2,
+                ),
+                lambda one: (
+                    f"{one.cost.speed_ratio:.2f}x\n{one.cost.speed_ratio_low:.2f}-{one.cost.speed_ratio_high:.2f}"
+                    if one.cost
+                    else ABSENT
+                ),
+            ),
+            (
+                Column(
+                    title="memory",
+                    help="Peak of allocated tensors in a training step relative to the baseline.",
+                    spare=3,
+                ),
+                lambda one: f"{one.cost.peak_ratio:.2f}x" if one.cost else ABSENT,
+            ),
+        ]
+    return table_of(results.conditions, columns, notes=_notes(results, intervals, costs))
+
+
+def render_study(results: StudyResults, width: int | None = None) -> Table:
+    """The main table for a terminal of so many columns; None: this one."""
+    bold = [number for number, condition in enumerate(results.conditions) if condition.name == results.baseline]
+    return render(replace(main_table(results), title=results.name), bold, width)
+
+
+def detail_tables(results: StudyResults) -> tuple[TextTable, ...]:
+    """Those of the tables beside the main one that this study has something to put in."""
+    tuned = {one.name: one.tuned for one in results.conditions if one.tuned is not None}
+    tables = (_contrasts(results), _effects(results), tuning_table(tuned, _notes_of_design(results)))
+    return tuple(table for table in tables if table is not None and table.rows)
+
+
+def study_markdown(results: StudyResults) -> str:
+    """All tables of a study as a page, with what their figures depend on."""
+    validated = f"validated on {results.validation.tokens:,} tokens, {results.validation.contexts}"
+    text = f"{results.corpus.description} (SHA-256 {results.corpus.sha256[:12]}); {validated}"
+    facts = (results.facts(results.finished), f"Seeds {', '.join(map(str, results.seeds))}. {text}.")
+    return markdown_page(
+        f"{results.name}: {results.description}", facts, (main_table(results), *detail_tables(results))
+    )
+
+
+def search_markdown(found: SearchResults) -> str:
+    """The rungs of a search as a page, and the learning rates that its candidates were given."""
+    seeds = "; ".join(f"{rung.steps} steps on seeds {', '.join(map(str, rung.seeds))}" for rung in found.rungs)
+    text = f"Rungs: {seeds}. {found.corpus.description} (SHA-256 {found.corpus.sha256[:12]})."
+    tables = (search_table(found), tuning_table(found.tuned))
+    facts = (found.facts(found.finished), text)
+    return markdown_page(f"Search {found.name}", facts, [table for table in tables if table is not None])
+
+
+def scaling_markdown(found: Scaling, studies: Mapping[str, StudyResults]) -> str:
+    """The laws as a page, then the tables of the study at every size."""
+    pages = [
+        study_markdown(results).replace("\n### ", "\n#### ").replace("# ", "## ", 1) for results in studies.values()
+    ]
+    laws = markdown_page(f"Sizes {found.name}", (found.facts(found.finished),), (scaling_table(found),))
+    return "\n".join([laws, *pages])
+
+
+def tuning_table(tuned: Mapping[str, Tuned], notes_of_study: Sequence[str] = ()) -> TextTable | None:
+    """The learning rate of every condition and what it was chosen from; None where nothing was tuned."""
+    if not tuned:
+        return None
+    first = next(iter(tuned.values()))
+    notes = [
+        f"Losses on the last tenth of the training part, seeds {', '.join(map(str, first.seeds))}, which no "
+        "result rests on."
+    ]
+    if any(tune.edge for tune in tuned.values()):
+        notes.append("A rate at the edge of its grid is marked: a better one may lie beyond.")
+    columns = (
+        Column(title="condition", help="What was tuned."),
+        Column(title="chosen", help="The learning rate of its reported runs."),
+        *(Column(title=f"lr {rate:g}", help=f"Mean loss at the rate {rate:g}.") for rate in first.grid),
+    )
+    rows = tuple(
+        (name, rate_text(tune), *("diverged" if x is None else f"{x:.4f}" for x in tune.losses))
+        for name, tune in tuned.items()
+    )
+    return TextTable(title="Choice of the learning rate", columns=columns, rows=rows, notes=(*notes, *notes_of_study))
+
+
+def scaling_table(found: Scaling) -> TextTable:
+    """The laws of a study over sizes, and the loss and the gap that they foretell."""
+
+    def points(one: ScalingResult) -> str:
+        return "\n".join(f"{loss:.4f} ({flops:.3g})" for loss, flops in zip(one.losses, one.flops, strict=True))
+
+    def law(one: ScalingResult) -> str:
+        floor = f"{one.law.floor:.4f} + " if one.law.floor else ""
+        return f"{floor}{one.law.scale:.4f} (C / {one.law.unit:.3g})^-{one.law.exponent:.4f}"
+
+    columns: list[Says[ScalingResult]] = [
+        (Column(title="condition", help="What was trained at every size."), lambda one: one.condition),
+        (Column(title="loss by size", help="Mean over seeds in nats per token, and FLOPs of a run."), points),
+        (Column(title="law", help="Loss as a function of training FLOPs C."), law),
+        (
+            Column(title="exponent", help="Mean over laws of single seeds, with its 95 % t-interval."),
+            lambda one: _estimate(one.exponent),
+        ),
+        (
+            Column(title=f"loss at\n{found.target:.3g} FLOPs", help="Foretold by them, with its 95 % t-interval."),
+            lambda one: _estimate(one.at),
+        ),
+        (
+            Column(
+                title="gap", help="To the baseline at that compute, with its 95 % t-interval; negative: lower loss."
+            ),
+            lambda one: _estimate(one.gap, "+"),
+        ),
+        (
+            Column(title="gap by the two\nlargest sizes", help="The same where laws go through these alone."),
+            lambda one: _estimate(one.gap_of_largest, "+"),
+        ),
+    ]
+    note = (
+        f"Fitted over the sizes {', '.join(found.sizes)}. Intervals hold the noise of seeds alone, not the doubt "
+        "whether the law goes on beyond the largest size."
+    )
+    return table_of(found.fits, columns, title=f"{found.name}: loss against compute", notes=(note,))
+
+
+def search_table(found: SearchResults) -> TextTable:
+    """Every rung of a search, best candidate first."""
+    columns: list[Says[tuple[int, RungResult, Ranked]]] = [
+        (
+            Column(title="candidate", help="Marked where it went on to the next rung, or won the last."),
+            lambda row: f"{row[2].condition} (kept)" if row[2].kept else row[2].condition,
+        ),
+        (Column(title="rung", help="And its number of steps."), lambda row: f"{row[0]}\n({row[1].steps:,})"),
+        (
+            Column(title="loss", help="Mean over the rung's seeds on the last tenth of the training part."),
+            lambda row: "diverged" if row[2].mean is None else f"{row[2].mean:.4f}",
+        ),
+        *comparison_columns(lambda row: row[2].change)[:3],
+    ]
+    rows = [(number, rung, one) for number, rung in enumerate(found.rungs, 1) for one in rung.ranking]
+    note = (
+        "The best of many candidates looks better than it is: only fresh seeds and held-out text confirm it. "
+        f"Intervals are given from {MINIMUM_SEEDS} seeds on."
+    )
+    return table_of(rows, columns, title=f"{found.name}: successive halving", notes=(note,))
+
+
+def rate_text(tuned: Tuned, between: str = " ") -> str:
+    return f"{tuned.lr:g}{between}(edge)" if tuned.edge else f"{tuned.lr:g}"
+
+
+def _contrasts(results: StudyResults) -> TextTable | None:
+    if len(results.budgets) == 1 and not any(condition.control for condition in results.conditions):
+        return None
+    columns: list[Says[Contrast]] = [
+        (Column(title="condition", help="What was trained."), lambda one: one.condition),
+        (
+            Column(
+                title="compared with",
+                help="The baseline, or the control that differs from the condition in one part.",
+            ),
+            lambda one: one.reference,
+        ),
+        (
+            Column(title="at equal", help="What both spend: training tokens, floating-point operations or seconds."),
+            lambda one: str(one.budget),
+        ),
+        (
+            Column(title="steps", help="Of the condition; and of what it is compared with.", spare=8),
+            lambda one: f"{_steps(results, one.condition, one.budget)}\n({_steps(results, one.reference, one.budget)})",
+        ),
+        *comparison_columns(lambda one: one.comparison),
+    ]
+    note = "Equal time goes by the speed of single steps, measured in turns before the study."
+    notes = (*((note,) if "time" in results.budgets else ()), *_notes_of_design(results))
+    return table_of(results.contrasts, columns, title="Comparisons with the baseline and with controls", notes=notes)
+
+
+def _effects(results: StudyResults) -> TextTable | None:
+    if not results.factorials:
+        return None
+    columns: list[Says[Effect]] = [
+        (
+            Column(title="effect", help="A change of level, or how one change depends on another (their interaction)."),
+            lambda one: one.name,
+        ),
+        (Column(title="factorial", help="The set of conditions that it is computed on."), lambda one: one.factorial),
+        (Column(title="at equal", help="What all conditions spend."), lambda one: one.budget),
+        *comparison_columns(lambda one: one.comparison),
+    ]
+    notes = (
+        "A main effect is a difference of mean losses over the levels of the other factors; an interaction is the "
+        "difference of two such differences.",
+        *_notes_of_design(results),
+    )
+    return table_of(results.effects, columns, title="Effects of factors", notes=notes)
+
+
+def _estimate(one: Estimate | None, sign: str = "") -> str:
+    if one is None:
+        return ABSENT
+    reach = one.interval
+    return f"{one.mean:{sign}.4f}" + (f"\n({reach.low:{sign}.4f} to {reach.high:{sign}.4f})" if reach else "")
+
+
+def _steps(results: StudyResults, condition: str, budget: BudgetName | None) -> str:
+    assert budget is not None
+    steps = {run.steps or results.budget.steps for run in results.condition(condition).at(budget)}
+    return ", ".join(f"{number:,}" for number in sorted(steps))
+
+
+def _notes(results: StudyResults, intervals: bool, costs: bool) -> tuple[str, ...]:
+    notes = [
+        "Losses in nats per token on held-out text; a negative change means a lower loss than the baseline's.",
+    ]
+    if not intervals:
+        notes.append(f"No intervals: they are given from {MINIMUM_SEEDS} paired seeds on.")
+    if not costs:
+        notes.append("Speed and memory were not measured.")
+    if any(run.validation_loss is None for condition in results.conditions for run in condition.runs):
+        notes.append("A diverged run is in no mean and no change.")
+    if results.budgets != ("tokens",):
+        notes.append(f"All conditions at equal {results.budgets[0]}.")
+    if (steps := results.budget.start_steps) is not None:
+        notes.append(f"All runs of a seed go on from the weights of one run of {steps:,} steps, not counted.")
+    return (*notes, *_notes_of_design(results))
+
+
+def _notes_of_design(results: StudyResults) -> tuple[str, ...]:
+    """What every table of the study says about its number of seeds."""
+    power, needed = results.power, results.seeds_needed
+    if power is None or needed is None:
+        return ("Exploratory.",) if results.exploratory else ()
+    plan = (
+        f"A difference of {power.difference:g} nats with a pilot's paired spread of {power.pilot_sd:g} takes "
+        f"{needed} seeds"
+    )
+    if results.exploratory and len(results.seeds) < needed:
+        return (f"Exploratory: {plan[0].lower()}{plan[1:]}, this study has {len(results.seeds)}.",)
+    return (f"{'Exploratory. ' if results.exploratory else ''}{plan} (power 0.8, 5 % level).",)
