@@ -71,7 +71,7 @@ def _fields_of(cls: Any) -> dict[str, Any]:
     return {name: hint for name, hint in get_type_hints(cls, include_extras=True).items() if name in own}
 
 
-def _checker_of(cls: Any) -> TypeAdapter[Any]:
+def _checker_of(cls: Any) -> Any:
     """What checks the fields of an object that exists."""
     kind = TypedDict(cls.__name__, _hints(cls))
     setattr(kind, "__pydantic_config__", cls.__pydantic_config__)  # noqa: B010  # a plain assignment is no valid type
