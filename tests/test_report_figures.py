@@ -12,8 +12,8 @@ from deepdelta.lab.analysis.results import RewriteSummary
 from deepdelta.lab.measure.rewrites import GATE_BINS
 from deepdelta.lab.views import figures as pictures
 from deepdelta.lab.views.page import render_page
-from deepdelta.lab.views.plot import plot
-from report_samples import Page, anew, many_seeds, run, study
+from deepdelta.lab.views.plot import plot, study_figure
+from report_samples import HOSTILE, Page, anew, many_seeds, run, study
 
 
 def test_pictures_are_valid_and_each_has_its_place() -> None:
@@ -41,30 +41,34 @@ def test_differences_show_every_seed_the_mean_and_the_interval() -> None:
 
 def test_the_plot_shows_every_seed_the_mean_the_interval_and_every_condition() -> None:
     results = many_seeds()
-    comparisons = {one.condition: one.comparison for one in results.against_baseline()}
-    tree = ElementTree.fromstring(plot(results))  # no markup of a name ends an element
-    name = "{http://www.w3.org/2000/svg}"
-    texts = [element.text for element in tree.iter(f"{name}text")]
-    for condition in results.conditions:
-        assert texts.count(condition.name) == (2 if condition.name == results.baseline else 3)
-    rows = [group for group in tree.iter(f"{name}g") if group.find(f"{name}circle") is not None]
-    (zero,) = [
-        float(path.attrib["d"][1:].split()[0]) for path in tree.iter(f"{name}path") if path.get("class") == "zero"
-    ]
-    for row, (condition, comparison) in zip(rows, comparisons.items(), strict=True):
-        losses, base = results.condition(condition).losses(), results.conditions[0].losses()
-        dots = [float(circle.attrib["cx"]) - zero for circle in row.iter(f"{name}circle")]
-        changes = [losses[seed] - base[seed] for seed in losses]
-        scale = dots[0] / changes[0]
-        assert dots == pytest.approx([scale * change for change in changes], abs=0.2)
-        assert comparison.t_interval is not None
-        bar, mean = [path.attrib["d"] for path in row.iter(f"{name}path")]
-        ends = [float(number) - zero for number in (bar[1:].split()[0], bar.partition("H")[2])]
-        assert ends == pytest.approx([scale * comparison.t_interval.low, scale * comparison.t_interval.high], abs=0.2)
-        assert float(mean[1:].split()[0]) - zero == pytest.approx(scale * comparison.mean, abs=0.2)
-    curves = list(tree.iter(f"{name}polyline"))
-    assert [curve.find(f"{name}title").text for curve in curves] == 2 * [one.name for one in results.conditions]
-    assert not any(element.tag.endswith(("script", "image")) for element in tree.iter())
+    names = [one.name for one in results.conditions]
+    figure = study_figure(results)
+    changes, flops, seconds = (axes for axes in figure.axes if axes.get_legend_handles_labels()[0] or axes.lines)
+    lines = iter([(list(line.get_xdata()), set(line.get_ydata())) for line in changes.lines])
+    for row, one in enumerate(results.against_baseline()):
+        losses, base = results.condition(one.condition).losses(), results.conditions[0].losses()
+        interval = one.comparison.t_interval
+        assert interval is not None
+        assert next(lines) == ([interval.low, interval.high], {row})
+        assert next(lines) == (pytest.approx([losses[seed] - base[seed] for seed in losses]), {row})
+        assert next(lines) == ([one.comparison.mean], {row})
+    assert [line.get_text() for line in changes.get_yticklabels()] == names[1:]
+    for axes, place in ((flops, 40 * 2048 * 4.9e6), (seconds, 4.0)):
+        assert [line.get_label() for line in axes.lines] == names
+        assert axes.lines[0].get_xdata()[-1] == pytest.approx(place)
+        assert axes.lines[0].get_ydata()[-1] == pytest.approx(
+            sum(run.validation_loss + 0.2 for run in results.conditions[0].runs) / 6
+        )
+
+
+def test_the_plot_as_text_loads_nothing_and_is_the_same_twice() -> None:
+    text = plot(many_seeds())
+    assert text == plot(many_seeds())
+    tree = ElementTree.fromstring(text)  # no markup of a name ends an element
+    texts = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count(HOSTILE) == 2 and texts.count("additive") == 1  # a row and the legend; the legend
+    assert not any(element.tag.endswith(("script", "image", "metadata")) for element in tree.iter())
+    assert not re.findall(r"https?://(?!www\.w3\.org/)", text)
 
 
 def test_loss_curves_lie_on_steps_flops_and_seconds() -> None:

@@ -164,7 +164,7 @@ def _prepare(config: StudyConfig, out: Path, workers: int | None) -> Prepared:
     """Refuse what can be refused before there are files, then measure costs."""
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}.")
-    require("studies", "study", "scipy", "jinja2", "plotly")
+    require("studies", "study", "scipy", "jinja2", "plotly", "matplotlib")
     console = Console()
     settings = config.train_config(config.baseline, config.seeds[0])
     corpus = load_corpus(replace(settings.data, held_out="validation"), progress=show)

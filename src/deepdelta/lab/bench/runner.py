@@ -55,7 +55,7 @@ def run_suite(
     rounds, threads = rounds or suite.rounds, threads or usable_cores()
     chosen = choose_device(suite.device, suite.precision)
     console, began, out = Console(), now(), Path(out)
-    require("plots of benchmarks", "bench", "jinja2")
+    require("benchmarks", "bench", "scipy", "jinja2", "matplotlib")
     skipped = {group.name: _skipped(group, suite) for group in suite.groups}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)

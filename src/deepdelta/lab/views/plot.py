@@ -1,137 +1,84 @@
 """The picture of a study as one SVG: changes with their intervals, and loss against FLOPs and time."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
-from deepdelta.lab.analysis.comparison import Interval
+from deepdelta.errors import printable
 from deepdelta.lab.analysis.results import ConditionResult, StudyResults
-from deepdelta.lab.views.figures import Axis, Look, axes, looks
-from deepdelta.lab.views.page import template
+from deepdelta.lab.views.figures import Axis, axes, looks
+from deepdelta.lab.views.svg import FAINT, LINE, drawn, label, legend, legend_columns, named_rows, svg
 from deepdelta.lab.views.tables import si
 
-WIDTH, LABEL, PLOT = 900.0, 230.0, 560.0
-"""Of the picture, of the names at the left, and of what is drawn, in pixels."""
-ROW, HEAD, HEIGHT, KEY, GAP = 26.0, 44.0, 250.0, 18.0, 20.0
-"""Height of a condition's row, of a title with its axis, of a panel of curves, of a name, and of what is between."""
+ROW, CURVES = 0.24, 2.8
+"""Height of a condition's row and of the curves, in inches."""
 SHOWN = 0.15
 """Share of a run after which curves are drawn: the start would flatten the rest."""
 
-Scale = Callable[[float], float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A condition's change from the baseline, in pixels from the left: a dot per seed, the mean, its interval."""
-
-    name: str
-    text: str
-    look: Look
-    y: float
-    dots: tuple[float, ...]
-    mean: float
-    interval: tuple[float, float] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    name: str
-    look: Look
-    points: tuple[tuple[float, float], ...]
-
-    @property
-    def path(self) -> str:
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """Ticks are places with what stands there."""
-
-    title: str
-    y: float
-    bottom: float
-    ticks_x: tuple[tuple[float, str], ...]
-    ticks_y: tuple[tuple[float, str], ...] = ()
-    rows: tuple[Row, ...] = ()
-    zero: float | None = None
-    curves: tuple[Curve, ...] = ()
-
 
 def plot(results: StudyResults) -> str:
-    """The picture; it carries its own style and loads nothing.
+    """The picture as text.
 
     Raises:
         UserError: the extra `study` is not installed.
     """
-    panels: list[Panel] = []
-    y = 70.0
-    if (changes := _changes(results, y)) is not None:
-        panels.append(changes)
-        y = changes.bottom + HEAD + GAP
-    for axis in axes(results):
-        if axis.key != "steps" and (curves := _curves(results, axis, y)) is not None:
-            panels.append(curves)
-            y = curves.bottom + HEAD + GAP
-    sizes = {"width": WIDTH, "label": LABEL, "plot": PLOT, "height": y - GAP, "key": KEY}
-    return template("plot.svg")(results=results, panels=panels, **sizes)
+    return svg(study_figure(results))
 
 
-def _changes(results: StudyResults, y: float) -> Panel | None:
-    comparisons = {one.condition: one.comparison for one in results.against_baseline()}
-    if not comparisons:
-        return None
-    baseline = results.condition(results.baseline).losses()
-    seeds = {
-        name: [loss - baseline[seed] for seed, loss in results.condition(name).losses().items() if seed in baseline]
-        for name in comparisons
-    }
-    ends = [0.0, *(change for own in seeds.values() for change in own)]
-    ends += [end for one in comparisons.values() if one.t_interval for end in _ends(one.t_interval)]
-    x = _scale(min(ends), max(ends), LABEL, LABEL + PLOT)
-    rows = tuple(
-        Row(
-            name=name,
-            text=f"{one.mean:+.3f}"
-            + (f" ({one.t_interval.low:+.3f} to {one.t_interval.high:+.3f})" if one.t_interval else ""),
-            look=looks(results)[name],
-            y=y + HEAD / 2 + ROW * (number + 0.5),
-            dots=tuple(map(x, seeds[name])),
-            mean=x(one.mean),
-            interval=None if one.t_interval is None else (x(one.t_interval.low), x(one.t_interval.high)),
-        )
-        for number, (name, one) in enumerate(comparisons.items())
-    )
-    return Panel(
-        title=f"Validation loss minus that of {results.baseline}, nats per token, at equal {results.budgets[0]}",
-        y=y,
-        bottom=y + HEAD / 2 + ROW * len(rows),
-        ticks_x=tuple((x(value), f"{value:+g}" if value else "0") for value in _ticks(min(ends), max(ends))),
-        rows=rows,
-        zero=x(0.0),
+def study_figure(results: StudyResults) -> Any:
+    """The picture as a figure of matplotlib."""
+    shown = [axis for axis in axes(results) if axis.key != "steps" and _mean_curves(results, axis)]
+    names = [one.name for one in results.conditions]
+    heights = [ROW * len(results.against_baseline()) + 0.6] if results.contrasts else []
+    if shown:
+        heights.append(CURVES + LINE * -(-len(names) // legend_columns(names)))
+
+    def draw(*parts: Any) -> None:
+        if results.contrasts:
+            _changes(parts[0].subplots(), results)
+        if shown:
+            here = parts[-1].subplots(1, len(shown), sharey=True, squeeze=False)[0]
+            for axis, own in zip(shown, here, strict=True):
+                _curves(own, results, axis)
+            here[0].set_title("Training loss, nats per token, mean over seeds")
+            legend(parts[-1], here[0])
+
+    seeds = ", ".join(map(str, results.seeds))
+    subtitle = f"{results.name}: seeds {seeds}; ring: a seed, diamond: the mean, bar: its 95 % t-interval"
+    return drawn(results.description, subtitle, heights, draw)
+
+
+def _changes(here: Any, results: StudyResults) -> None:
+    texts = []
+    for row, one in enumerate(results.against_baseline()):
+        colour, found = looks(results)[one.condition].colour, one.comparison
+        interval = found.t_interval
+        texts.append(f"{found.mean:+.3f}" + (f" ({interval.low:+.3f} to {interval.high:+.3f})" if interval else ""))
+        if interval:
+            here.plot((interval.low, interval.high), (row, row), color=colour, linewidth=4, alpha=0.5)
+        here.plot(list(one.differences.values()), [row] * found.n, "o", color=colour, markerfacecolor="none", ms=5)
+        here.plot([found.mean], [row], "D", color=colour, ms=6)
+    here.axvline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
+    named_rows(here, [one.condition for one in results.against_baseline()], texts)
+    here.set_title(
+        printable(f"Validation loss minus that of {results.baseline}, nats per token, at equal {results.budgets[0]}")
     )
 
 
-def _curves(results: StudyResults, axis: Axis, y: float) -> Panel | None:
+def _curves(here: Any, results: StudyResults, axis: Axis) -> None:
     """Training loss, the mean over seeds where all finished ones have a point."""
-    means = {one.name: points for one in results.conditions if (points := _mean_curve(one, axis, results.budget.steps))}
-    if not means:
-        return None
-    losses = [loss for points in means.values() for _, loss in points]
-    far = max(place for points in means.values() for place, _ in points)
-    bottom = y + max(HEIGHT, HEAD / 2 + KEY * len(means))
-    x, down = _scale(0.0, far, LABEL, LABEL + PLOT), _scale(min(losses), max(losses), bottom, y + HEAD / 2)
-    return Panel(
-        title=f"Training loss against {axis.title}, mean over seeds",
-        y=y,
-        bottom=bottom,
-        ticks_x=tuple((x(value), si(value) if value else "0") for value in _ticks(0.0, far)),
-        ticks_y=tuple((down(value), f"{value:g}") for value in _ticks(min(losses), max(losses))),
-        curves=tuple(
-            Curve(name=name, look=looks(results)[name], points=tuple((x(place), down(loss)) for place, loss in points))
-            for name, points in means.items()
-        ),
-    )
+    for name, points in _mean_curves(results, axis).items():
+        look = looks(results)[name]
+        dash = "solid" if look.dash == "solid" else (0, [float(x) for x in look.dash.replace("px", "").split(",")])
+        here.plot(*zip(*points, strict=True), color=look.colour, linestyle=dash, linewidth=1.6, label=label(name))
+    here.set_xlim(left=0)
+    here.xaxis.set_major_formatter(lambda value, _: si(value) if value else "0")
+    here.set_xlabel(axis.title)
+    here.tick_params(length=0, labelcolor=FAINT)
+
+
+def _mean_curves(results: StudyResults, axis: Axis) -> dict[str, list[tuple[float, float]]]:
+    found = {one.name: _mean_curve(one, axis, results.budget.steps) for one in results.conditions}
+    return {name: points for name, points in found.items() if points}
 
 
 def _mean_curve(condition: ConditionResult, axis: Axis, steps: int) -> list[tuple[float, float]]:
@@ -142,27 +89,6 @@ def _mean_curve(condition: ConditionResult, axis: Axis, steps: int) -> list[tupl
     ]
     shared = [step for step in runs[0] if step >= SHOWN * steps and all(step in run for run in runs)] if runs else []
     return [
-        (
-            math.fsum(axis.position(condition, run[step]) for run in runs) / len(runs),
-            math.fsum(run[step].train_loss or 0.0 for run in runs) / len(runs),
-        )
+        (fmean(axis.position(condition, run[step]) for run in runs), fmean(run[step].train_loss or 0.0 for run in runs))
         for step in shared
     ]
-
-
-def _ends(interval: Interval) -> tuple[float, float]:
-    return interval.low, interval.high
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Scale:
-    """From [low, high] to pixels, a little room at both ends."""
-    margin = 0.03 * (end - start)
-    return lambda value: start + margin + (end - start - 2 * margin) * (value - low) / ((high - low) or 1.0)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers in [low, high], about five."""
-    rough = (high - low) / 5 or 1.0
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * power for size in (1, 2, 5, 10) if size * power >= rough)
-    return [round(number * step, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
