@@ -169,6 +169,11 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
+def plain(figure: Any) -> Any:
+    """A figure of plotly as plain data."""
+    return json.loads(figure.to_json())
+
+
 def flat(rows: tuple[tuple[str, ...], ...]) -> list[list[str]]:
     return [[" ".join(cell.split()) for cell in row] for row in rows]
 

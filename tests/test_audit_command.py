@@ -66,7 +66,8 @@ def test_a_trained_run(capsys: pytest.CaptureFixture[str], run: Path, source: Pa
     main(["audit", str(run), "--tokens", "70", "--batch-size", "3", *FAST])
     said = capsys.readouterr()
     results = audited(run / "audit")
-    assert sorted(path.name for path in (run / "audit").iterdir()) == ["audit.html", "audit.json", "table.md"]
+    written = ["audit.html", "audit.json", "plotly.min.js", "table.md"]
+    assert sorted(path.name for path in (run / "audit").iterdir()) == written
     # Four windows of 16 tokens, evenly spread over the validation split.
     directory = RunDirectory(run)
     corpus = load_corpus(directory.config().data)
@@ -104,7 +105,8 @@ def test_the_page(run: Path, tmp_path: Path) -> None:
     assert all(markdown_text(sentence) in written for sentence in audit_summary(results))
     assert markdown_text(results.facts(results.finished)) in written and "<b>bold" not in written
     page = Page(text)
-    assert page.loads == [] and page.policy.startswith("default-src 'none'") and "connect-src" not in page.policy
+    assert page.loads == ["script src=plotly.min.js"]
+    assert page.policy.startswith("default-src 'none'") and "connect-src" not in page.policy
     assert HOSTILE in page.visible and "<b>bold" not in text.replace("&lt;b&gt;", "")
     assert len(set(page.ids)) == len(page.ids)
     assert set(page.data) == {"gates", "regimes", "discrepancies", "cosines", "shares", "eigenvalues", "smallest"} | {

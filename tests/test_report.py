@@ -21,7 +21,7 @@ from deepdelta.lab.views import render_study, summarise, write_report
 from deepdelta.lab.views.page import render_page
 from deepdelta.lab.views.study import main_table
 from deepdelta.lab.views.tables import markdown_table, si
-from report_samples import HOSTILE, Page, anew, bare, flat, many_seeds, markdown_rows, run, study
+from report_samples import HOSTILE, Page, anew, bare, flat, many_seeds, markdown_rows, plain, run, study
 from tiny_runs import without_curves
 
 
@@ -82,8 +82,7 @@ def test_diverged_runs_are_shown_and_left_out_of_means() -> None:
     text = Page(render_page(results)).visible
     assert "1 run diverged" in text
     # The diverged seed keeps its thin line but is in no mean.
-    figure = pictures.loss_curves(results, pictures.axes(results)[0])
-    assert figure is not None
+    figure = plain(pictures.loss_curves(results, pictures.axes(results)[0]))
     lines = [trace for trace in figure["data"] if trace["meta"] == 1]
     assert len(lines) == 4
     assert lines[-1]["y"][-1] == pytest.approx((1.717 + 1.690) / 2 + 50 / 50 - 0.5)
@@ -127,12 +126,14 @@ def test_page_of_a_study_without_results_says_so() -> None:
     assert page.data == {}
 
 
-def test_page_loads_nothing_and_runs_no_markup_of_a_name() -> None:
-    text = render_page(study())
+@pytest.mark.parametrize("self_contained", [False, True])
+def test_page_loads_its_script_alone_and_runs_no_markup_of_a_name(self_contained: bool) -> None:
+    text = render_page(study(), self_contained=self_contained)
     page = Page(text)
-    assert page.loads == []
+    assert page.loads == ([] if self_contained else ["script src=plotly.min.js"])
     assert page.policy.startswith("default-src 'none'")
     assert "connect-src" not in page.policy and "http" not in page.policy
+    assert ("file:" in page.policy) == (len(text) < 1e6) == (not self_contained)
     assert not re.search(r"@import|url\(", text[: text.index("</style>")])
     assert "alert(1)</script>" not in text
     assert HOSTILE in page.visible
@@ -212,10 +213,16 @@ def test_contradictory_results_are_refused() -> None:
 
 def test_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "report.html"
-    write_report(bare(), path)
+    write_report(bare(), path, self_contained=True)
+    assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
     write_report(study(), path)
     assert path.read_text(encoding="utf-8") == render_page(study())
-    assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
+    script = path.with_name("plotly.min.js")
+    assert sorted(path.parent.iterdir()) == [script, path]
+    assert script.read_text(encoding="utf-8") in render_page(study(), self_contained=True)
+    script.write_text("older", encoding="utf-8")
+    write_report(study(), path)
+    assert script.stat().st_size > 1e6
 
 
 @pytest.mark.parametrize(
@@ -241,8 +248,8 @@ def test_without_plotly_the_error_names_the_extra() -> None:
     code = (
         "import sys; sys.modules['plotly'] = None\n"
         "from deepdelta.errors import UserError\n"
-        "from deepdelta.lab.views.page import render_page\n"
-        "try: render_page(None)\n"
+        "from deepdelta.lab.views.drawing import figure\n"
+        "try: figure(1, 'x')\n"
         "except UserError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ from deepdelta.lab.measure.rewrites import GATE_BINS
 from deepdelta.lab.views import figures as pictures
 from deepdelta.lab.views.page import render_page
 from deepdelta.lab.views.plot import plot, study_figure
-from report_samples import HOSTILE, Page, anew, many_seeds, run, study
+from report_samples import HOSTILE, Page, anew, many_seeds, plain, run, study
 
 
 def test_pictures_are_valid_and_each_has_its_place() -> None:
@@ -27,8 +27,8 @@ def test_pictures_are_valid_and_each_has_its_place() -> None:
 def test_differences_show_every_seed_the_mean_and_the_interval() -> None:
     results = many_seeds()
     comparison = results.against_baseline()[0].comparison
-    figure = pictures.differences(results)
-    assert figure is not None and comparison.t_interval is not None
+    figure = plain(pictures.differences(results))
+    assert comparison.t_interval is not None
     dots, mean = figure["data"][:2]
     base, better = results.conditions[0].losses(), results.conditions[1].losses()
     assert dots["x"] == [better[seed] - base[seed] for seed in results.seeds]
@@ -81,8 +81,7 @@ def test_loss_curves_lie_on_steps_flops_and_seconds() -> None:
         "seconds": [1.0, 2.0, 3.0, 4.0, 5.0],  # seeds start 0, 1 and 2 seconds late: 1 on average
     }
     for axis in pictures.axes(results):
-        figure = pictures.loss_curves(results, axis)
-        assert figure is not None
+        figure = plain(pictures.loss_curves(results, axis))
         mean = figure["data"][-1]
         assert mean["x"] == pytest.approx(expected[axis.key])
         assert mean["y"] == pytest.approx([1.7 + 50 / (step + 10) - 0.5 for step in (0, 10, 20, 30, 40)])
@@ -111,8 +110,7 @@ def test_curves_fall_back_to_training_loss_and_say_so() -> None:
 
 def test_gate_heatmap_holds_shares_over_zero_to_two() -> None:
     results = study()
-    figure = pictures.gate_heatmap(results, results.conditions[1])
-    assert figure is not None
+    figure = plain(pictures.gate_heatmap(results, results.conditions[1]))
     heat, means = figure["data"]
     assert heat["z"][0] == pytest.approx([count / 190 for count in range(20)])
     assert heat["x0"] - heat["dx"] / 2 == 0 and heat["x0"] + heat["dx"] * (GATE_BINS - 0.5) == pytest.approx(2)
@@ -124,13 +122,12 @@ def test_gate_heatmap_holds_shares_over_zero_to_two() -> None:
         results.conditions[1],
         rewrites=(RewriteSummary(layer=0, sublayer="mlp", gate_histogram=(0,) * GATE_BINS, gate_mean=None),),
     )
-    assert pictures.gate_heatmap(results, empty)["data"][0]["z"] == [[0.0] * GATE_BINS]  # type: ignore[index]
+    assert plain(pictures.gate_heatmap(results, empty))["data"][0]["z"] == [[0.0] * GATE_BINS]
 
 
 def test_discrepancies_join_before_and_after() -> None:
     results = study()
-    figure = pictures.discrepancies(results, results.conditions[1])
-    assert figure is not None
+    figure = plain(pictures.discrepancies(results, results.conditions[1]))
     line, before, after = figure["data"]
     assert line["x"][:3] == [0.75, 0.125, None]
     assert (before["x"], after["x"]) == ([0.75] * 4, [0.125] * 4)

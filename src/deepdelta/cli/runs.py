@@ -157,9 +157,11 @@ class Audit:
     """Windows per forward pass."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     out: Path | None = None
-    """Where audit.json, table.md and audit.html go; RUN/audit by default."""
+    """Where audit.json, table.md and audit.html with its script go; RUN/audit by default."""
     threads: int | None = None
     """CPU threads; as many as the run was trained with by default."""
+    self_contained: bool = False
+    """The page holds the script that draws its pictures (5 MB), instead of plotly.min.js beside it."""
 
     def __call__(self) -> None:
         # Here, since it needs the packages of the extra `study`, which the other commands do without.
@@ -180,7 +182,7 @@ class Audit:
                 command=shlex.join(["deepdelta", *sys.argv[1:]]),
                 say=lambda text: print(printable(text), file=sys.stderr),
             )
-            write_audit(results, out)
+            write_audit(results, out, self_contained=self.self_contained)
         print_audit(results, Console())
         show(f"Numbers: {out / 'audit.json'}\nTables:  {out / 'table.md'}")
         to_read(out / "audit.html")

@@ -6,7 +6,7 @@ from deepdelta.errors import printable
 from deepdelta.lab.bench import tables
 from deepdelta.lab.bench.config import MEASURES
 from deepdelta.lab.bench.results import BenchResults, GroupResult, Row
-from deepdelta.lab.views.jinja import templates
+from deepdelta.lab.views.page import render
 from deepdelta.lab.views.svg import INK, LINE, drawn, label, legend, legend_columns, named_rows
 from deepdelta.lab.views.svg import svg as as_svg
 
@@ -55,17 +55,14 @@ def page(results: BenchResults) -> str:
     """The picture and the tables as one self-contained page; its content security policy forbids loading anything."""
     from markupsafe import Markup
 
-    text: str = (
-        templates("deepdelta.lab.bench")
-        .get_template("page.html")
-        .render(
-            results=results,
-            facts=tables.facts(results),
-            tables=tables.bench_tables(results),
-            picture=Markup(svg(results).partition("?>")[2].partition(">")[2]),
-        )
+    return render(
+        "bench.html",
+        "",
+        results=results,
+        facts=tables.facts(results),
+        tables=tables.bench_tables(results),
+        picture=Markup(svg(results).partition("?>")[2].partition(">")[2]),
     )
-    return text
 
 
 def _bars(here: Any, result: GroupResult, shown: Shown) -> None:

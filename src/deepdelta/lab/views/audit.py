@@ -13,7 +13,8 @@ from deepdelta.lab.audit.findings import AuditResults, Effect, Findings, Regimes
 from deepdelta.lab.audit.shortcut import Distribution
 from deepdelta.lab.views import audit_figures as figures
 from deepdelta.lab.views.audit_figures import row_name
-from deepdelta.lab.views.page import Chart, chart, template
+from deepdelta.lab.views.page import SCRIPT, Chart, chart, write_page
+from deepdelta.lab.views.page import render as render_template
 from deepdelta.lab.views.tables import ABSENT, Column, TextTable, markdown_page, render
 
 ALL = "all"
@@ -58,15 +59,14 @@ def audit_summary(results: AuditResults) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def write_audit(results: AuditResults, folder: Path) -> None:
-    """Write audit.html and table.md to `folder`, each whole or not at all.
-
-    The page loads nothing: its content security policy forbids the browser to.
+def write_audit(results: AuditResults, folder: Path, *, self_contained: bool = False) -> None:
+    """Write audit.html and table.md to `folder`, each whole or not at all, and the script of the page beside it.
 
     Raises:
         UserError: the extra `study` (Jinja2, plotly) is not installed.
     """
-    write_text(folder / "audit.html", render_audit(results))
+    page = render_audit(results, self_contained=self_contained)
+    write_page(folder / "audit.html", page, self_contained=self_contained)
     write_text(folder / "table.md", audit_markdown(results))
 
 
@@ -85,10 +85,11 @@ def print_audit(results: AuditResults, console: Console) -> None:
         console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
 
 
-def render_audit(results: AuditResults) -> str:
+def render_audit(results: AuditResults, *, self_contained: bool = False) -> str:
     """The page as text."""
-    render = template("audit.html")
-    return render(
+    return render_template(
+        "audit.html",
+        None if self_contained else SCRIPT,
         results=results,
         summary=audit_summary(results),
         tables=audit_tables(results),

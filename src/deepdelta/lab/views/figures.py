@@ -3,21 +3,23 @@
 A condition keeps one colour and one dash in every picture; both differ between conditions, so none rests on colour.
 """
 
-import html
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
+from statistics import fmean
+from typing import Any
 
 from deepdelta.lab.analysis.results import ConditionResult, CurvePoint, RewriteSummary, StudyResults
 from deepdelta.lab.views.drawing import (
     BASELINE_COLOUR,
     COLOURS,
     DASHES,
-    Figure,
+    MARK,
     before_and_after,
+    dots,
+    figure,
     gate_map,
-    layout,
-    line,
     shares,
 )
 
@@ -62,70 +64,31 @@ def axes(results: StudyResults) -> tuple[Axis, ...]:
     )
 
 
-def differences(results: StudyResults) -> Figure | None:
+def differences(results: StudyResults) -> Any | None:
     """Seed-paired differences to the baseline: a dot per seed, the mean, its interval, what could be resolved."""
-    comparisons = {one.condition: one.comparison for one in results.against_baseline()}
-    if not comparisons:
+    contrasts = results.against_baseline()
+    if not contrasts:
         return None
-    baseline = results.condition(results.baseline).losses()
-    traces: list[Figure] = []
-    shapes: list[Figure] = [line(x0=0, x1=0, y0=0, y1=1, yref="paper", width=1.5)]
-    titles: list[Figure] = []
-    for row, (name, comparison) in enumerate(comparisons.items()):
-        colour = looks(results)[name].colour
-        losses = results.condition(name).losses()
-        seeds = [seed for seed in results.seeds if seed in losses and seed in baseline]
-        reach = comparison.smallest_resolvable
+    made = figure(90 + 62 * len(contrasts), "loss minus the baseline's (nats per token)")
+    made.update_xaxes(zeroline=False)
+    made.update_yaxes(range=[len(contrasts) - 0.6, -0.65], visible=False, fixedrange=True)
+    made.add_vline(0, line={"color": MARK, "width": 1.5})
+    for row, one in enumerate(contrasts):
+        colour, name, found = looks(results)[one.condition].colour, escape(one.condition), one.comparison
+        reach, interval = found.smallest_resolvable, found.t_interval
         if reach is not None:
-            shapes.append(
-                {
-                    "type": "rect",
-                    "layer": "below",
-                    "x0": -reach,
-                    "x1": reach,
-                    "y0": row - 0.2,
-                    "y1": row + 0.2,
-                    "line": {"width": 0},
-                    "fillcolor": "rgba(128,136,148,0.2)",
-                }
-            )
-        interval = comparison.t_interval
+            band = {"y0": row - 0.2, "y1": row + 0.2, "line_width": 0, "fillcolor": "rgba(128,136,148,0.2)"}
+            made.add_shape(type="rect", layer="below", x0=-reach, x1=reach, **band)
         if interval is not None:
-            shapes.append(line(x0=interval.low, x1=interval.high, y0=row, y1=row, colour=colour, width=2.5))
-        common: Figure = {"type": "scatter", "mode": "markers", "name": html.escape(name)}
-        traces += [
-            common
-            | {
-                "x": [losses[seed] - baseline[seed] for seed in seeds],
-                "y": [row] * len(seeds),
-                "text": [f"seed {seed}" for seed in seeds],
-                "hovertemplate": "%{text}: %{x:+.4f} nats<extra></extra>",
-                "marker": {"size": 10, "symbol": "circle-open", "color": colour, "line": {"width": 2}},
-            },
-            common
-            | {
-                "x": [comparison.mean],
-                "y": [row],
-                "hovertemplate": "mean: %{x:+.4f} nats<extra></extra>",
-                "marker": {"size": 13, "symbol": "diamond", "color": colour},
-            },
-        ]
-        titles.append(
-            {
-                "text": f"<b>{html.escape(name)}</b>",
-                "xref": "paper",
-                "x": 0,
-                "xanchor": "left",
-                "y": row - 0.38,
-                "showarrow": False,
-            }
-        )
-    frame = layout(
-        height=90 + 62 * len(comparisons),
-        x={"title": {"text": "loss minus the baseline's (nats per token)"}, "zeroline": False},
-        y={"range": [len(comparisons) - 0.6, -0.65], "visible": False, "fixedrange": True},
-    )
-    return {"data": traces, "layout": frame | {"shapes": shapes, "annotations": titles, "hovermode": "closest"}}
+            style = {"color": colour, "width": 2.5}
+            made.add_shape(type="line", x0=interval.low, x1=interval.high, y0=row, y1=row, line=style)
+        rings, seeds = list(one.differences.values()), [f"seed {seed}" for seed in one.differences]
+        says = "%{text}: %{x:+.4f} nats"
+        dots(made, rings, [row] * len(rings), says, colour, "circle-open", name=name, text=seeds)
+        dots(made, [found.mean], [row], "mean: %{x:+.4f} nats", colour, "diamond", 13, name=name)
+        place = {"xref": "paper", "x": 0, "xanchor": "left", "y": row - 0.38}
+        made.add_annotation(text=f"<b>{name}</b>", showarrow=False, **place)
+    return made
 
 
 def measured_loss(results: StudyResults) -> str | None:
@@ -137,7 +100,7 @@ def measured_loss(results: StudyResults) -> str | None:
     return None
 
 
-def loss_curves(results: StudyResults, axis: Axis) -> Figure | None:
+def loss_curves(results: StudyResults, axis: Axis) -> Any | None:
     """Loss against `axis`: a thin line per seed, and the mean over seeds where all of a condition have a point.
 
     The vertical range is that of the second half of the budget: the start would flatten it.
@@ -145,86 +108,73 @@ def loss_curves(results: StudyResults, axis: Axis) -> Figure | None:
     kind = measured_loss(results)
     if kind is None:
         return None
-    traces: list[Figure] = []
+    made = figure(360, axis.title)
+    made.update_xaxes(rangemode="tozero")
+    made.update_yaxes(title_text="validation loss (nats)" if kind == "validation" else "training loss (nats)")
     late: list[float] = []
     for number, condition in enumerate(results.conditions):
-        look = looks(results)[condition.name]
+        look, name = looks(results)[condition.name], escape(condition.name)
         # `meta` ties a line to the condition's button in the page.
-        common: Figure = {"type": "scatter", "mode": "lines", "name": html.escape(condition.name), "meta": number}
+        common = {"name": name, "meta": number}
         curves = []
         for run in condition.runs:
-            curve = {p.step: p for p in run.curve if getattr(p, f"{kind}_loss") is not None}
-            losses = [getattr(point, f"{kind}_loss") for point in curve.values()]
-            late += [loss for step, loss in zip(curve, losses, strict=True) if step >= 0.5 * results.budget.steps]
+            curve = {
+                point.step: (axis.position(condition, point), loss)
+                for point in run.curve
+                if (loss := getattr(point, f"{kind}_loss")) is not None
+            }
+            late += [loss for step, (_, loss) in curve.items() if step >= 0.5 * results.budget.steps]
             if run.validation_loss is not None:
                 curves.append(curve)
-            traces.append(
-                common
-                | {
-                    "x": [axis.position(condition, point) for point in curve.values()],
-                    "y": losses,
-                    "opacity": 0.35,
-                    "hoverinfo": "skip",
-                    "line": {"width": 1, "color": look.colour},
-                }
+            made.add_scatter(
+                x=[x for x, _ in curve.values()],
+                y=[loss for _, loss in curve.values()],
+                mode="lines",
+                opacity=0.35,
+                hoverinfo="skip",
+                line={"width": 1, "color": look.colour},
+                **common,
             )
         steps = [step for step in curves[0] if all(step in curve for curve in curves)] if curves else []
-        means = [sum(getattr(curve[step], f"{kind}_loss") for curve in curves) / len(curves) for step in steps]
-        traces.append(
-            common
-            | {
-                "x": [sum(axis.position(condition, curve[step]) for curve in curves) / len(curves) for step in steps],
-                "y": means,
-                "mode": "lines+markers" if len(steps) <= 12 else "lines",
-                "marker": {"size": 7, "color": look.colour},
-                "line": {"width": 2.5, "color": look.colour, "dash": look.dash},
-                "hovertemplate": f"%{{y:.4f}} {html.escape(condition.name)}<extra></extra>",
-            }
+        made.add_scatter(
+            x=[fmean(curve[step][0] for curve in curves) for step in steps],
+            y=[fmean(curve[step][1] for curve in curves) for step in steps],
+            mode="lines+markers" if len(steps) <= 12 else "lines",
+            marker={"size": 7, "color": look.colour},
+            line={"width": 2.5, "color": look.colour, "dash": look.dash},
+            hovertemplate=f"%{{y:.4f}} {name}<extra></extra>",
+            **common,
         )
-    y: Figure = {"title": {"text": "validation loss (nats)" if kind == "validation" else "training loss (nats)"}}
     if late:
         margin = 0.05 * (max(late) - min(late)) or 0.1
-        y["range"] = [min(late) - margin, max(late) + margin]
-    frame = layout(height=360, x={"title": {"text": axis.title}, "rangemode": "tozero"}, y=y)
-    return {"data": traces, "layout": frame | {"hovermode": "closest"}}
+        made.update_yaxes(range=[min(late) - margin, max(late) + margin])
+    return made
 
 
 def highest_share(results: StudyResults) -> float:
     """The largest fraction of a sublayer's gates in one bin, over the study: the top of the heat maps' scale."""
-    highest = [
-        max(shares(rewrite.gate_histogram))
-        for condition in results.conditions
-        for rewrite in condition.rewrites
-        if rewrite.gate_histogram is not None
-    ]
-    return max(highest, default=0.0)
+    gates = [one.gate_histogram for condition in results.conditions for one in condition.rewrites]
+    return max((max(shares(histogram)) for histogram in gates if histogram is not None), default=0.0)
 
 
-def gate_heatmap(results: StudyResults, condition: ConditionResult) -> Figure | None:
+def gate_heatmap(results: StudyResults, condition: ConditionResult) -> Any | None:
     """Where a condition's gates lie in [0, 2], one row per sublayer from the first layer at the top."""
-    rewrites = [rewrite for rewrite in condition.rewrites if rewrite.gate_histogram is not None]
-    if not rewrites:
+    gates = [(_row_name(one), one.gate_histogram, one.gate_mean) for one in condition.rewrites if one.gate_histogram]
+    if not gates:
         return None
-    return gate_map(
-        [_row_name(rewrite) for rewrite in rewrites],
-        [rewrite.gate_histogram or () for rewrite in rewrites],
-        [rewrite.gate_mean for rewrite in rewrites],
-        condition.rule,
-        top=highest_share(results),
-    )
+    rows, histograms, means = zip(*gates, strict=True)
+    return gate_map(rows, histograms, means, condition.rule, top=highest_share(results))
 
 
-def discrepancies(results: StudyResults, condition: ConditionResult) -> Figure | None:
+def discrepancies(results: StudyResults, condition: ConditionResult) -> Any | None:
     """The discrepancy of every sublayer before (ring) and after (disc) its rewrite, joined by a line."""
     points = [
-        (_row_name(rewrite), rewrite.discrepancy_before, rewrite.discrepancy_after)
-        for rewrite in condition.rewrites
-        if rewrite.discrepancy_before is not None and rewrite.discrepancy_after is not None
+        (_row_name(one), one.discrepancy_before, one.discrepancy_after)
+        for one in condition.rewrites
+        if one.discrepancy_before is not None and one.discrepancy_after is not None
     ]
-    if not points:
-        return None
-    return before_and_after(points, looks(results)[condition.name].colour)
+    return before_and_after(points, looks(results)[condition.name].colour) if points else None
 
 
 def _row_name(rewrite: RewriteSummary) -> str:
-    return html.escape(f"{rewrite.layer} {rewrite.sublayer}")
+    return escape(f"{rewrite.layer} {rewrite.sublayer}")

@@ -1,46 +1,51 @@
-"""The self-contained page of a study: one HTML file with its style, its data and plotly.js inside."""
+"""Pages: one HTML file each, with its style and data; the script that draws stands beside it, or inside on request."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from deepdelta.errors import without_extra
+from deepdelta.errors import printable, without_extra
 from deepdelta.files import AnyPath, write_text
 from deepdelta.lab.analysis.results import ConditionResult, StudyResults
 from deepdelta.lab.views import figures
-from deepdelta.lab.views.drawing import Figure
-from deepdelta.lab.views.jinja import templates
 from deepdelta.lab.views.study import detail_tables, main_table
 from deepdelta.lab.views.summary import summarise
 from deepdelta.lab.views.tables import si
 
+SCRIPT = "plotly.min.js"
+"""The file beside pages that draws their pictures."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A picture in the page: `title` names it, `key` is its element's id."""
+    """A picture in the page: `title` names it, `key` is its element's id, `figure` is one of plotly."""
 
     key: str
     title: str
-    figure: Figure
+    figure: Any
 
 
-def write_report(results: StudyResults, path: AnyPath) -> None:
-    """Write the page atomically. It loads nothing: its content security policy forbids the browser to.
+def write_report(results: StudyResults, path: AnyPath, *, self_contained: bool = False) -> None:
+    """Write the page of a study atomically, and SCRIPT beside it unless the page is to be self-contained.
+
+    A content security policy forbids the browser to load anything else.
 
     Raises:
-        UserError: the extra `study` (Jinja2, plotly, scipy) is not installed.
+        UserError: the extra `study` (Jinja2, plotly) is not installed.
     """
-    write_text(Path(path), render_page(results))
+    write_page(Path(path), render_page(results, self_contained=self_contained), self_contained=self_contained)
 
 
-def render_page(results: StudyResults) -> str:
-    """The page as text."""
-    render = template("report.html")
+def render_page(results: StudyResults, *, self_contained: bool = False) -> str:
+    """The page of a study as text."""
     return render(
+        "report.html",
+        SCRIPT if not self_contained else None,
         results=results,
         summary=summarise(results),
         table=main_table(results),
+        baseline=[one.name for one in results.conditions].index(results.baseline),
         details=detail_tables(results),
         looks=figures.looks(results),
         difference=chart("difference", "Differences to the baseline", figures.differences(results)),
@@ -56,31 +61,57 @@ def render_page(results: StudyResults) -> str:
     )
 
 
-def template(name: str) -> Callable[..., str]:
-    """What renders one of the room's templates, plotly.js at hand, from its values.
+def render(template: str, script: str | None, **values: Any) -> str:
+    """A template of this package as text: every value escaped and without control characters.
+
+    Args:
+        script: what stands beside the page and draws its pictures; None: the page holds it; "": it has none to draw.
 
     Raises:
         UserError: the extra `study` (Jinja2, plotly) is not installed.
     """
     try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
         from markupsafe import Markup
-        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+
+        plotly = Markup(_plotly()) if script is None else ""
     except ModuleNotFoundError as error:
-        raise without_extra("reports", "study", error) from None
-    library = get_plotlyjs()
-    assert "</script" not in library, "plotly.js would end the element that holds it"
-    environment = templates("deepdelta.lab.views")
+        raise without_extra("pages", "study", error) from None
+    environment = Environment(
+        loader=PackageLoader("deepdelta.lab.views"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Text alone: what is marked up already, and what is missing, are left for Jinja.
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
     environment.filters["si"] = si
-    return partial(environment.get_template(name).render, plotly=Markup(library))
+    return environment.get_template(template).render(script=script, plotly=plotly, **values)
 
 
-def chart(key: str, title: str, figure: Figure | None) -> Chart | None:
+def write_page(path: Path, text: str, *, self_contained: bool) -> None:
+    """Write the page atomically, and SCRIPT beside it if it needs it and it is not there yet."""
+    write_text(path, text)
+    if not self_contained and not ((beside := path.with_name(SCRIPT)).exists() and beside.read_text() == _plotly()):
+        write_text(beside, _plotly())
+
+
+def chart(key: str, title: str, figure: Any | None) -> Chart | None:
     """The picture with its place; None for none."""
     return None if figure is None else Chart(key=key, title=title, figure=figure)
 
 
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    library: str = get_plotlyjs()
+    assert "</script" not in library, "plotly.js would end the element that holds it"
+    return library
+
+
 def _per_condition(
-    results: StudyResults, key: str, draw: Callable[[StudyResults, ConditionResult], Figure | None]
+    results: StudyResults, key: str, draw: Callable[[StudyResults, ConditionResult], Any | None]
 ) -> list[Chart]:
     charts = (
         chart(f"{key}-{number}", condition.name, draw(results, condition))
