@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized import dynamic
 
 from deepdelta import GPT, PRESETS, GPTConfig, use_backend
-from deepdelta.models import DecodingCache
+from deepdelta.decoding import DecodingCache
 from deepdelta.nn import Linear, initialise
 from helpers import perturb
 

@@ -152,7 +152,7 @@ def test_batches_backends_and_modes_do_not_matter() -> None:
     assert one.everywhere[2].loss_change == pytest.approx(other.everywhere[2].loss_change, abs=1e-6)
     use_backend(model, "fused")
     assert audit(model, WINDOWS, batch_size=5, sample=7) == other
-    assert all(part.recorder is None and part.intervention is None for part in model.residuals())
+    assert all(part.runtime.recorder is None and part.runtime.intervention is None for part in model.residuals())
 
 
 def test_one_window_has_no_interval() -> None:
@@ -167,8 +167,8 @@ def test_an_intervention_of_the_caller_is_given_back() -> None:
     with intervening(model, {NAMES[0]: INTERVENTIONS["gate 2"]}):
         found = audit(model, WINDOWS)
         assert found.residuals[0].gate is not None and found.residuals[0].gate.values.least == 2
-        assert model.layers[0].attention.intervention is not None
-    assert model.layers[0].attention.intervention is None
+        assert model.layers[0].attention.runtime.intervention is not None
+    assert model.layers[0].attention.runtime.intervention is None
 
 
 @pytest.mark.parametrize(
@@ -196,4 +196,4 @@ def test_a_model_without_finite_numbers_is_refused() -> None:
     model.layers[0].mlp.norm.weight.data.fill_(math.nan)
     with pytest.raises(UserError, match=r"the rewrites of 'layers.0.mlp' hold numbers that are not finite"):
         audit(model, WINDOWS)
-    assert all(part.recorder is None for part in model.residuals())
+    assert all(part.runtime.recorder is None for part in model.residuals())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from deepdelta import GPT, PRESETS, GPTConfig, ResidualConfig, UserError, use_backend
-from deepdelta.models import DecodingCache
+from deepdelta.decoding import DecodingCache
 from deepdelta.nn import DeltaResidual, DeltaStream
 from helpers import perturb
 
@@ -187,7 +187,7 @@ def test_what_a_hook_makes_of_a_state_goes_on(name: str, place: str, backend: st
             state = state + 0.3
     expected = model.norm(model.stream.reduce(state)) @ model.embedding.weight.T
     with model.get_submodule(place).register_forward_hook(lambda module, args, state: state + 0.3):
-        assert place in repr(model).split("layers): ")[0]
+        assert f"opening their own state: {place} (" in repr(model)
         close(model(IDS).logits, expected)
         close(decoded(model), expected)
     assert "each residual opens the next" in repr(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepdelta import GPT, PRESETS, GPTConfig, ResidualConfig, UserError, generate, recording, use_backend
-from deepdelta.models import DecodingCache
+from deepdelta.decoding import DecodingCache
 from helpers import perturb
 
 CONTEXT = 9

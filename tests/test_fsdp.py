@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from deepdelta import GPT, PRESETS, GPTConfig, UserError, param_groups, use_backend
-from deepdelta.models import DecodingCache
+from deepdelta.decoding import DecodingCache
 
 # torch's own, about a view that a custom operator's output is.
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
@@ -66,7 +66,7 @@ def test_it_says_so(alone: None) -> None:
     model = model_of("ddl")
     assert "each residual opens the next" in repr(model)
     sharded(model)
-    assert "each layer opens its own state: layers.0 (FSDPLayer) is replaced, wrapped, sharded" in repr(model)
+    assert "sharded or with hooks, and so opening their own state: layers.0 (FSDPLayer)" in repr(model)
     with pytest.raises(UserError, match="cached decoding needs whole parameters, and these are sharded"):
         DecodingCache(model)
 

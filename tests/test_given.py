@@ -13,10 +13,10 @@ import torch
 import deepdelta
 from deepdelta import GPT, GPTConfig, UserError, generate
 from deepdelta.data import ByteTokenizer, load_corpus, load_tokenizer
+from deepdelta.decoding import DecodingCache
 from deepdelta.lab.analysis.results import load_results
 from deepdelta.lab.bench import load_results as load_timings
 from deepdelta.lab.views import write_report
-from deepdelta.models import DecodingCache
 from deepdelta.training import RunDirectory, train
 from tiny_runs import assert_same_run, config, quietly, text_file
 

@@ -21,7 +21,7 @@ from deepdelta import (
     use_backend,
     use_memory,
 )
-from deepdelta.models import DecodingCache
+from deepdelta.decoding import DecodingCache
 from helpers import compressed, dense_rewrite, gate_values, near, normed, perturb, randn, target_values
 
 D, V = 5, 3
@@ -256,7 +256,7 @@ def test_bad_names_and_gates_are_refused_and_nothing_is_changed() -> None:
     with pytest.raises(UserError, match=r"no residual 'layers.0.mpl' .* did you mean 'layers.0.mlp'"):
         with intervening(model, wrong):
             pass
-    assert all(part.intervention is None for part in model.modules() if isinstance(part, DeltaResidual))
+    assert all(part.runtime.intervention is None for part in model.modules() if isinstance(part, DeltaResidual))
     for gate in (-0.1, 2.1, math.nan):
         with pytest.raises(UserError, match=r"gate must lie in \[0, 2\] or be None"):
             Intervention(gate=gate)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from deepdelta import GPT, PRESETS, DeltaStream, GPTConfig, retrofit
-from deepdelta.models import DecodingCache
+from deepdelta.decoding import DecodingCache
 from helpers import perturb, randn
 
 IDS = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(0))

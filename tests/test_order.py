@@ -22,6 +22,7 @@ ops
 operator
 nn
 models
+decoding
 data interop
 training
 retrofitting selfcheck

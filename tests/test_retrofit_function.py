@@ -182,7 +182,7 @@ def test_cross_attention_of_gpt2():
 def test_a_gpt_decodes_with_a_cache():
     model = retrofit(made("gpt").double(), 4, seed=0)
     open_gates(model)
-    expected, cache = model(IDS).logits, deepdelta.models.DecodingCache(model, batch=3)
+    expected, cache = model(IDS).logits, deepdelta.decoding.DecodingCache(model, batch=3)
     torch.testing.assert_close(cache.decode(IDS[:, :4]), expected[:, :4])
     for token in range(4, IDS.shape[1]):
         torch.testing.assert_close(cache.decode(IDS[:, token : token + 1])[:, 0], expected[:, token])

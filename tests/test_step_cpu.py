@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deepdelta import GPT, PRESETS, GPTConfig, ResidualConfig, UserError, use_backend
-from deepdelta.nn.compression import TokenConvolution
+from deepdelta.nn.parts.compression import TokenConvolution
 from deepdelta.ops.convolution import compress_tokens, expand_tokens
 from deepdelta.ops.step import Gating, Normalise, fused_problem, fused_step, rewrite_step
 from helpers import perturb, randn
@@ -204,7 +204,7 @@ def test_auto_takes_what_is_faster(preset: str, compiled: bool, backend: str, re
     residual = PRESETS[preset]
     model = GPT(GPTConfig(vocab_size=31, dim=16, heads=2, layers=1, context=8, residual=residual))
     assert use_backend(model, "auto", compiled=compiled) == (backend, reason)
-    assert all(part.fused == (backend == "fused") for part in model.residuals())
+    assert all(part.runtime.fused == (backend == "fused") for part in model.residuals())
 
 
 @pytest.mark.parametrize("channels", [1, 4])

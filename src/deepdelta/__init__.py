@@ -4,8 +4,9 @@ from deepdelta import interruption as interruption  # first, for what importing 
 
 # isort: split
 from deepdelta import interop, ops
+from deepdelta.decoding import generate
 from deepdelta.errors import UserError
-from deepdelta.models import GPT, GPTConfig, generate
+from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import (
     DeltaResidual,
     DeltaStream,

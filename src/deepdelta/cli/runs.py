@@ -11,10 +11,10 @@ from tyro.conf import Positional, arg
 
 from deepdelta.cli.shared import following, to_read, use_threads
 from deepdelta.data import DataConfig, load_corpus, load_tokenizer
+from deepdelta.decoding import generate
 from deepdelta.device import choose_device
 from deepdelta.errors import UserError, printable
 from deepdelta.files import locked
-from deepdelta.models import generate
 from deepdelta.nn import use_backend
 from deepdelta.progress import reporting, show
 from deepdelta.training import RunDirectory, TrainConfig, evaluate, import_published, load, train

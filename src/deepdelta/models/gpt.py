@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, V value channels, D model width.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Annotated, Any, NamedTuple
@@ -19,10 +20,11 @@ from deepdelta.config import Settings
 from deepdelta.errors import UserError
 from deepdelta.models.attention import Attention, Rotary, SwiGLU
 from deepdelta.nn import DeltaResidual, DeltaStream, ResidualConfig, RMSNorm, initialise
+from deepdelta.nn.chain import Link, advance
+from deepdelta.nn.input_map import InputMap
 from deepdelta.nn.linear import Initialised
 from deepdelta.nn.plain import plain
 from deepdelta.nn.presets import PRESETS
-from deepdelta.nn.reading import Reading
 from deepdelta.ops import accumulation_dtype
 
 LARGEST = 1 << 24
@@ -175,11 +177,16 @@ class Layer(nn.Module):
         self,
         state: Float[Tensor, "B T V D"],
         *memory: Any,
-        readings: tuple[Reading | None, Reading | None] = (None, None),
+        input_maps: tuple[InputMap | None, InputMap | None] = (None, None),
     ) -> Float[Tensor, "B T V D"]:
-        """The rewritten state; `memory` is the attention's and `readings` those of cached decoding."""
-        state = self.attention(state, *memory, reading=readings[0])
-        return self.mlp(state, reading=readings[1])  # type: ignore[no-any-return]
+        """The rewritten state; `memory` is the attention's and `input_maps` those of cached decoding."""
+        return advance(state, self.links(memory, input_maps)).state
+
+    def links(
+        self, memory: tuple[Any, ...], input_maps: tuple[InputMap | None, InputMap | None] = (None, None)
+    ) -> list[Link]:
+        """The attention and the MLP with what `forward` is given for them."""
+        return [Link(self.attention, memory, input_map=input_maps[0]), Link(self.mlp, input_map=input_maps[1])]
 
 
 class GPT(nn.Module):
@@ -208,24 +215,32 @@ class GPT(nn.Module):
         """Every residual in the order of application."""
         return [residual for layer in self.layers for residual in (layer.attention, layer.mlp)]
 
-    def opens_apart(self) -> str | None:
-        """Why every layer is called with a state, which it opens itself; None where the residuals, called one after
-        another, each open the next one's.
+    def head(self) -> InputMap:
+        """How the head reads the state."""
+        return InputMap(self.stream.readout, self.norm)
 
-        Every layer and residual must be plainly ours for the latter. It is not with a hook, in a wrapper (checkpoints,
-        torch.compile), or as an FSDP module, whose parameters are whole only while it runs.
-        """
-        for number, layer in enumerate(self.layers):
-            if not plain(layer, Layer):
-                return f"layers.{number} ({type(layer).__name__}) is replaced, wrapped, sharded or has hooks"
-            for name in ("attention", "mlp"):
-                if not plain(getattr(layer, name), DeltaResidual):
-                    return f"layers.{number}.{name} is replaced, wrapped, sharded or has hooks"
-        return None
+    def links(
+        self,
+        memories: Sequence[tuple[Any, ...]] | None = None,
+        input_maps: Sequence[tuple[InputMap | None, InputMap | None]] | None = None,
+    ) -> list[Link]:
+        """The residuals as a chain; a layer with hooks, in a wrapper (checkpoints, torch.compile) or sharded, whose
+        parameters are whole only while it runs, is one link. What is given is cached decoding's, per layer."""
+        links, number = [], len(self.layers)
+        given = zip(self.layers, memories or [()] * number, input_maps or [(None, None)] * number, strict=True)
+        for layer, memory, maps in given:
+            if plain(layer, Layer):
+                links += layer.links(memory, maps)
+            else:
+                links.append(Link(layer, memory, None if input_maps is None else {"input_maps": maps}))
+        return links
 
     def extra_repr(self) -> str:
-        reason = self.opens_apart()
-        return "each residual opens the next" if reason is None else f"each layer opens its own state: {reason}"
+        apart = {link.module for link in self.links() if not plain(link.module, DeltaResidual)}
+        names = [f"{name} ({type(module).__name__})" for name, module in self.named_modules() if module in apart]
+        if not names:
+            return "each residual opens the next"
+        return f"replaced, wrapped, sharded or with hooks, and so opening their own state: {', '.join(names)}"
 
     def forward(self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"] | None = None) -> GPTOutput:
         """Logits for every position, and where labels (the next tokens) are given their `label_loss`.
@@ -237,15 +252,6 @@ class GPT(nn.Module):
             raise UserError(
                 f"the model's context is {self.config.context} tokens, got {input_ids.shape[1]}; cut the input."
             )
-        state, head = self.stream.expand(self.embedding(input_ids)), Reading(self.stream.readout, self.norm)
-        if self.opens_apart() is None:
-            residuals = self.residuals()
-            opened = residuals[0].reading().open(state)
-            for residual, following in zip(residuals, [*(one.reading() for one in residuals[1:]), head], strict=True):
-                opened = residual(opened, following)
-        else:
-            for layer in self.layers:
-                state = layer(state)
-            opened = head.open(state)
-        logits = F.linear(opened.c, self.embedding.weight)
+        state = self.stream.expand(self.embedding(input_ids))
+        logits = F.linear(advance(state, self.links(), self.head()).read(), self.embedding.weight)
         return GPTOutput(logits, None if labels is None else label_loss(logits, labels))

@@ -1,17 +1,18 @@
 """The parts with parameters: direction, target, gate, expansion, compression, and the residual that joins them."""
 
+from deepdelta.nn.activation_memory import Plan
 from deepdelta.nn.adding import resnet_branch
-from deepdelta.nn.backend import Backend, use_backend
+from deepdelta.nn.chain import Chain
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.interventions import Intervention, intervening
+from deepdelta.nn.inspection import Intervention, Recorder, intervening, recording
 from deepdelta.nn.linear import Linear, RMSNorm, initialise
-from deepdelta.nn.recording import Recorder, recording
-from deepdelta.nn.replay import Plan, use_memory
 from deepdelta.nn.residual import DeltaResidual, RewriteRecord
+from deepdelta.nn.runtime import Backend, use_backend, use_memory
 from deepdelta.nn.stream import DeltaStream
 
 __all__ = [
     "Backend",
+    "Chain",
     "DeltaResidual",
     "DeltaStream",
     "Intervention",

@@ -1,10 +1,14 @@
 """Which modules may be seen through: where a call is the class's own formula, on parameters that lie in the module."""
 
+from typing import TypeGuard, TypeVar
+
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+Kind = TypeVar("Kind", bound=nn.Module)
 
-def plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+
+def plain(module: nn.Module | None, *kinds: type[Kind]) -> TypeGuard[Kind]:
     """Whether a call of `module` does what its class, one of `kinds`, says and nothing else.
 
     Only then may its parameters be used in its place, in a pass of another module. Not so with a hook (pruning and the
@@ -12,7 +16,8 @@ def plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     module in its place (LoRA, FSDP), or parameters of another kind (sharded or quantised).
     """
     return (
-        type(module) in kinds
+        module is not None
+        and type(module) in kinds
         and not (
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         )

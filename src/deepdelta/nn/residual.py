@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepdelta.errors import UserError
-from deepdelta.nn.compression import build_compression
+from deepdelta.nn.activation_memory import MemoryPlan, attach, attached, detached, standing_in
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.direction import BranchDirection, build_direction, normalisation
-from deepdelta.nn.gate import Gate
+from deepdelta.nn.input_map import InputMap, InputWeights, StreamState
 from deepdelta.nn.layout import Layout, check_kind
 from deepdelta.nn.linear import Linear, RMSNorm, precise_linear
+from deepdelta.nn.parts.compression import build_compression
+from deepdelta.nn.parts.direction import BranchDirection, build_direction, normalisation
+from deepdelta.nn.parts.gate import Gate
+from deepdelta.nn.parts.target import BranchWrite, Target
 from deepdelta.nn.plain import plain
-from deepdelta.nn.reading import Folded, Opened, Reading
-from deepdelta.nn.replay import Memory, detached
-from deepdelta.nn.target import BranchWrite, Target
 from deepdelta.ops import read_along, rewrite
-from deepdelta.ops.step import FusedStep, Gating, Normalise, Rewritten, fused_step, remake, rewrite_along, scale_of
+from deepdelta.ops.step import Gating, Normalise, Rewritten, fused_step, remake, rewrite_along, scale_of
 
 
 class RewriteRecord(NamedTuple):
@@ -53,45 +53,55 @@ class RewriteRecord(NamedTuple):
     """|X_j| before the rewrite, per value channel, (..., V)."""
 
 
+class Runtime(NamedTuple):
+    """How a residual runs; changed by `use_backend`, `use_memory`, `recording` and `intervening` alone."""
+
+    fused: bool = False
+    memory: MemoryPlan = MemoryPlan()
+    recorder: Callable[[RewriteRecord], None] | None = None
+    intervention: "Callable[[Step], Step] | None" = None
+    """What replaces parts of each rewrite."""
+
+    @property
+    def runs_fused(self) -> bool:
+        """Whether the fused step rewrites now: never under a recorder or an intervention, which it would pass by."""
+        return self.fused and self.recorder is None and self.intervention is None
+
+
 class DeltaResidual(nn.Module):
     """A branch F with a delta residual around it; made by `DeltaStream.wrap`.
 
-    X' = X + k (w^T - b k^T X), with w and b as the rule says (docs/method.md#rules).
+    X' = X + k (w^T - b k^T X), with w and b as the rule says (docs/method.md#rules). Parts that the rule does not use
+    are None.
     """
 
     def __init__(
         self, config: ResidualConfig, dim: int, std: float, layout: Layout, compression: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.config, self.dim, self.layout = config, dim, layout
-        self.recorder: Callable[[RewriteRecord], None] | None = None
-        self.intervention: Callable[[Step], Step] | None = None
-        """What replaces parts of each rewrite; see `intervening`."""
-        self.fused = False
-        """Whether the rewrites are done by `ops.step.fused_step`; see `use_backend`."""
-        self.memory = Memory()
-        """What is saved of the state for the backward pass; see `use_memory`."""
+        self.config, self.dim, self.layout, self.runtime = config, dim, layout, Runtime()
         # A shared compression belongs to the residual that made it; held in a tuple, it is not registered twice.
         self._shared_compression = None if compression is None else (compression,)
-        if compression is None:
-            self.compression = build_compression(config, dim, std)
+        self.compression = build_compression(config, dim, std) if compression is None else None
         self.norm = RMSNorm(dim, config.norm_eps) if config.norm == "rms" else nn.Identity()
-        rule = config.rule
-        if not config.writes_branch:
-            self.direction = build_direction(config, dim, std)
-        if config.has_gate:
-            self.gate = Gate(config, dim, std, config.gate_init)
-        if config.has_erase_gate:
-            self.erase_gate = Gate(config, dim, std, config.erase_init)
-        if config.uses_target:
-            self.target = Target(config, dim, std)
-        if rule == "two_gate" or (config.writes_branch and config.value_channels > 1):
-            self.write = BranchWrite(config, dim, std)
+        self.direction = None if config.writes_branch else build_direction(config, dim, std)
+        self.gate = Gate(config, dim, std, config.gate_init) if config.has_gate else None
+        self.erase_gate = Gate(config, dim, std, config.erase_init) if config.has_erase_gate else None
+        self.target = Target(config, dim, std) if config.uses_target else None
+        weighs_branch = config.writes_branch and (config.rule == "two_gate" or config.value_channels > 1)
+        self.write = BranchWrite(config, dim, std) if weighs_branch else None
         self.branch: nn.Module | None = None
 
     def compression_part(self) -> nn.Module:
         """The compression that this residual reads through, its own or another's."""
-        return self._shared_compression[0] if self._shared_compression else self.compression
+        part = self._shared_compression[0] if self._shared_compression else self.compression
+        assert part is not None
+        return part
+
+    def input_map(self) -> InputMap:
+        """How this residual reads the state for its branch."""
+        needs_x_in = self.config.uses_target and self.config.target in ("scaled_sigmoid", "linear_input")
+        return InputMap(self.compression_part(), self.norm, needs_x_in)
 
     def open(
         self, state: Float[Tensor, "..."], norm: nn.Module | None = None
@@ -107,151 +117,142 @@ class DeltaResidual(nn.Module):
                 device or has another dtype than the parameters, or the output is no tensor of the input's shape on its
                 device.
         """
-        return self._open(state, self.reading(), norm)
+        given = self.opened(state, self.input_map(), norm)
+        return self.branch_input(given), lambda h: self.closed(self.rewrite(given, h))
 
-    def _open(
-        self, state: Tensor, reading: Reading, norm: nn.Module | None = None
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        self.layout.check_state(state, self.config.value_channels, self.dim)
-        if self.config.needs_tokens and state.ndim < 3:
+    def forward(self, state: Float[Tensor, "..."], *args: Any, input_map: InputMap | None = None, **kwargs: Any) -> Any:
+        """The rewritten state; of a branch that returns a tuple the first element is h and the others pass through.
+
+        A state is known by its last axes alone: vectors that were not expanded, of V tokens, are taken for one. Of a
+        list of residuals that follow one another make a `DeltaStream.chain`. `input_map` takes the place of this
+        residual's own, as in cached decoding.
+        """
+        branch, given = self.wrapped(), self.opened(state, input_map or self.input_map())
+        output = branch(self.branch_input(given), *args, **kwargs)
+        if isinstance(output, tuple):
+            return (self.closed(self.rewrite(given, output[0])), *output[1:])
+        return self.closed(self.rewrite(given, output))
+
+    def wrapped(self) -> nn.Module:
+        """The branch; refused where there is none."""
+        if self.branch is None:
+            raise UserError("this residual wraps no branch: use `c, rewrite = residual.open(state)`.")
+        return self.branch
+
+    def shape(self) -> tuple[int, int, bool]:
+        """V, D, and whether they stand channel-first."""
+        return self.config.value_channels, self.dim, self.layout.channel_first
+
+    def check(self, state_VD: Tensor) -> None:
+        """Refuse a state (..., V, D) without the token axis, or on another device or of another dtype than the
+        parameters."""
+        if self.config.needs_tokens and state_VD.ndim < 3:
             raise UserError(
                 f"compression='{self.config.compression}' with expansion='{self.config.expansion}' works over a token "
-                f"axis: a state (..., token, value channels, width) is needed, got shape {tuple(state.shape)}."
+                f"axis: a state (..., token, value channels, width) is needed, got shape {tuple(state_VD.shape)}."
             )
         # The norm's first: a branch may have parameters of another kind.
         parameter = self.norm.weight if isinstance(self.norm, RMSNorm) else next(self.parameters(), None)
-        check_kind("the state", state, "residual", parameter)
-        state_VD = self.memory.hand_on(state, self.layout.state_inward(state))
-        with self.memory.watching(state_VD):
-            opened = reading.open(state_VD)
-            if norm is not None:
-                opened = opened._replace(c=norm(opened.c))
-        return self.layout.outward(opened.c), partial(self._close, opened)
+        check_kind("the state", state_VD, "residual", parameter)
 
-    def forward(
-        self, state: Float[Tensor, "..."] | Opened, *args: Any, reading: Reading | None = None, **kwargs: Any
-    ) -> Any:
-        """The rewritten state; of a branch that returns a tuple the first element is h and the others pass through.
+    def opened(self, state: Tensor, input_map: InputMap, norm: nn.Module | None = None) -> StreamState:
+        """A state as the user has it, read by `input_map`, and by a `norm` of the network's own."""
+        self.layout.check_state(state, self.config.value_channels, self.dim)
+        state_VD = self.layout.state_inward(state)
+        self.check(state_VD)
+        # Of the tensor as it came: its view has a node of its own.
+        memory = self.runtime.memory
+        saved = memory.saved(state_VD, attached(state) if memory.on else None)
+        with standing_in(saved, state_VD):
+            given = input_map(StreamState(state_VD, saved))
+            return given if norm is None else given._replace(c=norm(given.c))
 
-        A state is known by its last axes alone: vectors that were not expanded, of V tokens, are taken for one.
+    def branch_input(self, given: StreamState) -> Tensor:
+        """c as the branch sees it."""
+        return self.layout.outward(given.read())
 
-        Models that know their order of residuals hand on an opened state instead, with the reading that follows:
-        `opened = residual(opened, following)`, extra arguments going to the branch. Where the fused step can, it opens
-        in the rewrite's own pass. `reading` takes the place of this residual's own, as in cached decoding.
-        """
-        if self.branch is None:
-            raise UserError("this residual wraps no branch: use `c, rewrite = residual.open(state)`.")
-        if isinstance(state, Opened):
-            return self._advance(state, *args)
-        c_D, close = self._open(state, self.reading() if reading is None else reading)
-        output = self.branch(c_D, *args, **kwargs)
-        if isinstance(output, tuple):
-            return (close(output[0]), *output[1:])
-        return close(output)
+    def closed(self, after: StreamState) -> Tensor:
+        """The state as the user has it."""
+        return attach(self.layout.state_outward(after.state), after.saved)
 
-    def reading(self) -> Reading:
-        """How this residual reads the state for its branch."""
-        needs_x_in = self.config.uses_target and self.config.target in ("scaled_sigmoid", "linear_input")
-        return Reading(self.compression_part(), self.norm, needs_x_in)
+    def rewrite(self, given: StreamState, h: Tensor, following: InputMap | None = None) -> StreamState:
+        """The state rewritten with the branch's output h, and read by the input map that follows, if one is given:
+        where the fused step can, in the rewrite's own pass."""
+        h_D, runtime, c_D = self._checked(h, given), self.runtime, None
+        if following is not None and following.one_token is not None and runtime.runs_fused:
+            state_VD, c_D = following.one_token(given.state, h_D, given.read())
+            return following(StreamState(state_VD)) if c_D is None else StreamState(state_VD, c=c_D)
+        weights = following.weights() if following is not None and runtime.runs_fused else None
+        state_VD, saved = given.state, runtime.memory.saved(given.state, given.saved)
+        steps = self._steps(given, h_D)
+        for step in steps:
+            with standing_in(saved, state_VD):
+                if runtime.runs_fused:
+                    new_VD, c_D, remakes = _fused(state_VD, step, weights if step is steps[-1] else None)
+                else:
+                    new_VD, remakes = self._reference(state_VD, step)
+            if saved is not None:
+                saved = runtime.memory.follow(saved, new_VD, *remakes())
+            state_VD = new_VD
+        after = StreamState(state_VD, saved, c=c_D)
+        if following is None or c_D is not None:
+            return after
+        with standing_in(saved, state_VD):
+            return following(after)
 
-    def _advance(self, opened: Opened, following: Reading, *args: Any) -> Opened:
-        assert self.branch is not None and not self.layout.channel_first
-        folded = following.folded() if self.runs_fused() else None
-        h_D = self.branch(opened.c, *args)
-        if folded is None:
-            state_VD = self._rewritten(opened, h_D)
-            with self.memory.watching(state_VD):
-                return following.open(state_VD)
-        *earlier, last = self._steps(opened, h_D)
-        state_VD = opened.state
-        for step in earlier:
-            state_VD = self._fused(state_VD, step).state
-        state_VD, c_D, _ = self._fused(state_VD, last, folded)
-        assert c_D is not None
-        return Opened(state_VD, None, c_D)
+    def _reference(self, state_VD: Tensor, step: "Step") -> "tuple[Tensor, Remakes]":
+        """X' and what makes X' of X and X of X'."""
+        if self.runtime.intervention is not None:
+            step = self.runtime.intervention(step)
+        new_VD, read_V, scale = rewritten = rewrite_along(state_VD, step.h, step.write, step.erase, step.normalise)
+        if self.runtime.recorder is not None:
+            self.runtime.recorder(_record(state_VD, step, rewritten, self.config.direction_eps))
+        bare = step.detached
+        return new_VD, lambda: (partial(_redo, bare()), partial(_undo, bare(), detached(scale), detached(read_V)))
 
-    def _fused(self, state_VD: Tensor, step: "Step", folded: Folded | None = None) -> FusedStep:
-        opening = (None, None, 0.0) if folded is None else folded
-        with self.memory.watching(state_VD):
-            result = fused_step(
-                state_VD,
-                step.h,
-                step.write,
-                step.erase,
-                step.normalise,
-                *opening,
-                opens=folded is not None,
-                gating=step.gating,
-            )
-        self.memory.follow(
-            state_VD, result.state, partial(remake, result.done), partial(remake, result.done, backwards=True)
-        )
-        return result
-
-    def runs_fused(self) -> bool:
-        """Whether the fused step rewrites now: never under a recorder or an intervention, which it would pass by."""
-        return self.fused and self.recorder is None and self.intervention is None
-
-    def _close(self, opened: Opened, h: Tensor) -> Tensor:
+    def _checked(self, h: Tensor, given: StreamState) -> Tensor:
+        """The branch's output, (..., D)."""
+        c = self.branch_input(given)
         if not isinstance(h, Tensor):
             raise UserError(
                 f"the branch must return a tensor, or a tuple that starts with one, got {type(h).__name__}; wrap a "
                 "module that returns its output so."
             )
-        if h.device != opened.c.device:
+        if h.device != c.device:
             raise UserError(
-                f"the branch must return its output on the device of its input, {opened.c.device}, got {h.device}; "
+                f"the branch must return its output on the device of its input, {c.device}, got {h.device}; "
                 "move it with .to(device)."
             )
-        h_D = self.layout.inward(h)
-        if h_D.shape != opened.c.shape:
+        if h.shape != c.shape:
             raise UserError(
-                "the branch must return its output in the shape of its input, "
-                f"{tuple(self.layout.outward(opened.c).shape)}, got {tuple(h.shape)}; where the width changes, reduce "
-                "the state and expand it again."
+                f"the branch must return its output in the shape of its input, {tuple(c.shape)}, got {tuple(h.shape)}; "
+                "where the width changes, reduce the state and expand it again."
             )
-        state_VD = self._rewritten(opened, h_D)
-        return self.memory.hand_on(state_VD, self.layout.state_outward(state_VD))
+        return self.layout.inward(h)
 
-    def _rewritten(self, opened: Opened, h_D: Tensor) -> Tensor:
-        state_VD = opened.state
-        for step in self._steps(opened, h_D):
-            if self.runs_fused():
-                state_VD = self._fused(state_VD, step).state
-                continue
-            if self.intervention is not None:
-                step = self.intervention(step)
-            with self.memory.watching(state_VD):
-                rewritten = rewrite_along(state_VD, step.h, step.write, step.erase, step.normalise)
-            if self.recorder is not None:
-                self.recorder(_record(state_VD, step, rewritten, self.config.direction_eps))
-            if self.memory.on:
-                bare, scale, read = step.detached(), detached(rewritten.scale), detached(rewritten.read)
-                self.memory.follow(state_VD, rewritten.state, partial(_redo, bare), partial(_undo, bare, scale, read))
-            state_VD = rewritten.state
-        return state_VD
-
-    def _steps(self, opened: Opened, h_D: Tensor) -> list["Step"]:
+    def _steps(self, given: StreamState, h_D: Tensor) -> list["Step"]:
         """The rewrites in the order of application, w and b as the rule says (docs/method.md#rules)."""
-        rule, along_h, c_D = self.config.rule, Normalise(self.config.direction_eps**2, 0), opened.c
+        config, along_h, c_D = self.config, Normalise(self.config.direction_eps**2, 0), given.read()
         if (maps := self.linear_maps()) is not None:
-            gating = Gating(precise_linear(c_D, *maps), self.gate.outputs, self.config.erases)
-            if not self.runs_fused():
+            assert self.gate is not None
+            gating = Gating(precise_linear(c_D, *maps), self.gate.outputs, config.erases)
+            if not self.runtime.runs_fused:
                 return [self._target_step(h_D, gating.beta(), gating.target())]
-            return [Step(h_D, 0.0, None, normalisation(self.config, self.dim), None, None, gating)]
-        if self.config.writes_branch:
-            write: Tensor | float = self.write(c_D) if hasattr(self, "write") else 1.0
-            if rule == "additive":
+            return [Step(h_D, 0.0, None, normalisation(config, self.dim), None, None, gating)]
+        if config.writes_branch:
+            write: Tensor | float = 1.0 if self.write is None else self.write(c_D)
+            if self.erase_gate is None:
                 return [Step(h_D, write, None, along_h, None, None)]
             erase = self.erase_gate(c_D)[0]
-            if rule == "additive_erase":
+            if self.gate is None:
                 return [Step(h_D, write, erase, along_h, erase, None)]
             gate = self.gate(c_D)[0]
             return [Step(h_D, gate * write, erase, along_h, gate, None)]
-        vectors, gates = self.direction(opened.state, h_D), self.gate(c_D)
+        assert self.direction is not None and self.gate is not None
+        vectors, gates = self.direction(given.state, h_D), self.gate(c_D)
         targets: list[Tensor | None] = [None] * len(vectors)
-        if self.config.uses_target:
-            targets = list(self.target(opened.x_in, c_D, h_D, vectors))
+        if self.target is not None:
+            targets = list(self.target(given.x_in, c_D, h_D, vectors))
         return [self._target_step(*parts) for parts in zip(vectors, gates, targets, strict=True)]
 
     def linear_maps(self) -> tuple[Tensor, Tensor] | None:
@@ -260,23 +261,21 @@ class DeltaResidual(nn.Module):
         Without a target (G, D) and (G). None where gate or target are more than that, or a module that these stand for
         is not plainly ours.
         """
-        config = self.config
+        config, gate, target = self.config, self.gate, self.target
         if (
-            config.writes_branch
-            or (config.rank, config.direction, config.gate) != (1, "branch", "linear")
+            (config.rank, config.direction, config.gate) != (1, "branch", "linear")
             or (config.uses_target and config.target != "linear")
             or config.direction_norm == "free"
+            or not (plain(self.direction, BranchDirection) and plain(gate, Gate) and plain(gate.outer, Linear))
         ):
             return None
-        if not (plain(self.direction, BranchDirection) and plain(self.gate, Gate) and plain(self.gate.outer, Linear)):
-            return None
-        if config.uses_target and not (plain(self.target, Target) and plain(self.target.map, Linear)):
-            return None
-        weight, bias = self.gate.outer.weight, self.gate.outer.bias
+        weight, bias = gate.outer.weight, gate.outer.bias
         assert bias is not None
         if not config.uses_target:
             return weight, bias
-        return torch.cat((weight, self.target.map.weight)), F.pad(bias, (0, config.value_channels))
+        if not (plain(target, Target) and plain(target.map, Linear)):
+            return None
+        return torch.cat((weight, target.map.weight)), F.pad(bias, (0, config.value_channels))
 
     def _target_step(self, h_D: Tensor, beta: Tensor, target: Tensor | None) -> "Step":
         """delta, write_only, erase_only: w = beta v or nothing, b = beta or nothing, along k = s h."""
@@ -301,6 +300,24 @@ class Step(NamedTuple):
     def detached(self) -> "Step":
         """What is needed to do it again, without its graph."""
         return Step(detached(self.h), detached(self.write), detached(self.erase), self.normalise, None, None)
+
+
+Remakes = Callable[[], tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
+
+
+def _fused(state_VD: Tensor, step: Step, opening: InputWeights | None) -> tuple[Tensor, Tensor | None, Remakes]:
+    """X', c' where the next sublayer is opened too, and what makes X' of X and X of X'."""
+    new_VD, c_D, done = fused_step(
+        state_VD,
+        step.h,
+        step.write,
+        step.erase,
+        step.normalise,
+        *(opening or InputWeights()),
+        opens=opening is not None,
+        gating=step.gating,
+    )
+    return new_VD, c_D, lambda: (partial(remake, done), partial(remake, done, backwards=True))
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """One object that gives expand, wrap and reduce: the convention known from hyper-connections."""
 
 import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -10,12 +12,13 @@ from torch import Tensor, nn
 
 from deepdelta.config import from_plain
 from deepdelta.errors import UserError, nearest
-from deepdelta.nn.adding import refuse_adding
-from deepdelta.nn.compression import build_compression
+from deepdelta.nn.adding import refuse_adding, unwrapped
+from deepdelta.nn.chain import Chain
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.expansion import build_expansion
 from deepdelta.nn.layout import Layout, check_kind
 from deepdelta.nn.linear import initialise
+from deepdelta.nn.parts.compression import build_compression
+from deepdelta.nn.parts.expansion import build_expansion
 from deepdelta.nn.presets import settled
 from deepdelta.nn.residual import DeltaResidual
 
@@ -118,6 +121,35 @@ class DeltaStream(nn.Module):
         # Set after the start of the parameters: the branch's own are its owner's.
         residual.branch = branch
         return residual
+
+    def chain(self, modules: Iterable[nn.Module] | Mapping[str, nn.Module]) -> Chain:
+        """One module of residuals of this stream that follow one another: each rewrite opens the next in its own pass.
+
+            blocks = stream.chain([stream.wrap(attention), stream.wrap(mlp), stream.wrap(another)])
+            state = blocks(state, mask=mask)  # extra arguments go to every branch
+
+        It is an nn.Sequential, and gives what its members give one after another.
+
+        Args:
+            modules: residuals made by `wrap`; a mapping names them. Any other module (also a branch that is not
+                wrapped) is called with the state alone, and what it returns goes on.
+
+        Raises:
+            UserError: a residual without a branch, or of a stream of another shape; when it is called, a branch or
+                module that returns anything but one tensor.
+        """
+        chain = Chain(OrderedDict(modules)) if isinstance(modules, Mapping) else Chain(*modules)
+        for name, module in chain.named_children():
+            residual = unwrapped(module)
+            if isinstance(residual, DeltaResidual):
+                residual.wrapped()
+                own = self.config.value_channels, self.dim, self.layout.channel_first
+                if residual.shape() != own:
+                    raise UserError(
+                        f"a chain takes residuals of a stream with (value channels, width, channel-first) = {own}, got "
+                        f"'{name}' with {residual.shape()}; reduce the state there and expand it into the next stream."
+                    )
+        return chain
 
     def map_channels(self, module: nn.Module, state: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Apply a module from vectors to vectors to every value channel of the state alike.

@@ -34,7 +34,7 @@ def retrofit_gpt(model: nn.Module, job: Job) -> None:
         for name in ("attention", "mlp"):
             old = getattr(layer, name)
             new = stream.wrap(old.branch)
-            new.norm, new.fused, new.memory = old.norm, old.fused, old.memory
+            new.norm, new.runtime = old.norm, old.runtime
             place(new, layer)
             job.part(layer, name)
             job.change(layer, name, new)

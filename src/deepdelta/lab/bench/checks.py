@@ -16,12 +16,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from deepdelta.decoding import DecodingCache
 from deepdelta.device import Device
 from deepdelta.errors import UserError
 from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
 from deepdelta.lab.bench.config import Case, Group
 from deepdelta.lab.bench.subjects import Operands, Subject, build_model, random_ids
-from deepdelta.models import GPT, DecodingCache
+from deepdelta.models import GPT
 from deepdelta.nn import use_backend
 
 OPERATOR_TOKENS = 37

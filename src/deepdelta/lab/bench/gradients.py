@@ -29,9 +29,8 @@ from deepdelta.lab.bench.suites import GRADIENTS, QUESTION
 from deepdelta.lab.views.tables import Column, TextTable, markdown_page, render
 from deepdelta.limits import check_threads
 from deepdelta.models import GPT, GPTConfig
-from deepdelta.nn import ResidualConfig, use_backend, use_memory
+from deepdelta.nn import Plan, ResidualConfig, use_backend, use_memory
 from deepdelta.nn.presets import PRESETS
-from deepdelta.nn.replay import Plan
 from deepdelta.ops.step import fused_problem
 from deepdelta.progress import reporting, show
 from deepdelta.provenance import now, provenance

@@ -11,14 +11,15 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from deepdelta.decoding import DecodingCache
 from deepdelta.device import Device, compiler_problem
 from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
 from deepdelta.lab.bench.config import Case, Group, Suite
 from deepdelta.lab.bench.peers import PeerGPT, peer_problem
 from deepdelta.lab.measure import flops, peak_bytes
-from deepdelta.models import GPT, DecodingCache, GPTConfig
+from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import ResidualConfig, use_backend, use_memory
-from deepdelta.nn.direction import normalisation
+from deepdelta.nn.parts.direction import normalisation
 from deepdelta.ops.step import NEEDS, fused_problem, fused_step, rewrite_step
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.optimizer import build_optimizer

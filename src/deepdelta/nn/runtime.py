@@ -1,4 +1,4 @@
-"""Which code does the rewrites of a module: chosen by name, or by a rule that says what it chose."""
+"""How the residuals of a module run: which code does the rewrites, and what is saved for the backward pass."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from deepdelta.errors import UserError, nearest
-from deepdelta.nn.compression import TokenConvolution
+from deepdelta.nn.activation_memory import MemoryPlan, Plan
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.expansion import EmbeddingConvolution
+from deepdelta.nn.parts.compression import TokenConvolution
+from deepdelta.nn.parts.expansion import EmbeddingConvolution
 from deepdelta.nn.residual import DeltaResidual
 from deepdelta.ops.step import NEEDS, fused_problem
 
@@ -58,7 +59,9 @@ def use_backend(module: nn.Module, backend: Backend = "auto", *, compiled: bool 
         raise UserError(f"{problem}; or use the backend 'reference'.")
     chosen = "fused" if backend != "reference" and problem is None else "reference"
     for part in module.modules():
-        if isinstance(part, DeltaResidual | EmbeddingConvolution | TokenConvolution):
+        if isinstance(part, DeltaResidual):
+            part.runtime = part.runtime._replace(fused=chosen == "fused")
+        elif isinstance(part, EmbeddingConvolution | TokenConvolution):
             part.fused = chosen == "fused"
     if backend != "auto":
         return Chosen(chosen, "asked for")
@@ -73,3 +76,24 @@ def _better_as_it_is(configs: Sequence[ResidualConfig], device: str, compiled: b
     if all(config.rule == "additive" for config in configs):
         return "the rewrite is a plain addition"
     return "compiled for the CPU, V = 1" if compiled and device == "cpu" else None
+
+
+def use_memory(module: nn.Module, plan: Plan = "replay", every: int = 8) -> None:
+    """Choose what every delta residual in `module` saves of its state for the backward pass (eager mode).
+
+    - save: each state, V times what the additive model saves of its own.
+    - replay: every `every`-th state; the others are made again from it, bit for bit as in the forward pass.
+    - recover: the last state; each is made from the one after it, which adds rounding errors from layer to layer.
+
+    The last two are for backward(), second derivatives by it included; gradients by torch.func are refused under them.
+
+    Raises:
+        UserError: another plan, or every < 1.
+    """
+    if plan not in ("save", "replay", "recover"):
+        raise UserError(f"there is no memory plan '{plan}'; {nearest(plan, ('save', 'replay', 'recover'))}")
+    if every < 1:
+        raise UserError(f"every must be at least 1, got {every}.")
+    for part in module.modules():
+        if isinstance(part, DeltaResidual):
+            part.runtime = part.runtime._replace(memory=MemoryPlan(plan, every))

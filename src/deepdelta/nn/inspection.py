@@ -1,6 +1,6 @@
-"""Rewrites with a part of them replaced, to see what a trained network loses without it."""
+"""What rewrites do, handed to a recorder, and what a trained network loses without a part of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +10,35 @@ from torch import nn
 
 from deepdelta.errors import UserError, nearest
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.residual import DeltaResidual, Step
+from deepdelta.nn.residual import DeltaResidual, RewriteRecord, Step
+
+Recorder = Callable[[str, RewriteRecord], None]
+
+
+@contextmanager
+def recording(module: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Within the context, every delta residual in `module` hands each of its rewrites to `recorder`.
+
+    Outside it nothing is computed or kept. Under torch.compile the residuals are compiled anew on entry, since the
+    recorded values are additional outputs of the same operation.
+
+    Args:
+        module: any module that holds residuals made by `DeltaStream.wrap`.
+        recorder: called as recorder(name of the residual in `module`, record), once per rank, in the order of
+            application.
+    """
+    residuals = _residuals(module)
+    for name, residual in residuals.items():
+        residual.runtime = residual.runtime._replace(recorder=partial(recorder, name))
+    try:
+        yield
+    finally:
+        for residual in residuals.values():
+            residual.runtime = residual.runtime._replace(recorder=None)
+
+
+def _residuals(module: nn.Module) -> dict[str, DeltaResidual]:
+    return {name: part for name, part in module.named_modules() if isinstance(part, DeltaResidual)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,20 +99,21 @@ def intervening(module: nn.Module, interventions: Mapping[str, Intervention]) ->
     Raises:
         UserError: no residual has such a name, or its rule lacks the part; nothing is changed then.
     """
-    residuals = {name: part for name, part in module.named_modules() if isinstance(part, DeltaResidual)}
+    residuals = _residuals(module)
     for name, intervention in interventions.items():
         if name not in residuals:
             raise UserError(f"there is no residual '{name}' in this module; {nearest(name, residuals)}")
         if lacking := intervention.lacking(residuals[name].config):
             raise UserError(f"'{name}' cannot be intervened on so: {lacking}; leave that part of {intervention} out.")
-    before = {name: residuals[name].intervention for name in interventions}
+    before = {name: residuals[name].runtime.intervention for name in interventions}
     for name, intervention in interventions.items():
-        residuals[name].intervention = partial(_replaced, intervention, residuals[name].config)
+        replaced = partial(_replaced, intervention, residuals[name].config)
+        residuals[name].runtime = residuals[name].runtime._replace(intervention=replaced)
     try:
         yield
     finally:
         for name, earlier in before.items():
-            residuals[name].intervention = earlier
+            residuals[name].runtime = residuals[name].runtime._replace(intervention=earlier)
 
 
 def _replaced(intervention: Intervention, config: ResidualConfig, step: Step) -> Step:

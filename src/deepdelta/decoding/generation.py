@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
+from deepdelta.decoding.cache import DecodingCache
 from deepdelta.errors import UserError
 from deepdelta.ids import Ids, id_list
-from deepdelta.models.cache import DecodingCache
 from deepdelta.models.gpt import GPT
 
 

@@ -4,7 +4,9 @@ Shapes: B batch, T new tokens, K taps, V value channels, D compute width.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from deepdelta.nn.parts.compression import convolve_last
 
 
 class History:
@@ -39,3 +41,30 @@ class History:
     def clear(self) -> None:
         self.values.zero_()
         self.seen = 0
+
+
+class FoldedTokens(nn.Module):
+    """A compression over tokens with its weight (V, D, K) as it was when this was made, and its history."""
+
+    weight: Tensor
+
+    def __init__(self, weight_VDK: Tensor, history: History) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight_VDK)
+        self.history = history
+
+    def forward(self, state_BTVD: Tensor) -> Tensor:
+        return convolve_last(self.history.extend(state_BTVD), state_BTVD.shape[1], self.weight)
+
+
+class Remembering(nn.Module):
+    """A compression over tokens that is called as it is, with its history: for one that has hooks, or weights that are
+    made anew in each call."""
+
+    def __init__(self, compression: nn.Module, history: History) -> None:
+        super().__init__()
+        # Held in a tuple: it stays the model's own.
+        self._compression, self.history = (compression,), history
+
+    def forward(self, state_BTVD: Tensor) -> Tensor:
+        return self._compression[0](state_BTVD, self.history.extend)  # type: ignore[no-any-return]

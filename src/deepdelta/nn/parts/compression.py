@@ -3,12 +3,13 @@
 Shapes: B batch, T tokens, V value channels, D compute width, K taps.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.history import History
 from deepdelta.nn.linear import Initialised
 from deepdelta.ops import without_autocast
 from deepdelta.ops.convolution import compress_tokens
@@ -16,6 +17,9 @@ from deepdelta.ops.convolution import compress_tokens
 
 class Squeeze(nn.Module):
     """`channel` at V = 1: the one value channel is the vector."""
+
+    def folded(self) -> None:
+        """No weights."""
 
     def forward(self, state_VD: Tensor) -> Tensor:
         return state_VD.squeeze(-2)
@@ -112,10 +116,10 @@ class TokenConvolution(ConvolutionCompression):
         """r_j weight[j, :, :], (V, D, K)."""
         return self.weight * self.read[:, None, None]
 
-    def forward(self, state_BTVD: Tensor, history: History | None = None) -> Tensor:
-        """What came before the tokens is in `history`, or nothing did."""
-        if history is not None:
-            return _remembered(state_BTVD, self.folded(), history)
+    def forward(self, state_BTVD: Tensor, extend: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Nothing came before the tokens, or what `extend` sets before them: the states of the K - 1 before."""
+        if extend is not None:
+            return convolve_last(extend(state_BTVD), state_BTVD.shape[1], self.folded())
         channels, width, taps = self.weight.shape
         batch, tokens = state_BTVD.shape[:-3], state_BTVD.shape[-3]
         if tokens == 0:
@@ -142,52 +146,9 @@ def _convolved(x_NCT: Tensor, weight_VDK: Tensor) -> Tensor:
     return y_NDT.transpose(-1, -2).contiguous()
 
 
-class FoldedChannels(nn.Module):
-    """A compression along the value channels for decoding: its C (V, D) as it was when this was made."""
-
-    weight: Tensor
-
-    def __init__(self, weight_VD: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight_VD)
-
-    def folded(self) -> Tensor:
-        return self.weight
-
-    def forward(self, state_VD: Tensor) -> Tensor:
-        return (state_VD * self.weight.to(state_VD.dtype)).sum(-2)
-
-
-class FoldedTokens(nn.Module):
-    """A compression over tokens for decoding: its weight (V, D, K) as it was when this was made, and its history."""
-
-    weight: Tensor
-
-    def __init__(self, weight_VDK: Tensor, history: History) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight_VDK)
-        self.history = history
-
-    def forward(self, state_BTVD: Tensor) -> Tensor:
-        return _remembered(state_BTVD, self.weight, self.history)
-
-
-class Remembering(nn.Module):
-    """A compression over tokens for decoding that is called as it is, with its history: for one that has hooks, or
-    weights that are made anew in each call."""
-
-    def __init__(self, compression: nn.Module, history: History) -> None:
-        super().__init__()
-        # Held in a tuple: it stays the model's own.
-        self._compression, self.history = (compression,), history
-
-    def forward(self, state_BTVD: Tensor) -> Tensor:
-        return self._compression[0](state_BTVD, self.history)  # type: ignore[no-any-return]
-
-
-def _remembered(state_BTVD: Tensor, weight_VDK: Tensor, history: History) -> Tensor:
-    x_BKVD = history.extend(state_BTVD)
-    if state_BTVD.shape[1] == 1:
+def convolve_last(x_BKVD: Tensor, tokens: int, weight_VDK: Tensor) -> Tensor:
+    """(B, T, D) of the last T tokens, which K - 1 others come before."""
+    if tokens == 1:
         # For one token the convolution costs more in its set-up than in its sums.
         return (x_BKVD * weight_VDK.permute(2, 0, 1)).sum((1, 2)).unsqueeze(1)
     return _convolved(_by_feature(x_BKVD), weight_VDK)

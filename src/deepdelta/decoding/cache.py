@@ -10,23 +10,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deepdelta.decoding.history import FoldedTokens, History, Remembering
+from deepdelta.decoding.step import decoding_step
 from deepdelta.errors import UserError
 from deepdelta.ids import Ids, id_list
 from deepdelta.models.attention import KeyValues, Slots
 from deepdelta.models.gpt import GPT
-from deepdelta.nn.compression import (
-    ChannelCompression,
-    ChannelConvolution,
-    FoldedChannels,
-    FoldedTokens,
-    Remembering,
-    TokenConvolution,
-)
-from deepdelta.nn.decoding import decoding_step
-from deepdelta.nn.expansion import EmbeddingConvolution
-from deepdelta.nn.history import History
+from deepdelta.nn.chain import advance
+from deepdelta.nn.parts.compression import ChannelCompression, ChannelConvolution, TokenConvolution
+from deepdelta.nn.parts.expansion import EmbeddingConvolution
 from deepdelta.nn.plain import plain
-from deepdelta.nn.reading import Opened, Reading
 from deepdelta.nn.residual import DeltaResidual
 
 
@@ -94,13 +87,15 @@ class DecodingCache:
         self.compression_histories: list[History] = []
         """For token compression the last states before every sublayer and before the readout, (B, K - 1, V, D)."""
         self._folded: dict[nn.Module, Tensor] = {}
-        self._residuals, self._apart = model.residuals(), model.opens_apart() is not None
-        readings = [*(one.reading() for one in self._residuals), Reading(model.stream.readout, model.norm)]
-        self._readings = [reading._replace(compression=self._decoding(reading.compression)) for reading in readings]
-        self._steps = [
-            decoding_step(residual, following, batch, weight.device, weight.dtype)
-            for residual, following in zip(self._residuals, self._readings[1:], strict=True)
+        residuals = model.residuals()
+        maps = [*(one.input_map() for one in residuals), model.head()]
+        self._input_maps = [one._replace(compression=self._decoding(one.compression)) for one in maps]
+        first, *others = self._input_maps
+        steps = [
+            decoding_step(before, after, batch, weight.device, weight.dtype)
+            for before, after in zip(residuals, others, strict=True)
         ]
+        self._one_token_maps = [first, *(one._replace(one_token=s) for one, s in zip(others, steps, strict=True))]
 
     @torch.no_grad()
     def decode(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:
@@ -120,31 +115,14 @@ class DecodingCache:
                 "do not fit; call clear() and feed the last ones again."
             )
         slots = self._slots(tokens)
-        earlier = () if self.expansion_history is None else (self.expansion_history,)
-        state_VD = self.model.stream.expansion(self.model.embedding(input_ids), *earlier)
-        if self._apart:
-            for i, layer in enumerate(self.model.layers):
-                state_VD = layer(state_VD, self.layers[i], slots, readings=tuple(self._readings[2 * i : 2 * i + 2]))
-            opened = self._readings[-1].open(state_VD)
-        else:
-            opened = self._advanced(state_VD, tokens, slots)
+        extend = () if self.expansion_history is None else (self.expansion_history.extend,)
+        state_VD = self.model.stream.expansion(self.model.embedding(input_ids), *extend)
+        *maps, head = self._one_token_maps if tokens == 1 else self._input_maps
+        memories = [(layer, slots) for layer in self.layers]
+        links = self.model.links(memories, list(zip(maps[::2], maps[1::2], strict=True)))
+        after = advance(state_VD, links, head)
         self.length += tokens
-        return F.linear(opened.c, self.model.embedding.weight)
-
-    def _advanced(self, state_VD: Tensor, tokens: int, slots: Slots) -> Opened:
-        """The state after the residuals, each of which opens the next, opened for the head."""
-        opened = self._readings[0].open(state_VD)
-        for i, (residual, step) in enumerate(zip(self._residuals, self._steps, strict=True)):
-            # Attention and MLP take turns; the MLP looks at one token alone.
-            memory = () if i % 2 else (self.layers[i // 2], slots)
-            following = self._readings[i + 1]
-            if step is None or tokens > 1 or not residual.runs_fused():
-                opened = residual(opened, following, *memory)
-                continue
-            assert residual.branch is not None
-            state_VD, c_D = step(opened.state, residual.branch(opened.c, *memory), opened.c)
-            opened = following.open(state_VD) if c_D is None else Opened(state_VD, None, c_D)
-        return opened
+        return F.linear(after.read(), self.model.embedding.weight)
 
     def clear(self) -> None:
         """Forget every token; padding stands for the next ones."""
@@ -192,9 +170,12 @@ class DecodingCache:
         if compression not in self._folded:
             self._folded[compression] = compression.folded().detach().clone()
         weight = self._folded[compression]
-        if not isinstance(compression, TokenConvolution):
-            return FoldedChannels(weight)
-        return FoldedTokens(weight, self._token_history())
+        if isinstance(compression, TokenConvolution):
+            return FoldedTokens(weight, self._token_history())
+        with torch.device("meta"):
+            folded = ChannelCompression(self.model.config.residual, weight.shape[-1])
+        folded.weight = nn.Parameter(weight, requires_grad=False)
+        return folded
 
     def _token_history(self) -> History:
         config = self.model.config

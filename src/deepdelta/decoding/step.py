@@ -2,14 +2,14 @@
 
 import torch
 
-from deepdelta.nn.direction import normalisation
-from deepdelta.nn.reading import Reading
+from deepdelta.nn.input_map import InputMap
+from deepdelta.nn.parts.direction import normalisation
 from deepdelta.nn.residual import DeltaResidual
 from deepdelta.ops.step.decoding import DTYPES, DecodingStep
 
 
 def decoding_step(
-    residual: DeltaResidual, following: Reading, rows: int, device: torch.device, dtype: torch.dtype
+    residual: DeltaResidual, following: InputMap, rows: int, device: torch.device, dtype: torch.dtype
 ) -> DecodingStep | None:
     """The rewrite of `residual`, with the opening of `following` where a fused step can do it, for N rows of one token.
 
@@ -20,20 +20,20 @@ def decoding_step(
     config = residual.config
     plain = config.rule == "additive" and config.value_channels == 1
     maps = residual.linear_maps()
-    if not residual.fused or not (plain or maps) or device.type != "cpu" or dtype not in DTYPES:
+    if not residual.runtime.fused or not (plain or maps) or device.type != "cpu" or dtype not in DTYPES:
         return None
-    folded = following.folded()
+    weights = following.weights()
     return DecodingStep(
         rows,
         config.value_channels,
         residual.dim,
         dtype,
         maps=maps,
-        gates=0 if maps is None else residual.gate.outputs,
+        gates=0 if maps is None or residual.gate is None else residual.gate.outputs,
         erases=config.erases,
         normalise=normalisation(config, residual.dim),
-        compression=None if folded is None else folded.compression,
-        norm_weight=None if folded is None else folded.weight,
-        norm_eps=0.0 if folded is None else folded.eps,
-        opens=folded is not None,
+        compression=None if weights is None else weights.compression,
+        norm_weight=None if weights is None else weights.weight,
+        norm_eps=0.0 if weights is None else weights.eps,
+        opens=weights is not None,
     )

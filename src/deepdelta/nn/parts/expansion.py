@@ -3,12 +3,13 @@
 Shapes: B batch, T tokens, V value channels, D compute width, K taps.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.history import History
 from deepdelta.nn.linear import Initialised
 from deepdelta.ops import without_autocast
 from deepdelta.ops.convolution import expand_tokens
@@ -42,19 +43,19 @@ class EmbeddingConvolution(Initialised):
         parameter.zero_()
         parameter[..., -1] = 1.0
 
-    def forward(self, x_BTD: Tensor, history: History | None = None) -> Tensor:
-        """The tokens' states; what came before them is in `history`, or nothing did."""
+    def forward(self, x_BTD: Tensor, extend: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The tokens' states; nothing came before them, or what `extend` sets before them: the K - 1 before."""
         channels, width, taps = self.weight.shape
         batch, tokens = x_BTD.shape[:-2], x_BTD.shape[-2]
         if tokens == 0:
             # PyTorch has no convolution of nothing; this has the shape and the gradients of one.
             return x_BTD.unsqueeze(-2) * self.weight[..., -1].to(x_BTD.dtype)
-        if self.fused and history is None and x_BTD.device.type == "cpu":
+        if self.fused and extend is None and x_BTD.device.type == "cpu":
             return expand_tokens(x_BTD.reshape(-1, tokens, width), self.weight).view(*batch, tokens, channels, width)
-        if history is None:
+        if extend is None:
             x_NDT = F.pad(x_BTD.reshape(-1, tokens, width).transpose(-1, -2), (taps - 1, 0))
         else:
-            x_BKD = history.extend(x_BTD)
+            x_BKD = extend(x_BTD)
             if tokens == 1:
                 # For one token the convolution costs more in its set-up than in its sums.
                 weight_VKD = self.weight.transpose(1, 2).to(x_BTD.dtype)

@@ -1,0 +1,89 @@
+"""Residuals one after another, each of which opens the next in its own rewrite."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deepdelta.errors import UserError
+from deepdelta.nn.adding import unwrapped
+from deepdelta.nn.input_map import InputMap, StreamState
+from deepdelta.nn.plain import plain
+from deepdelta.nn.residual import DeltaResidual
+
+
+class Link(NamedTuple):
+    """A module that a state goes through, and what it is called with beside the state."""
+
+    module: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] | None = None
+    input_map: InputMap | None = None
+    """In cached decoding, instead of the residual's own."""
+
+
+def advance(state: Tensor, links: Sequence[Link], head: InputMap | None = None) -> StreamState:
+    """The state after the modules in their order, read by `head` if one is given; equal to calling them one by one.
+
+    A residual that is plainly ours opens the next one, so that the fused step can do both in one pass over the state.
+    What is not (a module of another kind, a wrapper, a residual with hooks or sharded) is called with the state.
+
+    Raises:
+        UserError: a module returns no tensor.
+    """
+    given = StreamState(state)
+    for link, next_link in zip(links, [*links[1:], None], strict=True):
+        residual, args, kwargs, input_map = link.module, link.args, link.kwargs or {}, link.input_map
+        if not plain(residual, DeltaResidual):
+            kwargs = kwargs if input_map is None else {**kwargs, "input_map": input_map}
+            given = StreamState(_tensor(residual, residual(given.state, *args, **kwargs)))
+            continue
+        if given.c is None:
+            given = residual.opened(given.state, input_map or residual.input_map())
+        branch = residual.wrapped()
+        h = _tensor(branch, branch(residual.branch_input(given), *args, **kwargs))
+        following = head if next_link is None else _following(residual, next_link, given.state)
+        given = residual.rewrite(given, h, following)
+        if following is None:
+            given = StreamState(residual.closed(given))
+    return given if head is None or given.c is not None else head(given)
+
+
+def _following(residual: DeltaResidual, link: Link, state_VD: Tensor) -> InputMap | None:
+    """The input map of the residual after this one, where it is plainly ours and of a stream like this one's."""
+    after = link.module
+    if not plain(after, DeltaResidual) or after.shape() != residual.shape():
+        return None
+    after.check(state_VD)
+    return link.input_map or after.input_map()
+
+
+def _tensor(module: nn.Module, output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"a chain hands on one tensor, and {type(module).__name__} returned {type(output).__name__}; call the "
+            "modules one by one, which gives you all that they return."
+        )
+    return output
+
+
+class Chain(nn.Sequential):
+    """Residuals of one stream (and other modules between them) as one module; made by `DeltaStream.chain`.
+
+    `chain(state, *args, **kwargs)` is `state = residual(state, *args, **kwargs)` for one after the other, and each
+    rewrite opens the next residual in its own pass where the fused step can (`use_backend`). A module that is no
+    residual ends that: it is called with the state alone. So do hooks on a residual, recorders, interventions and
+    sharding, with the same numbers. It is an nn.Sequential: members keep their keys under their index or name.
+
+    Raises:
+        UserError: a branch (or module between) that returns anything but one tensor.
+    """
+
+    def forward(self, state: Float[Tensor, "..."], *args: Any, **kwargs: Any) -> Float[Tensor, "..."]:  # type: ignore[override]
+        extras = Link(self, args, kwargs)
+        links = [
+            extras._replace(module=member) if isinstance(unwrapped(member), DeltaResidual | Chain) else Link(member)
+            for member in self
+        ]
+        return advance(state, links).state
