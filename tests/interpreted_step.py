@@ -35,11 +35,12 @@ def start() -> None:
 
 def results(case: Case, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """X', c' and all gradients from the kernels; X' is replayed on the way and must be the same to the bit."""
-    from deepdelta.ops.step import cuda, interface
+    from deepdelta.ops.backends.cuda import launch
+    from deepdelta.ops.step import interface
 
     # Two programs, one after another, so that each has a run of several tokens.
-    tiles = patch.multiple(cuda, RESIDENT_WARPS=2, **(SMALL_TILES if case.tiled else {}))
-    with tiles, patch.object(interface, "_implementation", lambda state: cuda):
+    tiles = patch.multiple(launch, RESIDENT_WARPS=2, **(SMALL_TILES if case.tiled else {}))
+    with tiles, patch.object(interface, "_implementation", lambda state: launch):
         return differentiated(fused_and_replayed, case, given)
 
 

@@ -18,7 +18,7 @@ from helpers import randn
 
 EPS = 1e-5
 SMALL_TILES = {"WHOLE_FORWARD": 8, "WHOLE_BACKWARD": 8, "TILE": 64}
-"""Limits of ops.step.cuda under which a case of ordinary width needs several tiles."""
+"""Limits of ops/backends/cuda under which a case of ordinary width needs several tiles."""
 
 
 class Case(NamedTuple):

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from deepdelta import PRESETS, UserError
 from deepdelta.cli import main
@@ -180,15 +179,15 @@ def test_a_wrong_backend_is_refused_before_anything_is_timed(
     broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A backward pass whose gradient of h is a hundredth too large in the model, a millionth in fp64."""
-    from deepdelta.ops.step import cpu
+    from deepdelta.ops.backends.cpu import launch
 
-    plain, size = cpu.backward, 1e-2 if broken == "training" else 1e-6
+    plain, size = launch.backward, 1e-2 if broken == "training" else 1e-6
 
-    def wrong(*given: Any) -> tuple[Tensor | None, ...]:
-        d_state, d_h, *rest = plain(*given)
-        return d_state, d_h * (1 + size), *rest
+    def wrong(*given: Any) -> Any:
+        gradients = plain(*given)
+        return gradients._replace(d_h=gradients.d_h * (1 + size))
 
-    monkeypatch.setattr(cpu, "backward", wrong)
+    monkeypatch.setattr(launch, "backward", wrong)
     monkeypatch.setattr(runner, "interleaved", lambda *_, **__: pytest.fail("timed"))
     suite = replace(TINY, groups=tuple(group for group in TINY.groups if group.work == broken))
     with pytest.raises(UserError, match=r"must agree with its reference within .* nothing was timed"):

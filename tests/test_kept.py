@@ -1,6 +1,5 @@
 """What numba keeps on disk: no place for it, a place that others can write, files that were cut short."""
 
-import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 from numba.core import caching
 
 from deepdelta import GPT, PRESETS, GPTConfig, UserError, use_backend
+from deepdelta.ops.backends.cpu.team import compiled, loop, run
 from deepdelta.ops.step import fused_problem
-from deepdelta.ops.team import Loop, compiled, loop
 
 
 @pytest.fixture
@@ -41,25 +40,22 @@ def refused(message: str) -> None:
         written()
 
 
-def written() -> tuple[Loop, Any]:
+def written() -> tuple[Any, Any]:
     """A loop, and a function that is kept by itself; both double a number."""
 
-    def make(team: int | None) -> Any:
-        def share(at):
-            at[1] = 2 * at[0]
-
-        return share
+    def share(at):
+        at[1] = 2 * at[0]
 
     def double(x):
         return 2 * x
 
-    return loop(make), compiled(double, kept=True)
+    return loop(share), compiled(double, kept=True)
 
 
 def both_right() -> Any:
     made, double = written()
     table = np.array([21, 0])
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(made.alone.address)(table.ctypes.data)
+    run(made, table.ctypes.data, 1)
     assert table.tolist() == [21, 42]
     assert double(21) == 42
     return double.stats

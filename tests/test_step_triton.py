@@ -66,15 +66,15 @@ def test_a_check_fails_where_a_result_is_wrong(interpreted):
 
 @given(st.integers(1, 64), st.integers(1, 20000), st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
 def test_blocks_fit_their_limits(channels, width, dtype):
-    from deepdelta.ops.step import cuda
+    from deepdelta.ops.backends.cuda import launch
 
-    for whole in (cuda.WHOLE_FORWARD, cuda.WHOLE_BACKWARD):
-        rows, columns, warps = cuda.blocks(channels, width, dtype, whole)
+    for whole in (launch.WHOLE_FORWARD, launch.WHOLE_BACKWARD):
+        rows, columns, warps = launch.blocks(channels, width, dtype, whole)
         assert rows >= channels and rows & (rows - 1) == columns & (columns - 1) == warps & (warps - 1) == 0
         assert rows * columns * (2 if dtype == torch.float64 else 1) <= whole
         assert 1 <= warps <= 16
         if columns < width:
-            assert rows * columns * 2 > cuda.TILE // 2
+            assert rows * columns * 2 > launch.TILE // 2
 
 
 @pytest.fixture
@@ -101,20 +101,20 @@ def test_what_runs_in_the_interpreter_compiles_for_a_gpu(case, dtype):
 
 
 def compiled_for_gpu(kernel: str, case: Case, dtype: torch.dtype) -> Any:
-    """The kernel as ops.step.cuda has it compiled for this case; no GPU is needed to compile."""
+    """The kernel as ops/backends/cuda has it compiled for this case; no GPU is needed to compile."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from deepdelta.ops.step import cuda, cuda_kernel
+    from deepdelta.ops.backends.cuda import kernels, launch
 
-    function = getattr(cuda_kernel, kernel)
-    with patch.multiple(cuda, **(SMALL_TILES if case.tiled else {"TILE": cuda.TILE})):
-        whole = cuda.WHOLE_BACKWARD if kernel == "backward" else cuda.WHOLE_FORWARD
-        tile = cuda.blocks(case.channels, case.width, dtype, whole)
+    function = getattr(kernels, kernel)
+    with patch.multiple(launch, **(SMALL_TILES if case.tiled else {"TILE": launch.TILE})):
+        whole = launch.WHOLE_BACKWARD if kernel == "backward" else launch.WHOLE_FORWARD
+        tile = launch.blocks(case.channels, case.width, dtype, whole)
     parts = inputs(case)
     gates = parts["erase"].shape[1] if "erase" in parts else 0
-    absent = {"erase": "erase", "compression": "compression", "norm_weight": "weight"}
-    missing = {name for part, name in absent.items() if part not in parts} | ({"c"} if not case.opens else set())
+    missing = {"erase", "compression", "norm_weight"} - parts.keys() | ({"c"} if not case.opens else set())
+    missing |= {"read"} if "erase" in missing else set()
     constants = {
         **{prefix + name: None for name in missing for prefix in ("", "d_")},
         **{"OFFSET": case.offset, "POWER": case.power, "EPS": EPS, "V": case.channels},

@@ -55,9 +55,9 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
 def test_values_and_all_gradients(case, dtype):
-    from deepdelta.ops.step import cuda
+    from deepdelta.ops.backends.cuda import launch
 
-    with patch.multiple(cuda, **(SMALL_TILES if case.tiled else {"TILE": cuda.TILE})):
+    with patch.multiple(launch, **(SMALL_TILES if case.tiled else {"TILE": launch.TILE})):
         found = differentiated(fused_and_replayed, case, in_dtype(inputs(case), dtype, "cuda"))
     compare(case, found, dtype)
 

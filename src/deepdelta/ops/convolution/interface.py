@@ -41,7 +41,7 @@ def _by_tap(weight_VDK: Tensor, x: Tensor) -> Tensor:
 
 
 def _code() -> Any:
-    return importlib.import_module("deepdelta.ops.convolution.cpu")
+    return importlib.import_module("deepdelta.ops.backends.cpu.convolution")
 
 
 @torch.library.custom_op("deepdelta::convolve_tokens", mutates_args=(), device_types="cpu")

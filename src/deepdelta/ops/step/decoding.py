@@ -4,6 +4,7 @@ what takes some twenty small operations otherwise, each of which costs more to c
 Shapes: N rows of one token each, V value channels, D width, G gates.
 """
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -47,30 +48,41 @@ class DecodingStep:
     ) -> None:
         assert dtype in DTYPES and (maps is None or normalise.offset is not None)
         # Imported here: numba is an extra.
-        from deepdelta.ops.step import cpu_kernel
+        from deepdelta.ops.backends.cpu.kernels import decode
 
         one = np.float64(1) if dtype == torch.float64 else np.float32(1)
-        self.dtype, self.opens, self._kernel, self._one = dtype, opens, cpu_kernel.decode, one
+        self.dtype, self.opens, self._kernel = dtype, opens, decode
         self._state_shape, self._vector_shape = (rows, channels, width), (rows, width)
 
         def empty(*shape: int) -> Any:
             return np.empty(shape, one.dtype)
 
-        beta = None if maps is None else empty(rows, gates)
         weights, bias = (None, None) if maps is None else map(_array, maps)
-        self._parameters = (
-            weights,
-            bias,
-            None if weights is None else empty(rows, len(weights)),
-            beta,
-            np.ones((rows, channels), one.dtype),
-            beta if maps is not None and erases else None,
-            None if maps is None else type(one)(normalise.offset),
-            0 if maps is None else normalise.power,
-            *(_array(tensor) if opens else None for tensor in (compression, norm_weight)),
-            type(one)(norm_eps),
+        beta = None if maps is None else empty(rows, gates)
+        compression_, norm_weight_ = (_array(tensor) if opens else None for tensor in (compression, norm_weight))
+        arguments = dict(
+            one=one,
+            weights=weights,
+            bias=bias,
+            gating=None if weights is None else empty(rows, len(weights)),
+            beta=beta,
+            write=np.ones((rows, channels), one.dtype),
+            erase=beta if erases else None,
+            offset=None if maps is None else type(one)(normalise.offset),
+            power=0 if maps is None else normalise.power,
+            compression=compression_,
+            norm_weight=norm_weight_,
+            norm_eps=type(one)(norm_eps),
+            scale=empty(rows),
+            read=empty(rows, channels),
+            inverse=empty(rows),
+            coefficient=empty(rows, channels),
         )
-        self._scratch = (empty(rows), empty(rows, channels), empty(rows), empty(rows, channels))
+        names = list(inspect.signature(decode.py_func).parameters)
+        changing = ("state", "h", "c_now", "new", "c")
+        assert {*arguments, *changing} == set(names)
+        self._arguments = [arguments.get(name) for name in names]
+        self._places = [names.index(name) for name in changing]
 
     def __call__(self, state: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
         state, h, c = (tensor.to(self.dtype).contiguous() for tensor in (state, h, c))
@@ -78,7 +90,10 @@ class DecodingStep:
         states = (tensor.numpy().reshape(self._state_shape) for tensor in (state, new))
         vectors = (None if tensor is None else tensor.numpy().reshape(self._vector_shape) for tensor in (h, c, c_new))
         (state_, new_), (h_, c_, c_new_) = states, vectors
-        self._kernel(self._one, state_, h_, c_, *self._parameters, new_, c_new_, *self._scratch)
+        arguments = self._arguments.copy()
+        for place, array in zip(self._places, (state_, h_, c_, new_, c_new_), strict=True):
+            arguments[place] = array
+        self._kernel(*arguments)
         return new, c_new
 
 

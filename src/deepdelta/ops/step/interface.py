@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from deepdelta.errors import UserError
-from deepdelta.ops.convolution import compress_tokens
 from deepdelta.ops.derivatives import check_plain, once
 from deepdelta.ops.precision import accumulation_dtype
+from deepdelta.ops.step.arguments import Given, Gradients, Incoming, Known, Made, Replayed, schema
 from deepdelta.ops.step.reference import Gating, Normalise
 
 NEEDS = {"cpu": "numba", "cuda": "triton"}
@@ -34,10 +34,9 @@ def fused_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"the fused step has {', '.join(DTYPES.values())}, not {dtype}"
     if package == "numba":
-        from deepdelta.ops.kept import keeping_problem  # not above: it imports numba
+        from deepdelta.ops.backends.cpu.kept import keeping_problem  # not above: it imports numba
 
-        # One of each folder whose loops are kept.
-        return keeping_problem(fused_step) or keeping_problem(compress_tokens)
+        return keeping_problem()
     return None
 
 
@@ -82,8 +81,8 @@ def fused_step(
         UserError: the device or dtype has no fused step, with the reason, raised when the operator runs; or more than
             first derivatives are asked for.
     """
-    given = (state, h, write, erase, compression, norm_weight, None if gating is None else gating.numbers)
-    check_plain(*(tensor for tensor in given if isinstance(tensor, Tensor)))
+    every = (state, h, write, erase, compression, norm_weight, None if gating is None else gating.numbers)
+    check_plain(*(tensor for tensor in every if isinstance(tensor, Tensor)))
     *batch, channels, width = state.shape
     wide = accumulation_dtype(state.dtype)
     if gating is not None and state.device.type not in MAKE_COEFFICIENTS:
@@ -100,29 +99,28 @@ def fused_step(
         None if parameter is None or not opens else parameter.to(wide).contiguous()
         for parameter in (compression, norm_weight)
     )
-    h_ND = h.to(state.dtype).reshape(-1, width).contiguous()
     numbers, write_NV, erase_NG = (
         tensor.to(wide).reshape(-1, tensor.shape[-1]).contiguous() if isinstance(tensor, Tensor) else None
         for tensor in ((None, write, erase) if gating is None else (gating.numbers, None, None))
     )
-    new, c, *_, coefficient = step(
-        state.reshape(-1, channels, width).contiguous(),
-        h_ND,
-        numbers,
-        0 if gating is None else gating.gates,
-        gating is not None and gating.erases,
-        write_NV,
-        erase_NG,
-        normalise.offset,
-        normalise.power,
-        compression,
-        norm_weight,
-        norm_eps,
-        opens,
+    given = Given(
+        state=state.reshape(-1, channels, width).contiguous(),
+        h=h.to(state.dtype).reshape(-1, width).contiguous(),
+        gating=numbers,
+        gates=0 if gating is None else gating.gates,
+        erases=gating is not None and gating.erases,
+        write=write_NV,
+        erase=erase_NG,
+        offset=normalise.offset,
+        power=normalise.power,
+        compression=compression,
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+        opens=opens,
     )
-    return FusedStep(
-        new.view(state.shape), c.view(h.shape) if opens else None, Done(h_ND.detach(), coefficient.detach())
-    )
+    made = Made(*step(*given))
+    c = made.c.view(h.shape) if opens and made.c is not None else None
+    return FusedStep(made.new.view(state.shape), c, Done(given.h.detach(), made.coefficient.detach()))
 
 
 @torch.no_grad()
@@ -134,7 +132,7 @@ def remake(done: Done, state: Tensor, *, backwards: bool = False) -> Tensor:
     flat = state.reshape(-1, *state.shape[-2:]).contiguous()
     coefficient = -done.coefficient if backwards else done.coefficient
     new = torch.empty_like(flat)
-    _implementation(state).replay(flat, done.h, coefficient, new)
+    _implementation(state).replay(Replayed(state=flat, h=done.h, coefficient=coefficient, new=new))
     return new.view(state.shape)
 
 
@@ -142,144 +140,99 @@ def _implementation(state: Tensor) -> Any:
     """The module whose `forward` and `backward` run on the state's device; refused where they cannot."""
     if problem := _known_problem(state.device, state.dtype):
         raise UserError(f"{problem}; use the backend 'reference'.")
-    return importlib.import_module(f"deepdelta.ops.step.{state.device.type}")
+    return importlib.import_module(f"deepdelta.ops.backends.{state.device.type}.launch")
 
 
 _known_problem = cache(fused_problem)
 
 
-def _made(
-    state: Tensor, h: Tensor, gating: Tensor | None, gates: int, erases: bool, erase: Tensor | None, opens: bool
-) -> tuple[Tensor, ...]:
-    """What a step returns, not filled: new, c, scale, read, inverse, beta, write, coefficient; empty where there is
-    none. Beta and write are those made of a gating."""
+def _allocated(given: Given) -> Made:
+    """What a step fills; empty where there is none."""
+    state, h, wide = given.state, given.h, accumulation_dtype(given.state.dtype)
     tokens, channels, _ = state.shape
-    wide = accumulation_dtype(state.dtype)
-    return (
-        torch.empty_like(state),
-        torch.empty_like(h) if opens else h.new_empty(0),
-        state.new_empty(tokens, dtype=wide),
-        state.new_empty((tokens, 0 if erase is None and not erases else channels), dtype=wide),
-        state.new_empty(tokens, dtype=wide),
-        state.new_empty((tokens, gates), dtype=wide),
-        state.new_empty((tokens, 0 if gating is None else channels), dtype=wide),
-        state.new_empty((tokens, channels), dtype=wide),
+    erases, makes = given.erase is not None or given.erases, given.gating is not None
+    return Made(
+        new=torch.empty_like(state),
+        c=torch.empty_like(h) if given.opens else h.new_empty(0),
+        scale=state.new_empty(tokens, dtype=wide),
+        read=state.new_empty((tokens, channels if erases else 0), dtype=wide),
+        inverse=state.new_empty(tokens, dtype=wide),
+        beta=state.new_empty((tokens, given.gates), dtype=wide),
+        made_write=state.new_empty((tokens, channels if makes else 0), dtype=wide),
+        coefficient=state.new_empty((tokens, channels), dtype=wide),
     )
 
 
-@torch.library.custom_op("deepdelta::step", mutates_args=())
-def step(
-    state: Tensor,
-    h: Tensor,
-    gating: Tensor | None,
-    gates: int,
-    erases: bool,
-    write: Tensor | None,
-    erase: Tensor | None,
-    offset: float | None,
-    power: int,
-    compression: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    opens: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    made = _made(state, h, gating, gates, erases, erase, opens)
-    new, c, scale, read, inverse, beta, made_write, coefficient = made
-    if gating is not None:
-        write, erase = made_write, beta if erases else None
-    _implementation(state).forward(
-        state,
-        h,
-        None if gating is None else Gating(gating, gates, erases),
-        write,
-        erase,
-        Normalise(offset, power),
-        (compression, norm_weight) if opens else (None, None),
-        norm_eps,
-        (new, c if opens else None, scale, read, inverse, coefficient, beta),
+def _with_coefficients(given: Given, made: Made) -> Given:
+    """With the write and the erase that are made of a gating."""
+    if given.gating is None:
+        return given
+    return given._replace(write=made.made_write, erase=made.beta if given.erases else None)
+
+
+@torch.library.custom_op("deepdelta::step", mutates_args=(), schema=schema(f"({'Tensor, ' * 7}Tensor)", Given))
+def step(*values: Any) -> Any:
+    made = _allocated(Given(*values))
+    given = _with_coefficients(Given(*values), made)
+    present = made._replace(
+        c=made.c if given.opens else None,
+        read=None if given.erase is None else made.read,
+        beta=None if given.gating is None else made.beta,
     )
-    return made  # type: ignore[return-value]
+    _implementation(given.state).forward(given, present)
+    return tuple(made)
 
 
-def _gradients_made(*given: Tensor | None) -> list[Tensor | None]:
-    """The gradients of these, not filled."""
-    return [None if tensor is None else torch.empty_like(tensor) for tensor in given]
+def _gradients_allocated(given: Given) -> Gradients:
+    """Those of parameters are empty where there is none; kernels bring their own."""
+    each = (getattr(given, name.removeprefix("d_")) for name in Gradients._fields)
+    return Gradients(*(None if tensor is None else torch.empty_like(tensor) for tensor in each))  # type: ignore[arg-type]
 
 
-@torch.library.custom_op("deepdelta::step_backward", mutates_args=())
-def step_backward(
-    state: Tensor,
-    h: Tensor,
-    gating: Tensor | None,
-    gates: int,
-    erases: bool,
-    write: Tensor,
-    erase: Tensor | None,
-    offset: float | None,
-    power: int,
-    compression: Tensor | None,
-    norm_weight: Tensor | None,
-    opens: bool,
-    scale: Tensor,
-    read: Tensor,
-    inverse: Tensor,
-    beta: Tensor,
-    coefficient: Tensor,
-    d_new: Tensor,
-    d_c: Tensor,
-) -> list[Tensor]:
-    made = _gradients_made(state, h, gating, write, erase)
-    of_parameters = _implementation(state).backward(
-        state,
-        h,
-        None if gating is None else Gating(gating, gates, erases),
-        write,
-        erase,
-        Normalise(offset, power),
-        (compression, norm_weight) if opens else (None, None),
-        (scale, read, inverse, coefficient, beta),
-        (d_new, d_c if opens else None),
-        made,
+def _all_there(gradients: Gradients) -> list[Tensor]:
+    return [gradients.d_write.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+@torch.library.custom_op("deepdelta::step_backward", mutates_args=(), schema=schema("Tensor[]", Given, Known, Incoming))
+def step_backward(*values: Any) -> Any:
+    given, known, incoming = _split(values)
+    known = known._replace(
+        read=None if given.erase is None else known.read, beta=None if given.gating is None else known.beta
     )
-    return [write.new_empty(0) if gradient is None else gradient for gradient in (*made, *of_parameters)]
+    incoming = incoming._replace(d_c=incoming.d_c if given.opens else None)
+    return _all_there(_implementation(given.state).backward(given, known, incoming, _gradients_allocated(given)))
+
+
+def _split(values: tuple[Any, ...]) -> tuple[Given, Known, Incoming]:
+    given, known = len(Given._fields), len(Known._fields)
+    return Given(*values[:given]), Known(*values[given : given + known]), Incoming(*values[given + known :])
 
 
 @step.register_fake
-def _(state, h, gating, gates, erases, write, erase, offset, power, compression, norm_weight, norm_eps, opens):  # type: ignore[no-untyped-def]
-    return _made(state, h, gating, gates, erases, erase, opens)
+def _(*values: Any) -> Any:
+    return tuple(_allocated(Given(*values)))
 
 
 @step_backward.register_fake
-def _(state, h, gating, gates, erases, write, erase, offset, power, compression, norm_weight, opens, *_):  # type: ignore[no-untyped-def]
-    opening = (compression, norm_weight) if opens else (None, None)
-    made = _gradients_made(state, h, gating, write, erase, *opening)
-    return [write.new_empty(0) if tensor is None else tensor for tensor in made]
+def _(*values: Any) -> Any:
+    return _all_there(_gradients_allocated(_split(values)[0]))
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    state, h, gating, gates, erases, write, erase, offset, power, compression, norm_weight, _, opens = inputs
-    _, _, scale, read, inverse, beta, made_write, coefficient = output
-    if gating is not None:
-        write, erase = made_write, beta if erases else None
-    ctx.save_for_backward(
-        state, h, gating, write, erase, compression, norm_weight, scale, read, inverse, beta, coefficient
-    )
-    ctx.settings = (gates, erases, offset, power, opens)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    made = Made(*output)
+    known = (getattr(made, name) for name in Known._fields)
+    values = (*_with_coefficients(Given(*inputs), made), *known)
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in values))
+    ctx.others = [None if isinstance(value, Tensor) else value for value in values]
     ctx.mark_non_differentiable(*output[2:])
 
 
-def _gradients(ctx, d_new, d_c, *_):  # type: ignore[no-untyped-def]
-    state, h, gating, write, erase, compression, norm_weight, *known = ctx.saved_tensors
-    gates, erases, offset, power, opens = ctx.settings
-    d_state, d_h, d_gating, d_write, d_erase, d_compression, d_weight = step_backward(
-        state, h, gating, gates, erases, write, erase, offset, power, compression, norm_weight, opens,
-        *known, d_new.contiguous(), d_c.contiguous(),
-    )  # fmt: skip
-    gradients = (
-        d_state, d_h, d_gating, None, None, d_write, d_erase, None, None, d_compression, d_weight, None, None
-    )  # fmt: skip
+def _gradients(ctx: Any, d_new: Tensor, d_c: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    values = (other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True))
+    found = Gradients(*step_backward(*values, d_new.contiguous(), d_c.contiguous()))
     # What was not given (with a gating, write and erase) has none.
-    return tuple(one if needed else None for one, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+    each = zip(Given._fields, ctx.needs_input_grad, strict=True)
+    return tuple(getattr(found, f"d_{name}") if needed else None for name, needed in each)
 
 
 step.register_autograd(_gradients, setup_context=_save)

@@ -21,10 +21,10 @@ MEND = "set NUMBA_CACHE_DIR to a folder of your own that nobody else can write"
 DAMAGED = (pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, ImportError)
 
 
-def keeping_problem(function: Callable[..., Any]) -> str | None:
-    """Why what numba compiles of a function cannot be kept, or None where it can."""
+def keeping_problem(function: Callable[..., Any] | None = None) -> str | None:
+    """Why what numba compiles of a function, or of this folder's, cannot be kept, or None where it can."""
     try:
-        folder = Path(_cache(function).cache_path)
+        folder = Path(_cache(function or keeping_problem).cache_path)
     except RuntimeError:  # which numba raises where it finds no place
         return f"numba finds no folder that it can write for compiled code; {MEND}"
     here, above = folder.stat(), folder.parent.stat()
@@ -37,7 +37,7 @@ def keeping_problem(function: Callable[..., Any]) -> str | None:
 
 
 def _cache(function: Callable[..., Any]) -> Any:
-    return FunctionCache(inspect.unwrap(function))  # type: ignore[no-untyped-call]
+    return FunctionCache(inspect.unwrap(function))
 
 
 def _written_by_others(found: os.stat_result) -> bool:

@@ -58,14 +58,14 @@ def _token(state, h, n, d, place_VD, real_VD, wide: tl.constexpr, V: tl.constexp
 
 
 @_compiled
-def _opening(compression, weight, d, place_VD, real_VD, wide: tl.constexpr, D: tl.constexpr):
+def _opening(compression, norm_weight, d, place_VD, real_VD, wide: tl.constexpr, D: tl.constexpr):
     """C and the norm's weight on a tile; ones without a compression, which then has one value channel to take."""
     c_VD = tl.full(place_VD.shape, 1, wide)
     if compression is not None:
         c_VD = tl.load(compression + place_VD, mask=real_VD, other=0)
     weight_D = tl.full(d.shape, 1, wide)
-    if weight is not None:
-        weight_D = tl.load(weight + d, mask=d < D, other=0)
+    if norm_weight is not None:
+        weight_D = tl.load(norm_weight + d, mask=d < D, other=0)
     return c_VD, weight_D
 
 
@@ -77,27 +77,10 @@ def _rewritten(x_VD, h_D, a_V, stored: tl.constexpr):
 
 @_compiled
 def forward(
-    state,
-    h,
-    write,
-    erase,
-    compression,
-    weight,
-    new,
-    c,
-    scale,
-    read,
-    inverse,
-    coefficient,
-    OFFSET: tl.constexpr,
-    POWER: tl.constexpr,
-    EPS: tl.constexpr,
-    V: tl.constexpr,
-    D: tl.constexpr,
-    GATES: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    state, h, write, erase, compression, norm_weight, new, c, scale, read, inverse, coefficient,
+    OFFSET: tl.constexpr, POWER: tl.constexpr, EPS: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
+    GATES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One token per program: fill new (X'), scale, read and coefficient (a); c and inverse (1 / rms) where asked."""
     n = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK_V)
@@ -118,12 +101,12 @@ def forward(
         a_V -= _of_token(erase, n, V, GATES, BLOCK_V) * s * s * along_V
 
     r = tl.full((), 1, wide)
-    if weight is not None:
+    if norm_weight is not None:
         square = tl.full((), 0, wide)
         for start in range(0, D, BLOCK_D):
             d, place_VD, real_VD = _tile(start, V, D, BLOCK_V, BLOCK_D)
             x_VD, h_D = _token(state, h, n, d, place_VD, real_VD, wide, V, D)
-            c_VD, weight_D = _opening(compression, weight, d, place_VD, real_VD, wide, D)
+            c_VD, weight_D = _opening(compression, norm_weight, d, place_VD, real_VD, wide, D)
             x_in_D = tl.sum(c_VD * _rewritten(x_VD, h_D, a_V, stored).to(wide), 0)
             square += tl.sum(x_in_D * x_in_D, 0)
         r = 1 / tl.sqrt(square / D + EPS)
@@ -133,14 +116,14 @@ def forward(
         x_VD, h_D = _token(state, h, n, d, place_VD, real_VD, wide, V, D)
         new_VD = _rewritten(x_VD, h_D, a_V, stored)
         if c is not None:
-            c_VD, weight_D = _opening(compression, weight, d, place_VD, real_VD, wide, D)
+            c_VD, weight_D = _opening(compression, norm_weight, d, place_VD, real_VD, wide, D)
             tl.store(c + n * D + d, tl.sum(c_VD * new_VD.to(wide), 0) * r * weight_D, mask=d < D)
         tl.store(new + n * (V * D) + place_VD, new_VD, mask=real_VD)
     tl.store(scale + n, s)
     tl.store(coefficient + n * V + v, a_V, mask=v < V)
     if erase is not None:
         tl.store(read + n * V + v, along_V, mask=v < V)
-    if weight is not None:
+    if norm_weight is not None:
         tl.store(inverse + n, r)
 
 
@@ -157,23 +140,10 @@ def replay(state, h, coefficient, new, V: tl.constexpr, D: tl.constexpr, BLOCK_V
 
 @_compiled
 def _gradients(
-    state,
-    h,
-    d_new,
-    d_c,
-    n,
-    a_V,
-    r,
-    c_VD,
-    weight_D,
-    d,
-    place_VD,
-    real_VD,
-    wide: tl.constexpr,
-    V: tl.constexpr,
-    D: tl.constexpr,
-):
-    """On a tile of token n: X, h, X' as stored, x_in, and the gradients of X', x_in and weight.
+    state, h, d_new, d_c, n, a_V, r, c_VD, weight_D, d, place_VD, real_VD,
+    wide: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """On a tile of token n: X, h, X' as stored, x_in, and the gradients of X', x_in and the weight.
 
     Those of X' and x_in lack what the norm takes back: r^2 mean(d_x_in x_in) x_in.
     """
@@ -193,34 +163,12 @@ def _gradients(
 
 @_compiled
 def backward(
-    state,
-    h,
-    write,
-    erase,
-    compression,
-    weight,
-    scale,
-    read,
-    inverse,
-    coefficient,
-    d_new,
-    d_c,
-    d_state,
-    d_h,
-    d_write,
-    d_erase,
-    d_compression,
-    d_weight,
-    tokens,
-    OFFSET: tl.constexpr,
-    POWER: tl.constexpr,
-    V: tl.constexpr,
-    D: tl.constexpr,
-    GATES: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One run of tokens per program, and in its row of d_compression and d_weight the sum over that run."""
+    state, h, write, erase, compression, norm_weight, scale, read, inverse, coefficient, d_new, d_c,
+    d_state, d_h, d_write, d_erase, d_compression, d_norm_weight, tokens,
+    OFFSET: tl.constexpr, POWER: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
+    GATES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One run of tokens per program, and in its row of d_compression and d_norm_weight the sum over that run."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     first = program * tokens // programs
@@ -235,11 +183,11 @@ def backward(
     sum_D = tl.zeros((BLOCK_D,), wide)
     if whole:
         d, place_VD, real_VD = _tile(0, V, D, BLOCK_V, BLOCK_D)
-        c_VD, weight_D = _opening(compression, weight, d, place_VD, real_VD, wide, D)
+        c_VD, weight_D = _opening(compression, norm_weight, d, place_VD, real_VD, wide, D)
     # Two stages: the next token's vectors are on their way while this one is computed.
     for n in tl.range(first, last, num_stages=2):
         s = tl.load(scale + n)
-        r = tl.load(inverse + n) if weight is not None else tl.full((), 1, wide)
+        r = tl.load(inverse + n) if norm_weight is not None else tl.full((), 1, wide)
         a_V = _of_token(coefficient, n, V, V, BLOCK_V)
         b_V = tl.zeros_like(a_V)
         along_V = tl.zeros_like(a_V)
@@ -254,15 +202,15 @@ def backward(
         for start in range(0, D, BLOCK_D):
             if not whole:
                 d, place_VD, real_VD = _tile(start, V, D, BLOCK_V, BLOCK_D)
-                c_VD, weight_D = _opening(compression, weight, d, place_VD, real_VD, wide, D)
+                c_VD, weight_D = _opening(compression, norm_weight, d, place_VD, real_VD, wide, D)
             x_VD, h_D, after_VD, x_in_D, grad_VD, d_in_D, d_weight_D = _gradients(
                 state, h, d_new, d_c, n, a_V, r, c_VD, weight_D, d, place_VD, real_VD, wide, V, D
             )
             d_a_V += tl.sum(grad_VD * h_D[None, :], 1)
-            if weight is not None:
+            if norm_weight is not None:
                 less_V += tl.sum(c_VD * (h_D * x_in_D)[None, :], 1)
                 back += tl.sum(d_in_D * x_in_D, 0)
-        if weight is not None:
+        if norm_weight is not None:
             back = back * r * r / D
             d_a_V = d_a_V - back * less_V
         d_read_V = -d_a_V * b_V * s * s
@@ -277,11 +225,11 @@ def backward(
         for start in range(0, D, BLOCK_D):
             if not whole:
                 d, place_VD, real_VD = _tile(start, V, D, BLOCK_V, BLOCK_D)
-                c_VD, weight_D = _opening(compression, weight, d, place_VD, real_VD, wide, D)
+                c_VD, weight_D = _opening(compression, norm_weight, d, place_VD, real_VD, wide, D)
             x_VD, h_D, after_VD, x_in_D, grad_VD, d_in_D, d_weight_D = _gradients(
                 state, h, d_new, d_c, n, a_V, r, c_VD, weight_D, d, place_VD, real_VD, wide, V, D
             )
-            if weight is not None:
+            if norm_weight is not None:
                 d_in_D -= back * x_in_D
                 grad_VD -= c_VD * (back * x_in_D)[None, :]
             d_h_D = tl.sum(a_V[:, None] * grad_VD + d_read_V[:, None] * x_VD, 0) - pull * (s * h_D)
@@ -291,12 +239,12 @@ def backward(
                 sum_VD += d_in_D[None, :] * after_VD
                 if not whole:
                     tl.store(d_compression + sums_at * V + place_VD, sum_VD, mask=real_VD)
-            if weight is not None:
+            if norm_weight is not None:
                 if not whole:
-                    sum_D = tl.load(d_weight + sums_at + d, mask=(d < D) & (n > first), other=0)
+                    sum_D = tl.load(d_norm_weight + sums_at + d, mask=(d < D) & (n > first), other=0)
                 sum_D += d_weight_D
                 if not whole:
-                    tl.store(d_weight + sums_at + d, sum_D, mask=d < D)
+                    tl.store(d_norm_weight + sums_at + d, sum_D, mask=d < D)
             tl.store(d_state + n * (V * D) + place_VD, grad_VD + d_read_V[:, None] * h_D[None, :], mask=real_VD)
             tl.store(d_h + n * D + d, d_h_D, mask=d < D)
         tl.store(d_write + n * V + v, d_a_V * _lift(s, POWER), mask=v < V)
@@ -312,5 +260,5 @@ def backward(
     if whole:
         if compression is not None:
             tl.store(d_compression + sums_at * V + place_VD, sum_VD, mask=real_VD)
-        if weight is not None:
-            tl.store(d_weight + sums_at + d, sum_D, mask=d < D)
+        if norm_weight is not None:
+            tl.store(d_norm_weight + sums_at + d, sum_D, mask=d < D)

@@ -12,32 +12,16 @@ from functools import partial
 
 import numpy as np
 
-from deepdelta.ops.team import compiled, load, store
+from deepdelta.ops.backends.cpu.numbers import load, store
+from deepdelta.ops.backends.cpu.team import compiled
 
 
 @compiled
 def forward(
-    first,
-    last,
-    one,
-    state,
-    h,
-    gating,
-    beta,
-    write,
-    erase,
-    offset,
-    power,
-    compression,
-    weight,
-    eps,
-    new,
-    c,
-    scale,
-    read,
-    inverse,
-    coefficient,
-):
+    first, last, one,
+    state, h, gating, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
+    new, c, scale, read, inverse, coefficient,
+):  # fmt: skip
     """Tokens first .. last - 1: fill new (X'), scale and read; where c is given, c and inverse (1 / rms) too.
 
     Given gating, fill beta and write from it (see `reference.Gating`); `erase` is then beta, or None.
@@ -86,48 +70,26 @@ def forward(
                         x_in[d] += compression[j, d] * load(stored)
         if c is not None:
             r = one
-            if weight is not None:
+            if norm_weight is not None:
                 square = zero
                 for d in range(width):
                     square += x_in[d] * x_in[d]
-                r = one / np.sqrt(square / (one * width) + eps)
+                r = one / np.sqrt(square / (one * width) + norm_eps)
                 inverse[n] = r
             for d in range(width):
-                if weight is None:
+                if norm_weight is None:
                     c[n, d] = store(x_in[d], c[n, d])
                 else:
-                    c[n, d] = store(x_in[d] * r * weight[d], c[n, d])
+                    c[n, d] = store(x_in[d] * r * norm_weight[d], c[n, d])
 
 
 @compiled
 def backward(
-    first,
-    last,
-    one,
-    state,
-    h,
-    gating,
-    beta,
-    write,
-    erase,
-    offset,
-    power,
-    compression,
-    weight,
-    scale,
-    read,
-    inverse,
-    coefficient,
-    d_new,
-    d_c,
-    d_state,
-    d_h,
-    d_gating,
-    d_write,
-    d_erase,
-    d_compression,
-    d_weight,
-):
+    first, last, one,
+    state, h, gating, beta, write, erase, offset, power, compression, norm_weight,
+    scale, read, inverse, coefficient, d_new, d_c,
+    d_state, d_h, d_gating, d_write, d_erase, d_compression, d_norm_weight,
+):  # fmt: skip
     """Tokens first .. last - 1 of the gradients; those of parameters are added to what is there."""
     channels, width = state.shape[1:]
     zero = one - one
@@ -148,17 +110,17 @@ def backward(
                 for d in range(width):
                     after = load(store(load(state[n, j, d]) + a * load(h[n, d]), state[n, j, d]))
                     x_in[d] += after if compression is None else compression[j, d] * after
-            if weight is None:
+            if norm_weight is None:
                 for d in range(width):
                     d_in[d] = load(d_c[n, d])
             else:
                 r, dot = inverse[n], zero
                 for d in range(width):
-                    d_in[d] = load(d_c[n, d]) * weight[d]
+                    d_in[d] = load(d_c[n, d]) * norm_weight[d]
                 for d in range(width):
                     dot += d_in[d] * x_in[d] * r
                 for d in range(width):
-                    d_weight[d] += load(d_c[n, d]) * x_in[d] * r
+                    d_norm_weight[d] += load(d_c[n, d]) * x_in[d] * r
                 dot /= one * width
                 for d in range(width):
                     d_in[d] = r * (d_in[d] - x_in[d] * r * dot)
@@ -221,7 +183,7 @@ def backward(
 
 
 @compiled
-def replay(first, last, state, h, coefficient, new):
+def replay(first, last, one, state, h, coefficient, new):
     """X' again from X and the a that the forward stored, by the forward's own multiplication and addition."""
     channels, width = state.shape[1:]
     for n in range(first, last):
@@ -232,8 +194,12 @@ def replay(first, last, state, h, coefficient, new):
 
 
 @partial(compiled, kept=True)
-def decode(one, state, h, c_now, weights, bias, gating, beta, write, erase, *opening):
-    """`forward` for every token, with gating = weights c + bias made here; `weights` None leaves `write` as it is."""
+def decode(
+    one, c_now, weights, bias,
+    state, h, gating, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
+    new, c, scale, read, inverse, coefficient,
+):  # fmt: skip
+    """`forward` for every token, with gating = weights c_now + bias; `weights` None leaves `write` as it is."""
     tokens, width = h.shape
     if weights is not None:
         for n in range(tokens):
@@ -242,4 +208,8 @@ def decode(one, state, h, c_now, weights, bias, gating, beta, write, erase, *ope
                 for d in range(width):
                     number += weights[i, d] * c_now[n, d]
                 gating[n, i] = number
-    forward(0, tokens, one, state, h, gating, beta, write, erase, *opening)
+    forward(
+        0, tokens, one,
+        state, h, gating, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
+        new, c, scale, read, inverse, coefficient,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Loops that numba compiles, on the threads that torch computes with."""

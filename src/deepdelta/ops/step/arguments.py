@@ -1,0 +1,86 @@
+"""Named arguments of the fused step: the schemas of its operators and the arguments of its kernels are made of these.
+
+A tensor's kind, `stored` as the state is or `wide` as sums are made, and its axes: N tokens, V value channels, D width,
+G gates, R numbers of a gating, * one per thread or program that sums. What is None leaves its part of a kernel out.
+"""
+
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+from torch import Tensor
+
+
+class Given(NamedTuple):
+    """What a step takes; with a gating, whose first `gates` numbers are the gate's, write and erase are made of it."""
+
+    state: Annotated[Tensor, "stored N V D"]
+    h: Annotated[Tensor, "stored N D"]
+    gating: Annotated[Tensor | None, "wide N R"]
+    gates: int
+    erases: bool
+    write: Annotated[Tensor | None, "wide N V"]
+    erase: Annotated[Tensor | None, "wide N G"]
+    offset: float | None
+    power: int
+    compression: Annotated[Tensor | None, "wide V D"]
+    norm_weight: Annotated[Tensor | None, "wide D"]
+    norm_eps: float
+    opens: bool
+
+
+class Made(NamedTuple):
+    """What a step fills: X', c', s, h^T X, 1 / rms, and beta, w and a of X' = X + h a^T."""
+
+    new: Annotated[Tensor, "stored N V D"]
+    c: Annotated[Tensor | None, "stored N D"]
+    scale: Annotated[Tensor, "wide N"]
+    read: Annotated[Tensor | None, "wide N V"]
+    inverse: Annotated[Tensor, "wide N"]
+    beta: Annotated[Tensor | None, "wide N G"]
+    made_write: Annotated[Tensor | None, "wide N V"]
+    coefficient: Annotated[Tensor, "wide N V"]
+
+
+class Known(NamedTuple):
+    """What the backward pass takes from the forward pass, besides what was given."""
+
+    scale: Annotated[Tensor, "wide N"]
+    read: Annotated[Tensor | None, "wide N V"]
+    inverse: Annotated[Tensor, "wide N"]
+    beta: Annotated[Tensor | None, "wide N G"]
+    coefficient: Annotated[Tensor, "wide N V"]
+
+
+class Incoming(NamedTuple):
+    d_new: Annotated[Tensor, "stored N V D"]
+    d_c: Annotated[Tensor | None, "stored N D"]
+
+
+class Gradients(NamedTuple):
+    """What the backward pass fills."""
+
+    d_state: Annotated[Tensor, "stored N V D"]
+    d_h: Annotated[Tensor, "stored N D"]
+    d_gating: Annotated[Tensor | None, "wide N R"]
+    d_write: Annotated[Tensor, "wide N V"]
+    d_erase: Annotated[Tensor | None, "wide N G"]
+    d_compression: Annotated[Tensor | None, "wide * V D"]
+    d_norm_weight: Annotated[Tensor | None, "wide * D"]
+
+
+class Replayed(NamedTuple):
+    state: Annotated[Tensor, "stored N V D"]
+    h: Annotated[Tensor, "stored N D"]
+    coefficient: Annotated[Tensor, "wide N V"]
+    new: Annotated[Tensor, "stored N V D"]
+
+
+_SCHEMA = {
+    **{Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", bool: "bool"},
+    **{float: "float", float | None: "float?"},
+}
+
+
+def schema(returns: str, *records: type) -> str:
+    """The schema of an operator whose arguments are the fields of records, one after another."""
+    fields: dict[str, Any] = {name: kind for record in records for name, kind in get_type_hints(record).items()}
+    return f"({', '.join(f'{_SCHEMA[kind]} {name}' for name, kind in fields.items())}) -> {returns}"
