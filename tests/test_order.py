@@ -98,6 +98,19 @@ def test_results_know_no_views(file: Path) -> None:
     assert not [name for name in known if re.search(r"\.(views|tables|figures)\b", name)]
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_fused_code_is_reached_by_the_interfaces_of_ops_alone(file: Path) -> None:
+    """And by these within functions: numba and Triton are extras."""
+    name, tree = module(file), ast.parse(file.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    if not name.startswith("ops.backends"):
+        assert not any(other.startswith("ops.backends") for other in imported(tree))
+    elif not name.startswith("ops.backends.cuda"):
+        assert not any(other.startswith("ops.backends.cuda") for other in imported(tree))
+    if not name.startswith("ops."):
+        assert "ops.backends" not in file.read_text(encoding="utf-8")
+
+
 def test_the_list_is_that_of_the_package() -> None:
     names = {place(module(file)) for file in FILES}
     assert names - {"lab"} == set(HEIGHT)
