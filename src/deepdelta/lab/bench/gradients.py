@@ -37,13 +37,13 @@ from deepdelta.provenance import now, provenance
 
 ALL, PLAIN, WORST = "all gradients", "of PyTorch's own", "worst parameter"
 COLUMNS = (
-    *(Column(title=title, words=True) for title in ("case", "precision", "plan")),
-    Column(title=ALL),
-    Column(title=f"{ALL} least-most", narrow=False),
-    Column(title=PLAIN),
-    Column(title=WORST, narrow=False),
-    Column(title=f"{WORST} least-most", narrow=False),
-    Column(title="bits of save", narrow=False),
+    *(Column(title, words=True) for title in ("case", "precision", "plan")),
+    Column(ALL),
+    Column(f"{ALL} least-most", narrow=False),
+    Column(PLAIN),
+    Column(WORST, narrow=False),
+    Column(f"{WORST} least-most", narrow=False),
+    Column("bits of save", narrow=False),
 )
 
 CASES: Mapping[str, ResidualConfig] = MappingProxyType(

@@ -2,7 +2,7 @@
 
 from deepdelta.lab.bench.config import Bar
 from deepdelta.lab.bench.results import BenchResults, GroupResult, Ratio, Row
-from deepdelta.lab.views.tables import ABSENT, Column, TextTable, markdown_page
+from deepdelta.lab.views.tables import ABSENT, Column, TextTable, markdown_page, table_of
 
 TITLES = {
     "forward_backward": "forward + backward",
@@ -35,50 +35,30 @@ def markdown(results: BenchResults) -> str:
     return markdown_page(f"{results.suite}: {results.question}", (facts(results),), bench_tables(results))
 
 
-def ratio_text(ratio: Ratio | None) -> str:
+def ratio_text(ratio: Ratio) -> str:
     """0.923 [0.918, 0.930]: the median and its interval."""
-    if ratio is None:
-        return ABSENT
     return f"{ratio.median:.3f}" + ("" if ratio.low is None else f" [{ratio.low:.3f}, {ratio.high:.3f}]")
 
 
-def needed(bar: Bar) -> str:
-    return f"at least {bar.at_least:.2f}" if bar.at_least is not None else f"at most {bar.at_most:.2f}"
-
-
 def _bars(results: BenchResults) -> TextTable:
-    rows = [
-        (
-            result.group.name,
-            f"{one.bar.case} / {one.bar.against}",
-            TITLES[one.bar.measure],
-            result.row(one.bar.case).code,
-            ratio_text(one.ratio),
-            _spread(one.ratio),
-            needed(one.bar),
-            "yes" if one.reached else "no",
-        )
-        for result in results.groups
-        for one in result.bars
+    def needed(bar: Bar) -> str:
+        return f"at least {bar.at_least:.2f}" if bar.at_least is not None else f"at most {bar.at_most:.2f}"
+
+    rows = [(result, one) for result in results.groups for one in result.bars]
+    columns = [
+        Column("work", "", lambda row: row[0].group.name),
+        Column("what", "", lambda row: f"{row[1].bar.case} / {row[1].bar.against}", words=True),
+        Column("measure", "", lambda row: TITLES[row[1].bar.measure], narrow=False),
+        Column("code", "", lambda row: row[0].row(row[1].bar.case).code, narrow=False),
+        Column(f"ratio {RATIO}", "", lambda row: ratio_text(row[1].ratio)),
+        Column("least-most", "", lambda row: _spread(row[1].ratio), narrow=False),
+        Column("must reach", "", lambda row: needed(row[1].bar)),
+        Column("reached", "", lambda row: "yes" if row[1].reached else "no"),
     ]
-    columns = (
-        Column(title="work"),
-        Column(title="what", words=True),
-        Column(title="measure", narrow=False),
-        Column(title="code", narrow=False),
-        Column(title=f"ratio {RATIO}"),
-        Column(title="least-most", narrow=False),
-        Column(title="must reach"),
-        Column(title="reached"),
-    )
     wanted = sum(len(result.group.bars) for result in results.groups)
     missing = (f"{wanted - len(rows)} of {wanted} bars were not measured, see below.",) if len(rows) < wanted else ()
-    return TextTable(
-        title="The bar",
-        columns=columns,
-        rows=tuple(rows),
-        notes=("Throughput ratios: median over rounds of the times in the same round.", *missing),
-    )
+    note = "Throughput ratios: median over rounds of the times in the same round."
+    return table_of(rows, columns, title="The bar", notes=(note, *missing))
 
 
 def _group(result: GroupResult) -> TextTable:
@@ -103,7 +83,7 @@ def _group(result: GroupResult) -> TextTable:
     notes += [f"{name}: skipped, {reason}." for name, reason in result.skipped.items()]
     return TextTable(
         title=group.name,
-        columns=tuple(Column(title=title, narrow=title.endswith(shown)) for title in titles),
+        columns=tuple(Column(title, narrow=title.endswith(shown)) for title in titles),
         rows=tuple(tuple(row.values()) for row in rows),
         notes=tuple(notes),
     )

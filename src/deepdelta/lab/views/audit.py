@@ -1,7 +1,8 @@
-"""The results of an audit as tables and as one self-contained page; no number that is not in audit.json."""
+"""The results of an audit as tables and as a page; no number that is not in audit.json."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -9,25 +10,15 @@ from rich.console import Console
 from deepdelta.errors import printable
 from deepdelta.files import write_text
 from deepdelta.lab.audit.audit import INTERVENTIONS
-from deepdelta.lab.audit.findings import AuditResults, Effect, Findings, Regimes, ResidualAudit
-from deepdelta.lab.audit.shortcut import Distribution
+from deepdelta.lab.audit.findings import AuditResults, Effect, Findings, GateAudit, Regimes, ResidualAudit
 from deepdelta.lab.views import audit_figures as figures
 from deepdelta.lab.views.audit_figures import row_name
-from deepdelta.lab.views.page import SCRIPT, Chart, chart, write_page
+from deepdelta.lab.views.page import SCRIPT, chart, write_page
 from deepdelta.lab.views.page import render as render_template
-from deepdelta.lab.views.tables import ABSENT, Column, TextTable, markdown_page, render
+from deepdelta.lab.views.tables import ABSENT, Column, TextTable, markdown_page, render, table_of
 
 ALL = "all"
 """The row of what is done to every sublayer at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """Pictures under a title, with how to read them."""
-
-    title: str
-    text: str
-    charts: tuple[Chart, ...]
 
 
 def audit_tables(results: AuditResults) -> tuple[TextTable, ...]:
@@ -87,13 +78,34 @@ def print_audit(results: AuditResults, console: Console) -> None:
 
 def render_audit(results: AuditResults, *, self_contained: bool = False) -> str:
     """The page as text."""
+    found, rule = results.findings, results.model.residual.rule
+    gates, erase_gates = [one.gate for one in found.residuals], [one.erase_gate for one in found.residuals]
+    titled = {
+        "gates": ("Gate β", figures.gate_distribution(found, gates, rule)),
+        "erase-gates": ("Gate of the erase", figures.gate_distribution(found, erase_gates, "erase_only")),
+        "regimes": (f"Regimes of the {'erase' if results.model.residual.erases else 'gate'}", figures.regimes(found)),
+        "discrepancies": ("Discrepancy", figures.discrepancies(found)),
+        "cosines": ("cos(k, X)", figures.cosines(found)),
+        "shares": ("Erased, written and changed", figures.state_shares(found)),
+        "eigenvalues": ("Eigenvalues other than the trivial ones", figures.eigenvalues(found)),
+        "smallest": (
+            "Smallest singular value up to each sublayer",
+            figures.over_depth(found, "smallest_singular_value", "median over tokens"),
+        ),
+        "rank": (
+            "Directions acted on up to each sublayer",
+            figures.over_depth(found, "effective_rank", "mean over tokens"),
+        ),
+    }
+    labels = [effect.intervention for effect in found.everywhere]
     return render_template(
         "audit.html",
         None if self_contained else SCRIPT,
         results=results,
         summary=audit_summary(results),
         tables=audit_tables(results),
-        sections=_sections(results),
+        charts={key: chart(key, title, figure) for key, (title, figure) in titled.items()},
+        effects=[chart(f"effect-{n}", label, figures.loss_changes(found, label)) for n, label in enumerate(labels)],
     )
 
 
@@ -105,163 +117,86 @@ def _rewrites(found: Findings) -> TextTable:
 
         return text
 
-    wanted: list[tuple[Column, Callable[[ResidualAudit], str]]] = [
-        (
-            Column(title="gate β", help="Mean over tokens, and where the middle 90 % of them lie."),
-            lambda one: ABSENT if one.gate is None else _spread(one.gate.values),
-        ),
-        (
-            Column(title="erase gate", help="The same of b, where the erase has a gate beside that of the write."),
-            lambda one: ABSENT if one.erase_gate is None else _spread(one.erase_gate.values),
-        ),
-        (
-            Column(title="skip", help="Share of rewrites with a strength s = b |k|² below 0.1; they leave the state."),
-            regime(lambda r: r.skip),
-        ),
-        (Column(title="under", help="0.1 <= s < 0.9: part of what is read stays."), regime(lambda r: r.under_relaxed)),
-        (Column(title="project", help="0.9 <= s <= 1.1: what is read goes."), regime(lambda r: r.project)),
-        (
-            Column(title="over", help="s > 1.1: it comes back with its sign turned. Or s < 0: it grows."),
-            regime(lambda r: r.over_relaxed + r.reflect + r.unstable),
-        ),
-        (
-            Column(title="rms before\nand after", help="Root mean square of kᵀX - v, with the same k and v."),
-            lambda one: (
-                ABSENT if one.discrepancy is None else _pair(one.discrepancy.rms_before, one.discrepancy.rms_after)
+    def discrepancy(one: ResidualAudit) -> str:
+        found = one.discrepancy
+        return ABSENT if found is None else _pair(found.rms_before, found.rms_after)
+
+    skip = "Share of rewrites with a strength s = b |k|² below 0.1; they leave the state."
+    over = "s > 1.1: it comes back with its sign turned. Or s < 0: it grows."
+    erase_gate = "The same of b, where the erase has a gate beside that of the write."
+    sizes = "Sizes relative to the state's, root mean square over tokens."
+    table = table_of(
+        found.residuals,
+        [
+            Column("sublayer", "From the first.", lambda one: row_name(one.name)),
+            Column("gate β", "Mean over tokens, and where the middle 90 % of them lie.", lambda one: _spread(one.gate)),
+            Column("erase gate", erase_gate, lambda one: _spread(one.erase_gate)),
+            Column("skip", skip, regime(lambda r: r.skip)),
+            Column("under", "0.1 <= s < 0.9: part of what is read stays.", regime(lambda r: r.under_relaxed)),
+            Column("project", "0.9 <= s <= 1.1: what is read goes.", regime(lambda r: r.project)),
+            Column("over", over, regime(lambda r: r.over_relaxed + r.reflect + r.unstable)),
+            Column("rms before\nand after", "Root mean square of kᵀX - v, with the same k and v.", discrepancy),
+            Column(
+                "|cos|",
+                "Mean |cos(k, X)| over tokens and value channels.",
+                lambda one: _number(one.absolute_cosine),
             ),
-        ),
-        (
-            Column(title="|cos|", help="Mean |cos(k, X)| over tokens and value channels."),
-            lambda one: _number(one.absolute_cosine),
-        ),
-        (
-            Column(title="erased\nwritten", help="Sizes relative to the state's, root mean square over tokens."),
-            lambda one: _pair(one.erased, one.written),
-        ),
-        (Column(title="changed", help="Both together: |X' - X| / |X|."), lambda one: _number(one.changed)),
-    ]
-    texts = [(column, [cell(one) for one in found.residuals]) for column, cell in wanted]
-    # A column of a part that the rule does not have says nothing.
-    shown = [(column, cells) for column, cells in texts if set(cells) != {ABSENT}]
-    names = [row_name(one.name) for one in found.residuals]
-    return TextTable(
+            Column("erased\nwritten", sizes, lambda one: _pair(one.erased, one.written)),
+            Column("changed", "Both together: |X' - X| / |X|.", lambda one: _number(one.changed)),
+        ],
         title="What the rewrites do",
-        columns=(Column(title="sublayer", help="From the first."), *(column for column, _ in shown)),
-        rows=tuple(zip(names, *(cells for _, cells in shown), strict=True)),
         notes=(f"On {found.tokens:,} tokens.",),
     )
+    # A column of a part that the rule does not have says nothing.
+    shown = [n for n, cells in enumerate(zip(*table.rows, strict=True)) if set(cells) != {ABSENT}]
+    rows = tuple(tuple(row[n] for n in shown) for row in table.rows)
+    return replace(table, columns=tuple(table.columns[n] for n in shown), rows=rows)
 
 
 def _shortcut(found: Findings) -> TextTable | None:
     shortcut = found.shortcut
     if shortcut is None:
         return None
-    rows = (
-        ("eigenvalues, modulus", *_quantiles(shortcut.eigenvalue_moduli)),
-        ("eigenvalues, |argument|", *_quantiles(shortcut.eigenvalue_arguments)),
-        ("singular values", *_quantiles(shortcut.singular_values)),
+    things = (
+        ("eigenvalues, modulus", shortcut.eigenvalue_moduli),
+        ("eigenvalues, |argument|", shortcut.eigenvalue_arguments),
+        ("singular values", shortcut.singular_values),
     )
+    names = {"mean": "mean", "5 %": "q05", "median": "median", "95 %": "q95"}
+    columns = [
+        Column("of the product of all erases", "Over tokens and its nontrivial directions.", lambda one: one[0]),
+        *(
+            Column(title, title, partial(lambda name, one: f"{getattr(one[1], name):.3f}", name))
+            for title, name in names.items()
+        ),
+    ]
     ranks = ", ".join(f"{rank:.1f} above {threshold}" for threshold, rank in shortcut.effective_rank.items())
-    return TextTable(
-        title="Composed shortcut",
-        columns=(
-            Column(title="of the product of all erases", help="Over tokens and its nontrivial directions."),
-            *(Column(title=name, help=name) for name in ("mean", "5 %", "median", "95 %")),
-        ),
-        rows=rows,
-        notes=(
-            f"{shortcut.factors} rewrites, {shortcut.tokens} tokens; of each the {shortcut.nontrivial} values that "
-            f"can differ from 1. Singular values of I - A: {ranks}.",
-        ),
+    note = (
+        f"{shortcut.factors} rewrites, {shortcut.tokens} tokens; of each the {shortcut.nontrivial} values that "
+        f"can differ from 1. Singular values of I - A: {ranks}."
     )
+    return table_of(things, columns, title="Composed shortcut", notes=(note,))
 
 
 def _effects(results: AuditResults) -> TextTable:
     found, config = results.findings, results.model.residual
-    rows = [(row_name(one.name), one.effects) for one in found.residuals]
-    rows.append((ALL, found.everywhere))
     labels = [effect.intervention for effect in found.everywhere]
     lacking = {label: reason for label in labels if (reason := INTERVENTIONS[label].lacking(config)) is not None}
-    shown = [n for n, label in enumerate(labels) if label not in lacking]
     notes = ["Loss with the part replaced minus loss as it is, nats per token, ± the 95 % t-interval over windows."]
     notes += [f"No '{label}': {reason}." for label, reason in lacking.items()]
     if config.rule == "two_gate":
         notes.append("The gate that is set is that of the erase.")
-    return TextTable(
-        title="Change of the loss",
-        columns=(
-            Column(title="sublayer", help=f"The one where it is done; '{ALL}': in every one at once."),
-            *(Column(title=labels[n], help="What is replaced, for every token.") for n in shown),
-        ),
-        rows=tuple((name, *(_change(effects[n], "\n") for n in shown)) for name, effects in rows),
-        notes=tuple(notes),
-    )
+    columns = [Column("sublayer", f"The one where it is done; '{ALL}': in every one at once.", lambda one: one[0])]
+    for number, label in enumerate(labels):
+        if label not in lacking:
+            say = partial(lambda number, one: _change(one[1][number], "\n"), number)
+            columns.append(Column(label, "What is replaced, for every token.", say))
+    things = [(row_name(one.name), one.effects) for one in found.residuals] + [(ALL, found.everywhere)]
+    return table_of(things, columns, title="Change of the loss", notes=notes)
 
 
-def _sections(results: AuditResults) -> tuple[Section, ...]:
-    found, rule = results.findings, results.model.residual.rule
-    gates = figures.gate_distribution(found, [one.gate for one in found.residuals], rule)
-    erase_gates = figures.gate_distribution(found, [one.erase_gate for one in found.residuals], "erase_only")
-    regime_title = "Regimes of the erase" if results.model.residual.erases else "Regimes of the gate"
-    sections = (
-        _section(
-            "What the gates do",
-            "Each row is one sublayer, the first on top; the stronger a cell's colour, the more tokens have their gate "
-            "there. The tick is the row's mean. A strength s = b |k|² leaves 1 - s of what is read: below 0.1 the "
-            "rewrite skips, near 1 it projects, beyond it what was read comes back with its sign turned.",
-            chart("gates", "Gate β", gates),
-            chart("erase-gates", "Gate of the erase", erase_gates),
-            chart("regimes", regime_title, figures.regimes(found)),
-        ),
-        _section(
-            "What is read and what is changed",
-            "The discrepancy kᵀX - v before (ring) and after (disc) each rewrite. The cosine says how much of a value "
-            "channel lies along k: for directions that have nothing to do with the state it scatters around 0 by "
-            "1 / √width. Shares are sizes relative to that of the state, root mean squares over tokens.",
-            chart("discrepancies", "Discrepancy", figures.discrepancies(found)),
-            chart("cosines", "cos(k, X)", figures.cosines(found)),
-            chart("shares", "Erased, written and changed", figures.state_shares(found)),
-        ),
-        _section(
-            "The composed shortcut",
-            "With the writes left out, the sublayers multiply a token's state by a matrix, the product of all erases. "
-            "An eigenvalue near 1 is a direction that survives all layers, one near 0 one that is erased, a negative "
-            "or complex one is turned. The rank is the number of directions that the product acts on by more than 0.1.",
-            chart("eigenvalues", "Eigenvalues other than the trivial ones", figures.eigenvalues(found)),
-            chart(
-                "smallest",
-                "Smallest singular value up to each sublayer",
-                figures.over_depth(found, "smallest_singular_value", "median over tokens"),
-            ),
-            chart(
-                "rank",
-                "Directions acted on up to each sublayer",
-                figures.over_depth(found, "effective_rank", "mean over tokens"),
-            ),
-        ),
-        _section(
-            "What the loss is without it",
-            "The change of the loss when a part of one sublayer's rewrites is replaced for every token, everything "
-            "else as it is, with its 95 % t-interval over windows. Right of zero: a higher loss.",
-            *(
-                chart(f"effect-{number}", label, figures.loss_changes(found, label))
-                for number, label in enumerate(effect.intervention for effect in found.everywhere)
-            ),
-        ),
-    )
-    return tuple(section for section in sections if section.charts)
-
-
-def _section(title: str, text: str, *charts: Chart | None) -> Section:
-    return Section(title=title, text=text, charts=tuple(chart for chart in charts if chart is not None))
-
-
-def _spread(values: Distribution) -> str:
-    return f"{values.mean:.2f}\n{values.q05:.2f}-{values.q95:.2f}"
-
-
-def _quantiles(values: Distribution) -> tuple[str, ...]:
-    return tuple(f"{value:.3f}" for value in (values.mean, values.q05, values.median, values.q95))
+def _spread(gate: GateAudit | None) -> str:
+    return ABSENT if gate is None else f"{gate.values.mean:.2f}\n{gate.values.q05:.2f}-{gate.values.q95:.2f}"
 
 
 def _pair(one: float | None, other: float | None) -> str:

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from rich.table import Table
 
 from deepdelta.lab.analysis.comparison import MINIMUM_SEEDS, Estimate
-from deepdelta.lab.analysis.results import BudgetName, ConditionResult, Contrast, Effect, StudyResults, Tuned
+from deepdelta.lab.analysis.results import BudgetName, ConditionResult, Contrast, StudyResults, Tuned
 from deepdelta.lab.analysis.scaling import Scaling, ScalingResult
 from deepdelta.lab.experiments.search import Ranked, RungResult, SearchResults
 from deepdelta.lab.views.tables import (
     ABSENT,
     Column,
-    Says,
     TextTable,
     comparison_columns,
     markdown_page,
@@ -28,12 +28,12 @@ def main_table(results: StudyResults) -> TextTable:
     intervals = any(one.t_interval is not None for one in comparisons.values())
     costs = any(one.cost for one in results.conditions)
     flops = results.condition(results.baseline).flops_per_token
-    change, interval, (p, p_text), _ = comparison_columns(lambda one: comparisons.get(one.name))
+    change, interval, p, _ = comparison_columns(lambda one: comparisons.get(one.name))
 
     def change_text(one: ConditionResult) -> str:
         found = comparisons.get(one.name)
         few = found is not None and found.n != len(results.seeds)
-        return change[1](one) + (f"\n({found.n} of {len(results.seeds)})" if found and few else "")
+        return change.say(one) + (f"\n({found.n} of {len(results.seeds)})" if found and few else "")
 
     def by_seed(one: ConditionResult) -> str:
         losses, ended = one.losses(), {run.seed for run in one.runs}
@@ -44,71 +44,51 @@ def main_table(results: StudyResults) -> TextTable:
         found = comparisons.get(one.name)
         return f"{found.smallest_resolvable:.4f}" if found and found.smallest_resolvable else ABSENT
 
-    columns: list[Says[ConditionResult]] = [
-        (
-            Column(title="condition", help="What was trained; see the list of conditions."),
+    def mean(one: ConditionResult) -> str:
+        return f"{fmean(one.losses().values()):.4f}" if one.losses() else ABSENT
+
+    def speed(one: ConditionResult) -> str:
+        cost = one.cost
+        return f"{cost.speed_ratio:.2f}x\n{cost.speed_ratio_low:.2f}-{cost.speed_ratio_high:.2f}" if cost else ABSENT
+
+    seeds = ", ".join(map(str, results.seeds))
+    columns = [
+        Column(
+            "condition",
+            "What was trained; see the list of conditions.",
             lambda one: one.name + ("\n(baseline)" if one.name == results.baseline else ""),
         ),
-        (
-            Column(title="loss", help="Mean validation loss over finished seeds, nats per token. Lower is better."),
-            lambda one: f"{sum(one.losses().values()) / len(one.losses()):.4f}" if one.losses() else ABSENT,
-        ),
-        (
-            Column(title="by seed", help=f"Validation loss of seed {', '.join(map(str, results.seeds))}.", spare=9),
-            by_seed,
-        ),
-        (
-            Column(title="change", help=f"Mean over seeds of condition minus {results.baseline}, same seed and data."),
-            change_text,
-        ),
-        (
-            Column(
-                title="resolves",
-                help="Smallest true difference that this many seeds with this spread find in 4 of 5 studies (5 % level)"
-                ". The spread is itself estimated from these seeds.",
-                spare=4,
-            ),
+        Column("loss", "Mean validation loss over finished seeds, nats per token. Lower is better.", mean),
+        Column("by seed", f"Validation loss of seed {seeds}.", by_seed, spare=9),
+        Column("change", f"Mean over seeds of condition minus {results.baseline}, same seed and data.", change_text),
+        Column(
+            "resolves",
+            "Smallest true difference that this many seeds with this spread find in 4 of 5 studies (5 % level). "
+            "The spread is itself estimated from these seeds.",
             resolves,
+            spare=4,
         ),
-        *([interval, (replace(p, spare=0), p_text)] if intervals else []),
+        *([interval, replace(p, spare=0)] if intervals else []),
     ]
     if any(one.tuned for one in results.conditions):
-        column = Column(title="lr", help="The learning rate, tuned per condition; 'edge': of the grid.", spare=1)
-        columns.append((column, lambda one: ABSENT if one.tuned is None else rate_text(one.tuned, "\n")))
+        text = "The learning rate, tuned per condition; 'edge': of the grid."
+        columns.append(Column("lr", text, lambda one: rate_text(one.tuned, "\n") if one.tuned else ABSENT, spare=1))
     columns += [
-        (Column(title="params", help="Trained parameters.", spare=6), lambda one: si(one.parameters)),
-        (
-            Column(
-                title="FLOPs",
-                help="Per token of training, forward and backward; and relative to the baseline.",
-                spare=5,
-            ),
+        Column("params", "Trained parameters.", lambda one: si(one.parameters), spare=6),
+        Column(
+            "FLOPs",
+            "Per token of training, forward and backward; and relative to the baseline.",
             lambda one: f"{si(one.flops_per_token)}\n({one.flops_per_token / flops:.2f}x)",
+            spare=5,
         ),
     ]
     if costs:
-        columns += [
-            (
-                Column(
-                    title="speed",
-                    help="Tokens/s relative to the baseline: median and extremes of interleaved rounds.",
-                    spare=2,
-                ),
-                lambda one: (
-                    f"{one.cost.speed_ratio:.2f}x\n{one.cost.speed_ratio_low:.2f}-{one.cost.speed_ratio_high:.2f}"
-                    if one.cost
-                    else ABSENT
-                ),
-            ),
-            (
-                Column(
-                    title="memory",
-                    help="Peak of allocated tensors in a training step relative to the baseline.",
-                    spare=3,
-                ),
-                lambda one: f"{one.cost.peak_ratio:.2f}x" if one.cost else ABSENT,
-            ),
-        ]
+        help_ = "Tokens/s relative to the baseline: median and extremes of interleaved rounds."
+        columns.append(Column("speed", help_, speed, spare=2))
+        help_ = "Peak of allocated tensors in a training step relative to the baseline."
+        columns.append(
+            Column("memory", help_, lambda one: f"{one.cost.peak_ratio:.2f}x" if one.cost else ABSENT, spare=3)
+        )
     return table_of(results.conditions, columns, notes=_notes(results, intervals, costs))
 
 
@@ -165,9 +145,9 @@ def tuning_table(tuned: Mapping[str, Tuned], notes_of_study: Sequence[str] = ())
     if any(tune.edge for tune in tuned.values()):
         notes.append("A rate at the edge of its grid is marked: a better one may lie beyond.")
     columns = (
-        Column(title="condition", help="What was tuned."),
-        Column(title="chosen", help="The learning rate of its reported runs."),
-        *(Column(title=f"lr {rate:g}", help=f"Mean loss at the rate {rate:g}.") for rate in first.grid),
+        Column("condition", "What was tuned."),
+        Column("chosen", "The learning rate of its reported runs."),
+        *(Column(f"lr {rate:g}", f"Mean loss at the rate {rate:g}.") for rate in first.grid),
     )
     rows = tuple(
         (name, rate_text(tune), *("diverged" if x is None else f"{x:.4f}" for x in tune.losses))
@@ -186,28 +166,17 @@ def scaling_table(found: Scaling) -> TextTable:
         floor = f"{one.law.floor:.4f} + " if one.law.floor else ""
         return f"{floor}{one.law.scale:.4f} (C / {one.law.unit:.3g})^-{one.law.exponent:.4f}"
 
-    columns: list[Says[ScalingResult]] = [
-        (Column(title="condition", help="What was trained at every size."), lambda one: one.condition),
-        (Column(title="loss by size", help="Mean over seeds in nats per token, and FLOPs of a run."), points),
-        (Column(title="law", help="Loss as a function of training FLOPs C."), law),
-        (
-            Column(title="exponent", help="Mean over laws of single seeds, with its 95 % t-interval."),
-            lambda one: _estimate(one.exponent),
-        ),
-        (
-            Column(title=f"loss at\n{found.target:.3g} FLOPs", help="Foretold by them, with its 95 % t-interval."),
-            lambda one: _estimate(one.at),
-        ),
-        (
-            Column(
-                title="gap", help="To the baseline at that compute, with its 95 % t-interval; negative: lower loss."
-            ),
-            lambda one: _estimate(one.gap, "+"),
-        ),
-        (
-            Column(title="gap by the two\nlargest sizes", help="The same where laws go through these alone."),
-            lambda one: _estimate(one.gap_of_largest, "+"),
-        ),
+    at, foretold = f"loss at\n{found.target:.3g} FLOPs", "Foretold by them, with its 95 % t-interval."
+    gap = "To the baseline at that compute, with its 95 % t-interval; negative: lower loss."
+    alone = "The same where laws go through these alone."
+    columns = [
+        Column("condition", "What was trained at every size.", lambda one: one.condition),
+        Column("loss by size", "Mean over seeds in nats per token, and FLOPs of a run.", points),
+        Column("law", "Loss as a function of training FLOPs C.", law),
+        Column("exponent", "Mean over laws of single seeds, with its t-interval.", lambda one: _estimate(one.exponent)),
+        Column(at, foretold, lambda one: _estimate(one.at)),
+        Column("gap", gap, lambda one: _estimate(one.gap, "+")),
+        Column("gap by the two\nlargest sizes", alone, lambda one: _estimate(one.gap_of_largest, "+")),
     ]
     note = (
         f"Fitted over the sizes {', '.join(found.sizes)}. Intervals hold the noise of seeds alone, not the doubt "
@@ -218,16 +187,18 @@ def scaling_table(found: Scaling) -> TextTable:
 
 def search_table(found: SearchResults) -> TextTable:
     """Every rung of a search, best candidate first."""
-    columns: list[Says[tuple[int, RungResult, Ranked]]] = [
-        (
-            Column(title="candidate", help="Marked where it went on to the next rung, or won the last."),
+
+    def loss(row: tuple[int, RungResult, Ranked]) -> str:
+        return "diverged" if row[2].mean is None else f"{row[2].mean:.4f}"
+
+    columns = [
+        Column(
+            "candidate",
+            "Marked where it went on to the next rung, or won the last.",
             lambda row: f"{row[2].condition} (kept)" if row[2].kept else row[2].condition,
         ),
-        (Column(title="rung", help="And its number of steps."), lambda row: f"{row[0]}\n({row[1].steps:,})"),
-        (
-            Column(title="loss", help="Mean over the rung's seeds on the last tenth of the training part."),
-            lambda row: "diverged" if row[2].mean is None else f"{row[2].mean:.4f}",
-        ),
+        Column("rung", "And its number of steps.", lambda row: f"{row[0]}\n({row[1].steps:,})"),
+        Column("loss", "Mean over the rung's seeds on the last tenth of the training part.", loss),
         *comparison_columns(lambda row: row[2].change)[:3],
     ]
     rows = [(number, rung, one) for number, rung in enumerate(found.rungs, 1) for one in rung.ranking]
@@ -245,23 +216,17 @@ def rate_text(tuned: Tuned, between: str = " ") -> str:
 def _contrasts(results: StudyResults) -> TextTable | None:
     if len(results.budgets) == 1 and not any(condition.control for condition in results.conditions):
         return None
-    columns: list[Says[Contrast]] = [
-        (Column(title="condition", help="What was trained."), lambda one: one.condition),
-        (
-            Column(
-                title="compared with",
-                help="The baseline, or the control that differs from the condition in one part.",
-            ),
-            lambda one: one.reference,
-        ),
-        (
-            Column(title="at equal", help="What both spend: training tokens, floating-point operations or seconds."),
-            lambda one: str(one.budget),
-        ),
-        (
-            Column(title="steps", help="Of the condition; and of what it is compared with.", spare=8),
-            lambda one: f"{_steps(results, one.condition, one.budget)}\n({_steps(results, one.reference, one.budget)})",
-        ),
+
+    def steps(one: Contrast) -> str:
+        return f"{_steps(results, one.condition, one.budget)}\n({_steps(results, one.reference, one.budget)})"
+
+    reference = "The baseline, or the control that differs from the condition in one part."
+    spent = "What both spend: training tokens, floating-point operations or seconds."
+    columns = [
+        Column("condition", "What was trained.", lambda one: one.condition),
+        Column("compared with", reference, lambda one: one.reference),
+        Column("at equal", spent, lambda one: one.budget),
+        Column("steps", "Of the condition; and of what it is compared with.", steps, spare=8),
         *comparison_columns(lambda one: one.comparison),
     ]
     note = "Equal time goes by the speed of single steps, measured in turns before the study."
@@ -272,13 +237,11 @@ def _contrasts(results: StudyResults) -> TextTable | None:
 def _effects(results: StudyResults) -> TextTable | None:
     if not results.factorials:
         return None
-    columns: list[Says[Effect]] = [
-        (
-            Column(title="effect", help="A change of level, or how one change depends on another (their interaction)."),
-            lambda one: one.name,
-        ),
-        (Column(title="factorial", help="The set of conditions that it is computed on."), lambda one: one.factorial),
-        (Column(title="at equal", help="What all conditions spend."), lambda one: one.budget),
+    meaning = "A change of level, or how one change depends on another (their interaction)."
+    columns = [
+        Column("effect", meaning, lambda one: one.name),
+        Column("factorial", "The set of conditions that it is computed on.", lambda one: one.factorial),
+        Column("at equal", "What all conditions spend.", lambda one: one.budget),
         *comparison_columns(lambda one: one.comparison),
     ]
     notes = (

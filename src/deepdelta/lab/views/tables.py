@@ -1,8 +1,8 @@
 """Tables as text: made once, then shown in a terminal, in Markdown and in a page; and how they show comparisons."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 from rich import box, get_console
 from rich.table import Table
@@ -15,16 +15,22 @@ ABSENT = "-"
 FOLDED = 16  # characters of a column beside the first that a narrow terminal keeps in a line
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Column:
+    """A column: its title, what that means, and the text of its cell for a thing that has a row.
+
+    Fields:
+        words: of words, which stand at the left as in the first column; figures stand at the right.
+        narrow: shown in a terminal too, not in Markdown alone.
+        spare: left out of a terminal that is too narrow, the highest number first; 0: never.
+    """
+
     title: str
     help: str = ""
-    words: bool = False
-    """Of words, which stand at the left as in the first column; figures stand at the right."""
-    narrow: bool = True
-    """Shown in a terminal too, not in Markdown alone."""
-    spare: int = 0
-    """Left out of a terminal that is too narrow, the highest number first; 0: never."""
+    say: Callable[[Any], str] = str
+    words: bool = field(default=False, kw_only=True)
+    narrow: bool = field(default=True, kw_only=True)
+    spare: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,46 +46,29 @@ class TextTable:
     title: str = ""
 
 
-T = TypeVar("T")
-Says = tuple[Column, Callable[[T], str]]
-"""A column, and what it says of a thing that has a row."""
-
-
 def table_of(
-    things: Iterable[T], columns: Sequence[Says[T]], *, title: str = "", notes: Iterable[str] = ()
+    things: Iterable[Any], columns: Sequence[Column], *, title: str = "", notes: Iterable[str] = ()
 ) -> TextTable:
     """A row per thing."""
-    rows = tuple(tuple(say(one) for _, say in columns) for one in things)
-    return TextTable(title=title, columns=tuple(column for column, _ in columns), rows=rows, notes=tuple(notes))
+    rows = tuple(tuple(column.say(one) for column in columns) for one in things)
+    return TextTable(title=title, columns=tuple(columns), rows=rows, notes=tuple(notes))
 
 
-def comparison_columns(read: Callable[[Any], Comparison | None], unit: str = " nats") -> list[Says[Any]]:
+def comparison_columns(read: Callable[[Any], Comparison | None], unit: str = " nats") -> list[Column]:
     """Change, interval, p-value and finding, which every table of comparisons has, of what `read` finds in a thing."""
 
     def say(text: Callable[[Comparison], str | None]) -> Callable[[Any], str]:
         return lambda one: ABSENT if (found := read(one)) is None else text(found) or ABSENT
 
+    def p(one: Comparison) -> str | None:
+        return None if one.adjusted_p is None else f"{one.adjusted_p:.2g}"
+
+    p_help = "Two-sided paired t-test, corrected for all comparisons of its kind at the same budget."
     return [
-        (
-            Column(title="change", help="Mean over seeds, same seed and data; negative means a lower value."),
-            say(lambda one: f"{one.mean:+.4f}"),
-        ),
-        (
-            Column(title="95 %\ninterval", help="Of the change: Student's t on the paired seeds."),
-            say(lambda one: interval_text(one.t_interval)),
-        ),
-        (
-            Column(
-                title="p\n(Holm)",
-                help="Two-sided paired t-test, corrected for all comparisons of its kind at the same budget.",
-                spare=6,
-            ),
-            say(lambda one: None if one.adjusted_p is None else f"{one.adjusted_p:.2g}"),
-        ),
-        (
-            Column(title="finding", help="What the interval and the corrected test show.", spare=9),
-            say(lambda one: verdict(one, unit)),
-        ),
+        Column("change", "Mean over seeds; negative means a lower value.", say(lambda one: f"{one.mean:+.4f}")),
+        Column("95 %\ninterval", "Of the change: Student's t.", say(lambda one: interval_text(one.t_interval))),
+        Column("p\n(Holm)", p_help, say(p), spare=6),
+        Column("finding", "What interval and corrected test show.", say(lambda one: verdict(one, unit)), spare=9),
     ]
 
 

@@ -3,12 +3,10 @@
 from dataclasses import replace
 
 from deepdelta.lab.analysis.comparison import MINIMUM_SEEDS
-from deepdelta.lab.analysis.results import Contrast
 from deepdelta.lab.analysis.tasks import ConditionMetrics, TaskResults
 from deepdelta.lab.views.tables import (
     ABSENT,
     Column,
-    Says,
     TextTable,
     comparison_columns,
     markdown_page,
@@ -42,11 +40,11 @@ def _primary(results: TaskResults) -> TextTable:
         texts = {seed: NOT_FINITE if value is None else f"{value:.4f}" for seed, value in values.items()}
         return " ".join(text for _, text in sorted((texts | dict.fromkeys(one.diverged, "diverged")).items()))
 
-    columns: list[Says[ConditionMetrics]] = [
-        (Column(title="condition"), lambda one: one.name),
-        (Column(title="seeds"), lambda one: str(len(one.metrics))),
-        (Column(title=primary), mean),
-        (Column(title="by seed", spare=1), by_seed),
+    columns = [
+        Column("condition", "", lambda one: one.name),
+        Column("seeds", "", lambda one: str(len(one.metrics))),
+        Column(primary, "", mean),
+        Column("by seed", "", by_seed, spare=1),
     ]
     better = "higher is better" if results.higher_is_better else "lower is better"
     diverged = ", ".join(f"{one.name} seed {seed}" for one in results.conditions for seed in one.diverged)
@@ -59,9 +57,9 @@ def _primary(results: TaskResults) -> TextTable:
 
 
 def _contrasts(results: TaskResults) -> TextTable:
-    columns: list[Says[Contrast]] = [
-        (Column(title="condition"), lambda one: one.condition),
-        (Column(title="compared with"), lambda one: one.reference),
+    columns = [
+        Column("condition", "", lambda one: one.condition),
+        Column("compared with", "", lambda one: one.reference),
         *comparison_columns(lambda one: one.comparison, unit=""),
     ]
     title = "Comparisons with the baseline and with controls"
@@ -80,7 +78,7 @@ def _measured(results: TaskResults) -> TextTable:
     names = dict.fromkeys(name for one in results.conditions for metrics in one.metrics.values() for name in metrics)
     return TextTable(
         title="Everything measured",
-        columns=tuple(Column(title=name) for name in ("measured", *(one.name for one in results.conditions))),
+        columns=tuple(Column(name) for name in ("measured", *(one.name for one in results.conditions))),
         rows=tuple((name, *(mean(condition, name) for condition in results.conditions)) for name in names),
         notes=(f"Means over seeds, from {MINIMUM_SEEDS} seeds on with their 95 % t-interval.",),
     )
