@@ -15,7 +15,7 @@ import pytest
 from deepdelta import UserError
 from deepdelta.files import HELD, locked
 from deepdelta.lab.experiments import pool
-from deepdelta.lab.experiments.pool import Job, run_jobs
+from deepdelta.lab.experiments.pool import run_processes
 from tiny_runs import ENVIRONMENT
 
 WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[1])"
@@ -23,14 +23,34 @@ SLEEPS = "import sys, time; print('at work', flush=True); time.sleep(1000)"
 FAILS = "print('first'); raise SystemExit('the last line')"
 
 
+class Made:
+    """A run whose process writes a file."""
+
+    threads = 1
+
+    def __init__(self, folder: Path, name: str, code: str = WRITES, after: str | None = None) -> None:
+        self.name, self.code, self.after = name, code, after
+        self.path, self.log = folder / name, folder / f"{name}.log"
+
+    @property
+    def ended(self) -> bool:
+        return self.path.exists()
+
+    def waits(self, unfinished: Any) -> bool:
+        return self.after in unfinished
+
+    def command(self) -> list[str]:
+        return [self.code, str(self.path)]
+
+
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
     """The processes that are started, of Python alone, which starts fast."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def launch(job: Job[Any]) -> subprocess.Popen[bytes]:
-        with job.log.open("ab") as log:
-            command = [sys.executable, "-c", *job.command()]
+    def launch(run: Made) -> subprocess.Popen[bytes]:
+        with run.log.open("ab") as log:
+            command = [sys.executable, "-c", *run.command()]
             started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log))
         return started[-1]
 
@@ -39,61 +59,47 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
     return started
 
 
-def job(folder: Path, name: str, code: str = WRITES, **options: Any) -> Job[str]:
-    made = folder / name
-    return Job(
-        name=name,
-        place=made,
-        command=lambda: [code, str(made)],
-        ended=made.exists,
-        record=made.read_text,
-        log=folder / f"{name}.log",
-        **options,
+def run(
+    runs: list[Made], workers: int = 2, stopped: Callable[[], bool] = lambda: False, **options: Any
+) -> dict[str, str]:
+    """What the runs wrote, by name, in the order in which they ended."""
+    found: dict[str, str] = {}
+    options = {"watch": lambda waiting, running: None} | options
+    run_processes(
+        runs, lambda one: found.update({one.name: one.path.read_text()}), workers=workers, stopped=stopped, **options
     )
-
-
-def run(jobs: list[Job[str]], workers: int = 2, stopped: Callable[[], bool] = lambda: False) -> dict[str, str]:
-    records: dict[str, str] = {}
-    run_jobs(jobs, records, workers=workers, stopped=stopped, watch=lambda waiting, running: None)
-    return records
+    return found
 
 
 def test_every_record_is_made_once_and_no_more_than_so_many_at_a_time(tmp_path, processes):
     seen: list[tuple[int, int]] = []
-    jobs = [job(tmp_path, str(number)) for number in range(5)]
+    runs = [Made(tmp_path, str(number)) for number in range(5)]
     (tmp_path / "3").write_text("made before")
-    records: dict[str, str] = {}
 
     def watch(waiting: Any, running: Any) -> None:
         seen.append((len(waiting), len(running)))
 
-    run_jobs(jobs, records, workers=2, stopped=lambda: False, watch=watch)
-    assert records == {str(n): "made before" if n == 3 else str(tmp_path / str(n)) for n in range(5)}
+    assert run(runs, watch=watch) == {str(n): "made before" if n == 3 else str(tmp_path / str(n)) for n in range(5)}
     assert len(processes) == 4 and all(process.returncode == 0 for process in processes)
     assert max(running for _, running in seen) <= 2 and seen[-1] == (0, 0)
     assert all(process.stdin is not None and process.stdin.closed for process in processes)
 
 
 def test_a_job_waits_for_another(tmp_path, processes):
-    first = job(tmp_path, "first")
-    second = job(tmp_path, "second", waits=lambda unfinished: "first" in unfinished)
-    order: list[str] = []
-    for one in (first, second):
-        object.__setattr__(one, "record", lambda name=one.name: order.append(name) or name)
-    assert run([second, first]) == {"first": "first", "second": "second"} and order == ["first", "second"]
+    assert list(run([Made(tmp_path, "second", after="first"), Made(tmp_path, "first")])) == ["first", "second"]
 
 
 def test_a_failure_passes_the_last_line_on_and_ends_the_others(tmp_path, processes):
-    jobs = [job(tmp_path, "sleeps", SLEEPS), job(tmp_path, "fails", FAILS), job(tmp_path, "never")]
+    runs = [Made(tmp_path, "sleeps", SLEEPS), Made(tmp_path, "fails", FAILS), Made(tmp_path, "never")]
     with pytest.raises(UserError, match=rf"the run {tmp_path}/fails failed: the last line \(all of it: .*fails.log\)"):
-        run(jobs)
+        run(runs)
     assert [process.returncode for process in processes] == [-signal.SIGTERM, 1]
 
 
 def test_a_process_that_is_ended_from_outside_is_named_by_its_signal(tmp_path, processes):
     killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(UserError, match="was ended by SIGKILL; the same command continues"):
-        run([job(tmp_path, "killed", killed)])
+        run([Made(tmp_path, "killed", killed)])
 
 
 def test_stopped_it_ends_its_processes_and_waits_for_them(tmp_path, processes):
@@ -101,15 +107,15 @@ def test_stopped_it_ends_its_processes_and_waits_for_them(tmp_path, processes):
         return (tmp_path / "sleeps.log").exists() and (tmp_path / "sleeps.log").stat().st_size > 0
 
     with pytest.raises(KeyboardInterrupt):
-        run([job(tmp_path, "sleeps", SLEEPS), job(tmp_path, "next", WRITES)], workers=1, stopped=stopped)
+        run([Made(tmp_path, "sleeps", SLEEPS), Made(tmp_path, "next", WRITES)], workers=1, stopped=stopped)
     assert [process.returncode for process in processes] == [-signal.SIGTERM] and not (tmp_path / "next").exists()
 
 
 def test_a_process_that_does_not_heed_the_end_of_its_parent_ends_all_the_same():
     code = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "from deepdelta.lab.experiments import pool\n"
-        "pool.GRACE_SECONDS = 0.1; pool._end_with_parent(); print('at work', flush=True); time.sleep(1000)"
+        "from deepdelta.lab.experiments import process\n"
+        "process.GRACE_SECONDS = 0.1; process.end_with_parent(); print('at work', flush=True); time.sleep(1000)"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT) as process:

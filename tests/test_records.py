@@ -16,7 +16,7 @@ from deepdelta.lab.analysis.tasks import TaskResults
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
 from deepdelta.lab.tasks import load_task
-from deepdelta.lab.tasks.results import TaskRecord, collect
+from deepdelta.lab.tasks.results import collect
 from report_samples import anew
 
 ROWS = [{"name": name, "loss": loss, "note": "ü" * 40} for name, loss in (("a", 1.5), ("b", None), ("c", 0.25))]
@@ -77,10 +77,21 @@ def test_what_is_no_record(tmp_path, text, message):
         RecordFile(tmp_path).rows()
 
 
+def test_records_of_another_format_are_refused_with_the_version_that_reads_them(tmp_path):
+    old = '{"name": "a", "commit": "abc", "versions": {"deepdelta": "0.1.0"}}'
+    for row, message in (
+        (old, "line 1 has format 0, and this version reads 1: read it with deepdelta 0.1.0 at commit abc."),
+        ('{"format": 2, "name": "a"}', "line 1 has format 2, and this version reads 1: it does not say which version"),
+    ):
+        (tmp_path / FILE_NAME).write_bytes(lzma.compress(row.encode()))
+        with pytest.raises(UserError, match=message):
+            RecordFile(tmp_path).rows()
+
+
 def study_again(file: Path, records: list[RunRecord]) -> StudyResults:
     """The committed study analysed anew, its losses those of the records."""
     results = load_results(file.parent / "results.json")
-    known = {(one.condition, one.seed, one.steps): one.validation_loss for one in records}
+    known = {(one.condition, one.seed, one.metrics["steps"]): one.validation_loss for one in records}
 
     def recorded(condition: str, runs: tuple[RunResult, ...]) -> tuple[RunResult, ...]:
         return tuple(
@@ -109,12 +120,11 @@ def assert_close(one: Comparison, other: Comparison) -> None:
 
 @pytest.mark.parametrize("file", sorted(RESULTS.rglob(FILE_NAME)), ids=lambda file: file.parent.name)
 def test_the_committed_comparisons_are_those_of_the_committed_records(file):
-    kind = TaskRecord if file.parent.name.startswith("task-") else RunRecord
-    records = [from_plain(kind, row, where=name) for name, row in RecordFile(file.parent).rows().items()]
+    records = [from_plain(RunRecord, row, where=name) for name, row in RecordFile(file.parent).rows().items()]
     assert records
     if (file.parent / "search.json").exists():
         return
-    if kind is TaskRecord:
+    if records[0].kind == "task":
         stored = load_stored(TaskResults, file.parent / "results.json", "deepdelta task")
         by_run = {(one.condition, one.seed): one for one in records}
         again = collect(load_task(stored.task), stored.seeds, by_run, stored.command)
@@ -130,7 +140,7 @@ def test_the_committed_comparisons_are_those_of_the_committed_records(file):
         assert_close(one.comparison, other.comparison)
         if other.comparison.t_interval is None:
             continue
-        if kind is RunRecord:
+        if records[0].kind == "training":
             values = {(c.name, seed): x for c in stored.conditions for seed, x in c.losses(one.budget).items()}
         expected = ttest_rel(
             *([values[name, seed] for seed in other.differences] for name in (one.condition, one.reference))

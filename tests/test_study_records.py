@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,12 @@ from deepdelta.data import load_corpus, train_tail
 from deepdelta.lab import runner
 from deepdelta.lab.analysis import statistics
 from deepdelta.lab.analysis.comparison import Comparison
-from deepdelta.lab.analysis.results import StudyResults, load_results
+from deepdelta.lab.analysis.results import StudyResults, Tuned, load_results
 from deepdelta.lab.experiments.config import StudyConfig, Tune, load_study
-from deepdelta.lab.experiments.plan import Planner
-from deepdelta.lab.experiments.record import CURVE_POINTS, RunRecord, canonical, curve, fingerprint, stored_record
+from deepdelta.lab.experiments.plan import Plan, at_rates
+from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
+from deepdelta.lab.experiments.training_run import CURVE_POINTS, canonical, curve
 from deepdelta.lab.experiments.tuning import choose
 from deepdelta.lab.measure.cost import Cost
 from deepdelta.lab.runner import run_study
@@ -74,6 +76,11 @@ def study(folder: Path, *replacements: tuple[str, str], source: Path | None = No
         text = text.replace(old, new)
     (folder / "study.toml").write_text(text)
     return load_study(str(folder / "study.toml"))
+
+
+def plan_of(config: StudyConfig, out: Path) -> Plan:
+    corpus = load_corpus(config.train_config("plain", 0).data)
+    return Plan(config, corpus, train_tail(corpus), RecordFile(out))
 
 
 def costs(speed: float = 0.5) -> dict[str, Cost]:
@@ -143,18 +150,21 @@ def test_a_study_from_its_records_alone(
 
 
 def test_a_record_is_small_and_holds_its_run(done: tuple[StudyConfig, Path, StudyResults]) -> None:
-    _, out, results = done
+    _, out, _ = done
     run = RunDirectory(out / "runs" / "delta-seed1")
     record = from_plain(RunRecord, recorded(out)["delta-seed1"])
     rows = list(run.metrics())
     assert (record.condition, record.seed, record.validation_loss) == ("delta", 1, rows[-1]["validation_loss"])
-    assert (record.steps, record.tokens, record.validation_tokens) == (24, 24 * 32, 192)  # whole windows of 16
+    assert (record.metrics["steps"], record.validation_tokens) == (24, 192)  # whole windows of 16
     assert record.seconds == rows[-1]["seconds"] and record.machine == run.environment()["machine"]
-    assert record.flops_per_token == results.condition("delta").flops_per_token
     assert record.contexts == "windows of 16 tokens without overlap, evenly spread"
     assert (out / FILE_NAME).stat().st_size < 2_000 * CELLS and str(out.parent) not in str(recorded(out))
     tuning = from_plain(RunRecord, recorded(out)["delta+tune-lr0.01-seed7"])
-    assert tuning.corpus_sha256 != record.corpus_sha256 and tuning.steps == 12 and not tuning.rewrites
+    assert (
+        tuning.inputs["corpus_sha256"] != record.inputs["corpus_sha256"]
+        and tuning.metrics["steps"] == 12
+        and not tuning.rewrites
+    )
 
 
 def test_what_a_finished_record_forbids_and_allows(
@@ -209,7 +219,7 @@ def test_checkpoints_need_not_be_kept(tmp_path: Path, launched: list[str]) -> No
     assert run_study(config, tmp_path / "out", command="").conditions == results.conditions and not launched
 
 
-def test_the_fingerprint_is_of_every_setting_that_decides_numbers(tmp_path: Path) -> None:
+def test_records_differ_in_every_setting_that_decides_numbers() -> None:
     base = TrainConfig(lr=1e-3, schedule="constant")  # the one that a cooldown goes with
     same = {"device": "cpu", "threads": 3, "checkpoint_every": 7, "data": {"source": "x", "pattern": "*.py"}}
     other: dict[str, Any] = {
@@ -227,13 +237,13 @@ def test_the_fingerprint_is_of_every_setting_that_decides_numbers(tmp_path: Path
     numbers |= {key: value / 2 for key, value in to_plain(base).items() if type(value) is float}
     assert {*other, *numbers, *same} == set(to_plain(base))
 
-    def of(changes: dict[str, Any], corpus: str = "c", tokenizer: str | None = "t") -> str:
-        return fingerprint(from_plain(TrainConfig, merged(to_plain(base), changes)), corpus, tokenizer)
+    def of(changes: dict[str, Any]) -> str:
+        return json.dumps(canonical(from_plain(TrainConfig, merged(to_plain(base), changes))))
 
     assert of(same) == of({})
     parts = [{key: {name: value}} for key in ("model", "data") for name, value in other[key].items()]
     flat = [{key: value} for key, value in (other | numbers).items() if key not in ("model", "data")]
-    seen = [of({}), of({}, corpus="d"), of({}, tokenizer=None), *(of(changes) for changes in (*parts, *flat))]
+    seen = [of({}), *(of(changes) for changes in (*parts, *flat))]
     assert len(set(seen)) == len(seen)
 
 
@@ -245,13 +255,11 @@ def test_a_setting_that_records_do_not_know_yet_has_its_default(
     rows = recorded(out)
     del rows["plain-seed0"]["settings"]["clip"]
     record_anew(out, rows)
-    file = RecordFile(out)
-    settings = dataclasses.replace(config.train_config("plain", 0), lr=1e-2)
-    corpus = load_corpus(settings.data)
-    assert stored_record(file, "plain-seed0", settings, corpus) is not None
+    run = plan_of(config, out).run("plain", "plain", dataclasses.replace(config.train_config("plain", 0), lr=1e-2))
+    assert run.name == "plain-seed0" and run.stored() is not None
     with pytest.raises(UserError, match=r"clip: 1.0 there, 2.0 here"):
-        stored_record(file, "plain-seed0", dataclasses.replace(settings, clip=2.0), corpus)
-    assert "clip" in canonical(settings)
+        dataclasses.replace(run, settings=dataclasses.replace(run.settings, clip=2.0)).stored()
+    assert "clip" in canonical(run.settings)
 
 
 def test_curves_keep_validations_and_thin_the_rest() -> None:
@@ -272,13 +280,17 @@ def test_curves_keep_validations_and_thin_the_rest() -> None:
 
 def test_budgets_spend_what_the_baseline_spends(tmp_path: Path) -> None:
     config = study(tmp_path)
-    corpus = load_corpus(config.train_config("plain", 0).data)
-    planner = Planner(config, corpus, costs(0.4), tmp_path)
+    planner = plan_of(config, tmp_path)
     ratio = planner.flops_per_token("plain") / planner.flops_per_token("delta")
     assert 0.3 < ratio < 1
-    assert [planner.steps("delta", budget) for budget in config.budgets] == [24, round(24 * ratio), round(24 * 0.4)]
-    assert [planner.steps("plain", budget) for budget in config.budgets] == [24, 24, 24]
-    runs = planner.runs({"delta": 0.5})
+    assert [planner.steps("delta", budget, costs(0.4)) for budget in config.budgets] == [
+        24,
+        round(24 * ratio),
+        round(24 * 0.4),
+    ]
+    assert [planner.steps("plain", budget, costs(0.4)) for budget in config.budgets] == [24, 24, 24]
+    tuned = Tuned(lr=0.5, edge=False, grid=(0.5, 1.0), losses=(1.0, 2.0), seeds=(7,))
+    runs = at_rates(planner.runs(config, costs(0.4)), {"delta": tuned})
     assert {runs["plain", 1, budget].name for budget in config.budgets} == {"plain-seed1"}
     timed = runs["delta", 1, "time"].settings
     assert (timed.steps, timed.lr, timed.seed, timed.warmup) == (10, 0.5, 1, 2)
@@ -309,7 +321,7 @@ def test_tuning_sees_no_byte_of_the_validation_part(tmp_path: Path, launched: li
         asked = load_corpus(dataclasses.replace(config.train_config("plain", 0).data, held_out="train_tail"))
         assert (asked.sha256, asked.train.tobytes()) == (tail.sha256, tail.train.tobytes())
         assert asked.validation.tobytes() == tail.validation.tobytes() and asked.validation_bytes is None
-        run = Planner(config, corpus, {}, tmp_path / name).tuning(tail)["delta", 1e-2, 7]
+        run = plan_of(config, tmp_path / name).tuning()["delta", 1e-2, 7]
         quietly(run.settings, run.path)
         losses.append(
             [(row["step"], row.get("loss"), row.get("validation_loss")) for row in RunDirectory(run.path).metrics()]

@@ -24,10 +24,11 @@ from deepdelta.lab import runner
 from deepdelta.lab.analysis.results import StudyResults, load_results
 from deepdelta.lab.experiments import pool
 from deepdelta.lab.experiments.config import load_study
-from deepdelta.lab.experiments.plan import Run
+from deepdelta.lab.experiments.plan import Plan
+from deepdelta.lab.experiments.pool import Runner
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import RecordFile
-from deepdelta.lab.experiments.runs import StudyRuns, _waits
+from deepdelta.lab.experiments.training_run import TrainingRun
 from deepdelta.training import RunDirectory
 from tiny_runs import assert_same_run, forget, quietly, rows, start, tensors, text_file, wait_for_step
 
@@ -289,26 +290,30 @@ def test_the_runs_of_a_killed_study_save_their_step_and_end(tmp_path: Path) -> N
         pass
 
 
-def test_a_run_that_is_still_busy_is_waited_for(copy: Path, folder: Path) -> None:
+def twin(copy: Path, folder: Path) -> TrainingRun:
+    """Of the study's runs that of seed 0."""
     config = load_study(str(folder / "study.toml"))
     settings = config.train_config("twin", 0)
-    run = Run("twin-seed0", "twin", settings, load_corpus(settings.data), copy, RecordFile(copy), 1.0)
-    assert not _waits(run, ())
+    corpus = load_corpus(settings.data)
+    return Plan(config, corpus, corpus, RecordFile(copy)).run("twin", "twin", settings)
+
+
+def test_a_run_that_is_still_busy_is_waited_for(copy: Path, folder: Path) -> None:
+    run = twin(copy, folder)
+    assert not run.waits(())
     with RunDirectory(run.path).locked():
-        assert _waits(run, ())
+        assert run.waits(())
 
 
 def test_the_line_of_progress_tells_records_and_the_loss_of_runs(copy: Path, folder: Path) -> None:
-    config = load_study(str(folder / "study.toml"))
-    settings = config.train_config("twin", 0)
-    run = Run("twin-seed0", "twin", settings, load_corpus(settings.data), copy, RecordFile(copy), 100.0)
+    run = twin(copy, folder)
     RunDirectory(run.path).cut_metrics(15)
     said: list[tuple[int, str]] = []
     reporter = SimpleNamespace(update=lambda done, facts: said.append((done, facts)), note=said.append)
     work = {"twin-seed0": 100.0, "other": 20.0, "third": 7.0}
-    runs = StudyRuns(config, 1, work, {"other"}, lambda: False, reporter)
-    runs._report([run], 1, "tuning")
-    runs._report([run], 0, "tuning")
+    runs = Runner(1, work, "s of work", {"other"}, lambda: False, reporter)
+    runs.report([], [run], "tuning")
+    runs.report([run], [], "tuning")
     loss = rows(run.path)[-1]["loss"]
     facts = "s of work, 1/3 records (tuning)"
     assert said == [(70, f"{facts}, twin-seed0 15/30 loss {loss:.3f}"), (70, facts)]

@@ -264,7 +264,7 @@ def test_a_study_over_sizes_fits_laws(tmp_path: Path, launched: list[str]) -> No
     [
         (SEARCH, "seeds = [5, 6]", "seeds = [0]", r"the search must not see the seeds that confirm, both have \[0\]"),
         (SEARCH, "keep = 2", "keep = 3", r"every rung must keep fewer candidates than it gets, got \[3, 1\] of 3"),
-        (SEARCH, "keep = 1", "keep = 0", "steps and keep must be at least 1"),
+        (SEARCH, "keep = 1", "keep = 0", "keep must be at least 1, got 0"),
         (SEARCH, '"slow"', '"slwo"', "candidates must be conditions other than the baseline, got 'slwo'; did you mean"),
         (SEARCH, '"slow"', '"plain"', "candidates must be conditions other than the baseline, got 'plain'"),
         (SIZES, "extrapolate = { flops = 1e12 }", "", "sizes and extrapolate go together"),

@@ -13,13 +13,14 @@ import torch
 
 from deepdelta import UserError, load, progress
 from deepdelta.config import from_plain
-from deepdelta.data import batch, load_corpus
+from deepdelta.data import batch, load_corpus, train_tail
 from deepdelta.lab import runner
 from deepdelta.lab.analysis.results import StudyResults, load_results
 from deepdelta.lab.experiments.config import START_SEED, StudyConfig, load_study
-from deepdelta.lab.experiments.plan import Planner, Run
-from deepdelta.lab.experiments.record import RunRecord, canonical, fingerprint
-from deepdelta.lab.experiments.records import FILE_NAME
+from deepdelta.lab.experiments.plan import Plan
+from deepdelta.lab.experiments.record import RunRecord
+from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
+from deepdelta.lab.experiments.training_run import TrainingRun, canonical
 from deepdelta.lab.runner import run_study
 from deepdelta.lab.views.study import main_table
 from deepdelta.training import RunDirectory, TrainConfig
@@ -111,9 +112,10 @@ def drop(out: Path, name: str, *, record: bool = True) -> None:
         forget(out, name)
 
 
-def planned(config: StudyConfig, out: Path, name: str) -> Run:
+def planned(config: StudyConfig, out: Path, name: str) -> TrainingRun:
     corpus = load_corpus(config.train_config("plain", 0).data)
-    return next(run for run in Planner(config, corpus, {}, out).runs({}).values() if run.name == name)
+    plan = Plan(config, corpus, train_tail(corpus), RecordFile(out))
+    return next(run for run in plan.runs(config, {}).values() if run.name == name)
 
 
 # What a run starts from
@@ -160,12 +162,10 @@ def test_records_hold_the_start(done: Done, tmp_path: Path) -> None:
     for name in OTHERS:
         record = records[name]
         start = records[f"plain+start-seed{record.seed + START_SEED}"]
-        assert record.start == start.settings and start.start is None, name
-        assert (start.condition, start.seed, start.steps) == ("plain", record.seed + START_SEED, 10)
+        assert record.inputs["start"] == start.settings and start.inputs["start"] is None, name
+        assert (start.condition, start.seed, start.metrics["steps"]) == ("plain", record.seed + START_SEED, 10)
     settings = config.train_config("plain", 0)
-    start, other = config.start_config(0), config.start_config(1)
-    alone = fingerprint(settings, "c", None)
-    assert len({alone, fingerprint(settings, "c", None, start), fingerprint(settings, "c", None, other)}) == 3
+    start = config.start_config(0)
     assert canonical(start)["lr"] == 1e-2 and canonical(start)["model"] == canonical(settings)["model"]
 
 

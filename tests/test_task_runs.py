@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import scipy.stats
-import torch
 
 from deepdelta import UserError
 from deepdelta.cli import main
@@ -19,12 +18,13 @@ from deepdelta.config import from_plain, to_plain
 from deepdelta.lab.analysis.comparison import Comparison
 from deepdelta.lab.analysis.tasks import TaskResults
 from deepdelta.lab.experiments import pool
-from deepdelta.lab.experiments.pool import Job
-from deepdelta.lab.experiments.records import FILE_NAME
+from deepdelta.lab.experiments.record import RunRecord
+from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
+from deepdelta.lab.experiments.run import Run
 from deepdelta.lab.tasks import load_task, named_tasks, registry, runner
 from deepdelta.lab.tasks.fitting import check_loss
-from deepdelta.lab.tasks.results import TaskRecord, collect
-from deepdelta.lab.tasks.runner import default_folder, run_task
+from deepdelta.lab.tasks.results import collect
+from deepdelta.lab.tasks.runner import TaskRun, default_folder, run_task
 from deepdelta.lab.tasks.task import read_overrides
 from deepdelta.lab.views.tasks import task_markdown
 from tiny_runs import Ended, forget, record_anew, recorded
@@ -45,14 +45,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def made_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
-    def launch(job: Job[Any]) -> Ended:
-        names.append(job.name)
-        module, given = job.command()
+    def launch(run: Run) -> Ended:
+        names.append(run.name)
+        module, given = run.command()
         assert module == "deepdelta.lab.tasks.runner"
         try:
-            runner.make_record(**json.loads(given))
+            runner.make_run(**json.loads(given))
         except UserError as error:
-            job.log.write_text(f"20\nerror: {error}\n")
+            run.log.write_text(f"20\nerror: {error}\n")
             return Ended(1)
         return Ended()
 
@@ -110,7 +110,8 @@ def test_a_process_gives_what_this_one_gives(finished, tmp_path):
     made = recorded(out)["gate-0-2-seed1"]
     assert made["metrics"] == expected["metrics"] and made["settings"] == expected["settings"]
     assert to_plain(results_of(out))["conditions"] == to_plain(results_of(finished))["conditions"]
-    assert runner._share(out / "runs" / "gate-0-2-seed1.log") == 99
+    given = {"experiment": "words", "condition": "gate-0-2", "seed": 1, "settings": {}}
+    assert TaskRun(name="gate-0-2-seed1", records=RecordFile(out), **given).share == 0.99
 
 
 def test_what_has_its_record_is_not_run_again(finished, tmp_path, ran):
@@ -138,7 +139,7 @@ def test_records_that_are_damaged_or_of_other_settings(finished, tmp_path, ran):
         run_task("words", (0, 1), out, overrides=TINY | {"group": "Z2"})
     rows = recorded(out)
     whole = rows["gate-0-2-seed0"]
-    record_anew(out, rows | {"gate-0-2-seed0": whole | {"task": "recall"}})
+    record_anew(out, rows | {"gate-0-2-seed0": whole | {"experiment": "recall"}})
     with pytest.raises(UserError, match=r"made with other settings \(the task recall\)"):
         run_task("words", (0, 1), out, overrides=TINY)
     record_anew(out, rows | {"gate-0-2-seed0": {key: value for key, value in whole.items() if key != "metrics"}})
@@ -173,7 +174,7 @@ def test_a_run_that_diverges_is_a_record_without_a_number(tmp_path, ran, monkeyp
 
     def measured(settings: Any, seed: int, progress: Any) -> dict[str, float]:
         if (settings.gate_range, settings.target, seed) == ("0-2", "symbol", 1):
-            check_loss(torch.tensor(math.nan), 7, 0.5)
+            check_loss(math.nan, 1.0, 7, 0.5)
         return {"accuracy": by_gate[settings.gate_range][seed]}
 
     task = dataclasses.replace(load_task("words"), run=measured)
@@ -217,7 +218,7 @@ def test_finished_runs_are_kept_when_one_fails(tmp_path, ran, monkeypatch):
 
 
 def test_an_interruption_keeps_what_is_finished(tmp_path, ran, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "stop_signals", lambda: nullcontext(lambda: len(ran) == 1))
+    monkeypatch.setattr(pool, "stop_signals", lambda: nullcontext(lambda: len(ran) == 1))
     with pytest.raises(KeyboardInterrupt):
         run_task("words", (0,), tmp_path, overrides=TINY, workers=1)
     assert "Finished runs are kept; the same command continues with what is missing." in capsys.readouterr().err
@@ -297,9 +298,10 @@ def test_other_settings_go_to_other_folders():
 def results_with(values: dict[str, list[float]]) -> TaskResults:
     task = load_task("recall")
     cells = {
-        (name, seed): TaskRecord(
+        (name, seed): RunRecord(
             name=f"{name}-seed{seed}",
-            task="recall",
+            kind="task",
+            experiment="recall",
             condition=name,
             seed=seed,
             settings={},
@@ -308,6 +310,7 @@ def results_with(values: dict[str, list[float]]) -> TaskResults:
             commit=None,
             versions={},
             machine={},
+            threads=1,
             finished="now",
         )
         for name, column in values.items()

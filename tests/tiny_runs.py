@@ -23,8 +23,8 @@ from deepdelta.cli import main
 from deepdelta.config import from_plain, merged
 from deepdelta.lab.analysis.results import RunResult, StudyResults
 from deepdelta.lab.experiments import pool
-from deepdelta.lab.experiments.pool import Job
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
+from deepdelta.lab.experiments.run import Run
 from deepdelta.training import RunDirectory, TrainConfig, train
 from deepdelta.training.loop import Trained
 
@@ -126,14 +126,14 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs of studies that are started from now on: the same commands, but in this process and at once."""
     names: list[str] = []
 
-    def launch(job: Job[Any]) -> Ended:
-        module, train, *command = job.command()
-        names.append(job.name)
+    def launch(run: Run) -> Ended:
+        module, train, *command = run.command()
+        names.append(run.name)
         given = dict(zip(command[::2], command[1::2], strict=True))
-        assert (module, train, given.pop("--run")) == ("deepdelta", "train", str(job.place))
+        assert (module, train, given.pop("--run")) == ("deepdelta", "train", str(run.path))
         settings = from_plain(TrainConfig, json.loads(Path(given.pop("--config")).read_text()))
         with contextlib.suppress(UserError):  # as of a process: what is left of it is in its directory
-            quietly(settings, job.place, init_from=Path(given.pop("--init-from")) if given else None)
+            quietly(settings, run.path, init_from=Path(given.pop("--init-from")) if given else None)
         assert not given
         return Ended()
 

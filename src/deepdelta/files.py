@@ -13,7 +13,7 @@ import secrets
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,6 +32,8 @@ SMALLEST, LARGEST = -(1 << 63), (1 << 64) - 1
 HELD = ".results.lock"
 """The file in a folder for results that holds the number of the process at work there."""
 
+FORMAT = 1
+"""Of run directories, records of runs, saved retrofits and study files."""
 
 AnyPath = str | os.PathLike[str]
 """What may be given for a path; a Path inside."""
@@ -186,6 +188,21 @@ def read_object(source: Path, mend: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{source} must hold a JSON object, got {type(data).__name__}; {mend}.")
     return data
+
+
+def check_format(plain: Mapping[str, Any], where: object, *, reads: int = FORMAT, missing: int = 0) -> None:
+    """Refuse what was written in another format than this version reads; without a number, `missing` is meant.
+
+    Raises:
+        UserError: naming the version that reads it, which is the one that wrote it.
+    """
+    if (there := plain.get("format", missing)) == reads:
+        return
+    wrote, commit = plain.get("versions"), plain.get("commit")
+    version = wrote.get("deepdelta") if isinstance(wrote, Mapping) else None
+    reader = f"read it with deepdelta {version}" if version else "it does not say which version wrote it"
+    at = f" at commit {commit}" if version and commit else ""
+    raise UserError(f"{where} has format {there}, and this version reads {reads}: {reader}{at}.")
 
 
 def check_readable(file: Path, mend: str) -> None:

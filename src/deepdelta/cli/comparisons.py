@@ -36,7 +36,7 @@ class Study:
 
     def __call__(self) -> None:
         # Here, since it needs the packages of the extra `study`, which the other commands do without.
-        from deepdelta.lab.experiments.config import load_study, study_questions
+        from deepdelta.lab.experiments.config import Search, load_study, study_questions
         from deepdelta.lab.runner import run
 
         if self.study is None:
@@ -49,7 +49,7 @@ class Study:
         if self.seeds is not None:
             overrides["seeds"] = list(self.seeds)
         config = load_study(self.study, overrides)
-        if self.seeds is not None and config.search is not None:
+        if self.seeds is not None and isinstance(config, Search):
             raise UserError(f"{config.name} searches on the seeds of its rungs; leave --seeds out.")
         if self.steps is not None:
             config = config.lasting(self.steps)

@@ -1,25 +1,25 @@
-"""Run a study: costs, then the runs that tune, then those that are reported, then results and report."""
+"""Run a study: plan, claim, costs, the runs that tune, those that are reported; then results, tables and pages."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from deepdelta.config import to_plain
-from deepdelta.data import Corpus, check_context, load_corpus, train_tail
+from deepdelta.data import check_context, load_corpus, train_tail
 from deepdelta.device import choose_device, usable_cores
 from deepdelta.errors import UserError, require
-from deepdelta.files import AnyPath, locked, read_object, write_json, write_text
-from deepdelta.lab.analysis.results import Corpus as CorpusResult
-from deepdelta.lab.analysis.results import StudyResults, Tuned, save_results
+from deepdelta.files import AnyPath, locked, write_text
+from deepdelta.lab.analysis.results import Corpus, StudyResults, save_results
 from deepdelta.lab.analysis.scaling import Scaling, save_scaling, scaling
 from deepdelta.lab.experiments.collection import collect, measure
-from deepdelta.lab.experiments.config import StudyConfig
-from deepdelta.lab.experiments.plan import Planner
-from deepdelta.lab.experiments.record import RunRecord
-from deepdelta.lab.experiments.runs import StudyRuns, claim, study_runs
+from deepdelta.lab.experiments.config import Comparison, Search, Sizes, StudyConfig
+from deepdelta.lab.experiments.plan import Plan, at_rates
+from deepdelta.lab.experiments.pool import Runner, running
+from deepdelta.lab.experiments.records import RecordFile
 from deepdelta.lab.experiments.search import RungResult, SearchResults, rank, save_search
+from deepdelta.lab.experiments.training_run import TrainingRun, claim, starts
 from deepdelta.lab.experiments.tuning import chosen
 from deepdelta.lab.measure.cost import Cost
 from deepdelta.lab.views import (
@@ -39,21 +39,8 @@ from deepdelta.progress import show
 from deepdelta.provenance import now, provenance
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A study that may start: `out` is its own, the corpus is there, costs are measured."""
-
-    config: StudyConfig
-    corpus: Corpus
-    tail: Corpus
-    costs: Mapping[str, Cost]
-    planner: Planner
-    workers: int
-    console: Console
-
-
-def run(config: StudyConfig, out: AnyPath, *, workers: int | None = None, command: str) -> None:
-    """Run what is missing of a study in `out`, of whatever kind its file makes it: see docs/studies.md.
+def run(study: StudyConfig, out: AnyPath, *, workers: int | None = None, command: str) -> None:
+    """Run what is missing of a study in `out`, of whatever kind: see docs/studies.md.
 
     Args:
         workers: runs side by side; None: as many as the cores have room for at the study's threads per run.
@@ -64,143 +51,125 @@ def run(config: StudyConfig, out: AnyPath, *, workers: int | None = None, comman
             on), the extra `study` is absent, or workers < 1.
         KeyboardInterrupt: interrupted; every run has saved its step and the same command continues.
     """
-    kind = run_search if config.search is not None else run_sizes if config.sizes else run_study
     out = Path(out)
     with locked(out):
-        kind(config, out, workers=workers, command=command)
+        if isinstance(study, Search):
+            run_search(study, out, workers=workers, command=command)
+        elif isinstance(study, Sizes):
+            run_sizes(study, out, workers=workers, command=command)
+        elif isinstance(study, Comparison):
+            run_study(study, out, workers=workers, command=command)
 
 
-def run_study(config: StudyConfig, out: AnyPath, *, workers: int | None = None, command: str) -> StudyResults:
+def run_study(study: Comparison, out: AnyPath, *, workers: int | None = None, command: str) -> StudyResults:
     """All conditions and seeds; writes results.json and report.html and prints the tables."""
-    out = Path(out)
-    started = now()
-    study = _prepare(config, out, workers)
-    planner = study.planner
-    tuning, planned = planner.tuning(study.tail), planner.runs({})
-    known = claim(tuning.values())
-    if len(known) == len(tuning):
-        claim(planner.runs(_rates(_chosen(study, known))).values())
-    write_json(out / "study.json", to_plain(config))
-    with study_runs(config, study.workers, [*tuning.values(), *planned.values()]) as runs:
-        tuned = _tune(study, runs)
-        planned = planner.runs(_rates(tuned))
-        records = runs.train(planned.values(), "runs")
-    results = collect(
-        config,
-        {key: records[one.name] for key, one in planned.items()},
-        study.costs,
-        tuned,
-        study.corpus,
-        command=command,
-        started=started,
-    )
-    planner.records.compact()
+    out, started = Path(out), now()
+    plan = _plan(study, out, workers)
+    tuning = plan.tuning()
+    claimed = claim(tuning.values())
+    costs = _costs(plan, out)
+    planned = plan.runs(study, costs)
+    with _running(plan, costs, [*tuning.values(), *planned.values()], workers) as runner:
+        tuned = chosen(study.tune, tuning, runner.make(claimed, "tuning"))
+        planned = at_rates(planned, tuned)
+        records = runner.make(claim(planned.values()), "runs")
+    if not study.keep_checkpoints:
+        for run in starts(planned.values()):
+            run.weights.unlink(missing_ok=True)
+    plan.records.compact()
+    by_key = {key: records[run.name] for key, run in planned.items()}
+    results = collect(study, by_key, costs, tuned, plan.corpus, command=command, started=started)
     save_results(results, out / "results.json")
     write_text(out / "table.md", study_markdown(results))
     write_text(out / "plot.svg", plot(results))
     write_report(results, out / "report.html")
+    console = Console()
     for table in (render_study(results), *map(render, detail_tables(results))):
-        study.console.print(table)
+        console.print(table)
     show(summarise(results).headline)
     show(f"Results: {out / 'results.json'}\nReport:  {out / 'report.html'}")
     return results
 
 
-def run_sizes(config: StudyConfig, out: AnyPath, *, workers: int | None = None, command: str) -> Scaling:
-    """The study at every size, each in a folder of its own; then scaling.json and its table."""
-    out = Path(out)
-    assert config.extrapolate is not None
-    studies = {}
-    for size in config.sizes:
+def run_sizes(study: Sizes, out: AnyPath, *, workers: int | None = None, command: str) -> Scaling:
+    """The comparison at every size, each in a folder of its own; then scaling.json and its table."""
+    out, studies = Path(out), {}
+    for size in study.sizes:
         with locked(out / size):
-            studies[size] = run_study(config.sized(size), out / size, workers=workers, command=command)
-    found = scaling(studies, config.name, config.extrapolate, command=command)
+            studies[size] = run_study(study.sized(size), out / size, workers=workers, command=command)
+    found = scaling(studies, study.name, study.extrapolate, command=command)
     save_scaling(found, out / "scaling.json")
     write_text(out / "table.md", scaling_markdown(found, studies))
-    console = Console()
-    console.print(render(scaling_table(found)))
+    Console().print(render(scaling_table(found)))
     show(f"Scaling: {out / 'scaling.json'}")
     return found
 
 
-def run_search(config: StudyConfig, out: AnyPath, *, workers: int | None = None, command: str) -> SearchResults:
+def run_search(study: Search, out: AnyPath, *, workers: int | None = None, command: str) -> SearchResults:
     """Rung after rung on the training part's tail; then search.json and its table."""
     out = Path(out)
-    assert config.search is not None
-    study = _prepare(config, out, workers)
-    tuning = study.planner.tuning(study.tail)
-    write_json(out / "study.json", to_plain(config))
-    with study_runs(config, study.workers, tuning.values()) as runs:
-        tuned = _tune(study, runs)
-    rates = _rates(tuned)
-    left, rungs = config.candidates(), list[RungResult]()
-    for number in range(len(config.search.rungs)):
-        planned = study.planner.rung(number, (config.baseline, *left), rates, study.tail)
-        with study_runs(config, study.workers, planned.values()) as runs:
-            records = runs.train(planned.values(), f"rung {number + 1} of {len(config.search.rungs)}")
-        rungs.append(rank(config, number, left, {key: records[one.name] for key, one in planned.items()}))
+    plan = _plan(study, out, workers)
+    tuning = plan.tuning()
+    claimed = claim(tuning.values())
+    costs = _costs(plan, out)
+    with _running(plan, costs, tuning.values(), workers) as runner:
+        tuned = chosen(study.tune, tuning, runner.make(claimed, "tuning"))
+    left, rungs = study.candidates, list[RungResult]()
+    for number in range(len(study.search.rungs)):
+        planned = plan.rung(study, number, (study.baseline, *left), tuned)
+        with _running(plan, costs, planned.values(), workers) as runner:
+            records = runner.make(claim(planned.values()), f"rung {number + 1} of {len(study.search.rungs)}")
+        rungs.append(rank(study, number, left, {key: records[run.name] for key, run in planned.items()}))
         left = tuple(one.condition for one in rungs[-1].ranking if one.kept)
         if not left:
             raise UserError(f"every candidate diverged in rung {number + 1}: lower lr, or tune it per condition.")
+    plan.records.compact()
     found = SearchResults(
-        name=config.name,
-        baseline=config.baseline,
+        name=study.name,
+        baseline=study.baseline,
         **provenance(command),
         finished=now(),
-        corpus=CorpusResult(description=study.tail.description, sha256=study.tail.sha256),
-        tuned=dict(tuned),
+        corpus=Corpus(description=plan.tail.description, sha256=plan.tail.sha256),
+        tuned=tuned,
         rungs=tuple(rungs),
         winners=left,
     )
-    study.planner.records.compact()
     save_search(found, out / "search.json")
     write_text(out / "table.md", search_markdown(found))
-    study.console.print(render(search_table(found)))
+    Console().print(render(search_table(found)))
     show(f"Search: {out / 'search.json'}")
     return found
 
 
-def _prepare(config: StudyConfig, out: Path, workers: int | None) -> Prepared:
-    """Refuse what can be refused before there are files, then measure costs."""
+def _plan(study: StudyConfig, out: Path, workers: int | None) -> Plan:
+    """Refuse what can be refused before there are files."""
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}.")
     require("studies", "study", "scipy", "jinja2", "plotly", "matplotlib")
-    console = Console()
-    settings = config.train_config(config.baseline, config.seeds[0])
+    settings = study.train_config(study.baseline, study.seeds[0])
     corpus = load_corpus(replace(settings.data, held_out="validation"), progress=show)
-    tail = train_tail(corpus)
+    tail, records = train_tail(corpus), RecordFile(out)
     choose_device(settings.device, settings.precision)
-    for name in config.conditions:
-        for text in (corpus, tail) if config.tune or config.search else (corpus,):
-            check_context(text, config.train_config(name, config.seeds[0]).model.context)
-    file = out / "study.json"
-    mend = "give another --out"
-    if file.exists() and (there := read_object(file, mend).get("name")) != config.name:
-        raise UserError(f"{out} already holds the study '{there}'; {mend}.")
-    claim(Planner(config, corpus, {}, out).tuning(tail).values())
-    costs = measure(config, settings.model.vocab_size or corpus.vocab_size, out / "costs.json")
-    return Prepared(
-        config,
-        corpus,
-        tail,
-        costs,
-        Planner(config, corpus, costs, out),
-        workers or max(1, usable_cores() // (settings.threads or 1)),
-        console,
-    )
+    for name in study.conditions:
+        for text in (corpus, tail) if study.tune or isinstance(study, Search) else (corpus,):
+            check_context(text, study.train_config(name, study.seeds[0]).model.context)
+    if (there := records.experiment) not in (None, study.name):
+        raise UserError(f"{out} already holds the study '{there}'; give another --out.")
+    return Plan(study, corpus, tail, records)
 
 
-def _tune(study: Prepared, runs: StudyRuns) -> dict[str, Tuned]:
-    return _chosen(study, runs.train(study.planner.tuning(study.tail).values(), "tuning"))
+def _costs(plan: Plan, out: Path) -> dict[str, Cost]:
+    model = plan.study.train_config(plan.study.baseline, plan.study.seeds[0]).model
+    return measure(plan.study, model.vocab_size or plan.corpus.vocab_size, out / "costs.json")
 
 
-def _chosen(study: Prepared, records: Mapping[str, RunRecord]) -> dict[str, Tuned]:
-    """The choice for every condition; none without tuning."""
-    if study.config.tune is None:
-        return {}
-    names = {key: one.name for key, one in study.planner.tuning(study.tail).items()}
-    return chosen(study.config.tune, names, records)
-
-
-def _rates(tuned: Mapping[str, Tuned]) -> dict[str, float]:
-    return {name: choice.lr for name, choice in tuned.items()}
+@contextmanager
+def _running(
+    plan: Plan, costs: Mapping[str, Cost], runs: Iterable[TrainingRun], workers: int | None
+) -> Iterator[Runner]:
+    """What makes these runs and those that they start from."""
+    runs = list(runs)
+    threads = plan.study.train_config(plan.study.baseline, plan.study.seeds[0]).threads or 1
+    work = [(run, plan.seconds(run, costs)) for run in (*starts(runs), *runs)]
+    with running(f"Study {plan.study.name}", work, "s of work", workers or max(1, usable_cores() // threads)) as runner:
+        yield runner

@@ -31,7 +31,7 @@ from deepdelta.training.evaluation import evaluate
 from deepdelta.training.metrics import append_json
 from deepdelta.training.optimizer import build_optimizer, learning_rate, rate_change
 from deepdelta.training.rundir import RunDirectory
-from deepdelta.training.step import micro_losses
+from deepdelta.training.step import micro_losses, training_step
 
 Say = Callable[[str], None]
 
@@ -277,17 +277,10 @@ class Trainer:
     def _one_step(self, reporter: Reporter) -> None:
         config, began = self.config, time.perf_counter()
         rate = learning_rate(config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss = 0.0
-        for part_loss in self._losses(self.forward):
-            part_loss.backward()  # type: ignore[no-untyped-call]
-            loss += part_loss.item()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip).item()
+        losses = self._losses(self.forward)
+        loss, norm = training_step(self.model, self.optimizer, losses, clip=config.clip, rate=rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged(f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         self.step += 1
         spent = time.perf_counter() - began
         self.seconds += spent

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from deepdelta.config import from_plain
 from deepdelta.errors import UserError
-from deepdelta.files import AnyPath, read_object
+from deepdelta.files import AnyPath, check_format, read_object
 from deepdelta.provenance import Provenance
 
 FORMAT = 2
@@ -33,14 +33,5 @@ def load_stored(cls: type[S], path: AnyPath, command: str) -> S:
     if not path.is_file():
         raise UserError(f"{path} must hold results that {command} wrote, but there is no such file.")
     plain = read_object(path, f"run {command} again")
-    if (there := plain.get("format", 1)) != FORMAT:
-        raise UserError(f"{path} has format {there}, and this version reads {FORMAT}: {_writer(plain)}.")
+    check_format(plain, path, reads=FORMAT, missing=1)
     return from_plain(cls, plain, where=str(path))
-
-
-def _writer(plain: dict[str, object]) -> str:
-    """The version that wrote the results, and so reads them."""
-    versions, commit = plain.get("versions"), plain.get("commit")
-    if not isinstance(versions, dict) or "deepdelta" not in versions:
-        return "it does not say which version wrote it"
-    return f"read it with deepdelta {versions['deepdelta']}" + (f" at commit {commit}" if commit else "")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deepdelta.device import Device
-from deepdelta.training.step import micro_losses
+from deepdelta.training.step import backward, micro_losses
 
 FLOOR = 1e-5
 """A tensor smaller than this share of the largest is compared with that share: it is rounding."""
@@ -26,11 +26,8 @@ def agreement(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float
 def loss_and_gradients(forward: nn.Module, owner: nn.Module, ids: Tensor, chosen: Device) -> dict[str, Tensor]:
     """The loss of `forward` on ids (B, T + 1), and the gradients of `owner`'s parameters, which are then cleared."""
     owner.zero_grad()
-    found = {}
-    for loss in micro_losses(forward, ids[:, :-1], ids[:, 1:], 1, chosen):
-        loss.backward()  # type: ignore[no-untyped-call]
-        found["loss"] = loss.detach()
-    found |= dict(_gradients(owner))
+    loss = torch.tensor(backward(micro_losses(forward, ids[:, :-1], ids[:, 1:], 1, chosen)), dtype=torch.float64)
+    found = {"loss": loss} | dict(_gradients(owner))
     owner.zero_grad()
     return found
 

@@ -6,6 +6,7 @@ All cases of a group do the same work at the same sizes in the same rounds; rati
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from deepdelta.config import Count, Settings
 from deepdelta.errors import UserError, nearest
 from deepdelta.nn import ResidualConfig
 
@@ -63,7 +64,7 @@ class Bar:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class Group(Settings):
     """Cases that do the same work at the same sizes, timed in the same interleaved rounds."""
 
     name: str
@@ -71,13 +72,13 @@ class Group:
     cases: tuple[Case, ...]
     baseline: str
     """The case that ratios refer to; the work `operator` adds a case of its own, `triad`: what the memory allows."""
-    dim: int
-    layers: int = 1
-    heads: int = 4
-    batch: int = 8
-    context: int = 256
+    dim: Count
+    layers: Count = 1
+    heads: Count = 4
+    batch: Count = 8
+    context: Count = 256
     """Tokens per sequence; decoding starts with none and adds them one at a time."""
-    vocab_size: int = 512
+    vocab_size: Count = 512
     compiled: bool = False
     """torch.compile with its default backend."""
     bars: tuple[Bar, ...] = ()
@@ -86,9 +87,7 @@ class Group:
     value: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("dim", "layers", "heads", "batch", "context", "vocab_size"):
-            if getattr(self, field) < 1:
-                raise UserError(f"group {self.name}: {field} must be at least 1, got {getattr(self, field)}.")
+        super().__post_init__()
         names = [case.name for case in self.cases]
         if not names or len(set(names)) != len(names):
             raise UserError(f"group {self.name}: cases must have different names, at least one, got {names}.")
@@ -109,20 +108,19 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Suite:
+class Suite(Settings):
     """Groups that answer one question."""
 
     name: str
     question: str
     groups: tuple[Group, ...]
-    rounds: int = 30
+    rounds: Count = 30
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast in training and prefill, and the state's dtype in the operator."""
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise UserError(f"rounds must be at least 1, got {self.rounds}.")
+        super().__post_init__()
         names = [group.name for group in self.groups]
         if not names or len(set(names)) != len(names):
             raise UserError(f"suite {self.name}: groups must have different names, at least one, got {names}.")

@@ -3,7 +3,7 @@
 Shapes: N tokens, V value channels, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,7 +23,7 @@ from deepdelta.nn.parts.direction import normalisation
 from deepdelta.ops.step import NEEDS, fused_problem, fused_step, rewrite_step
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.optimizer import build_optimizer
-from deepdelta.training.step import micro_losses
+from deepdelta.training.step import backward, micro_losses, training_step, update
 
 SEED = 0
 NORM_EPS = 1e-5
@@ -104,18 +104,8 @@ def training(group: Group, case: Case, chosen: Device) -> Subject:
     optimizer = build_optimizer(model, TrainConfig())
     ids = random_ids(group, chosen.device, group.context + 1)
 
-    def forward_backward() -> None:
-        for loss in micro_losses(forward, ids[:, :-1], ids[:, 1:], 1, chosen):
-            loss.backward()  # type: ignore[no-untyped-call]
-
-    def update() -> None:
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def step() -> None:
-        forward_backward()
-        update()
+    def losses() -> Iterator[Tensor]:
+        return micro_losses(forward, ids[:, :-1], ids[:, 1:], 1, chosen)
 
     def verify() -> float:
         plain = loss_and_gradients(model, model, ids, chosen)
@@ -123,11 +113,12 @@ def training(group: Group, case: Case, chosen: Device) -> Subject:
 
     def peak() -> int:
         state = chain.from_iterable(values.values() for values in optimizer.state.values())
-        return peak_bytes(step, [ids, *model.parameters(), *model.buffers(), *state])
+        held = [ids, *model.parameters(), *model.buffers(), *state]
+        return peak_bytes(lambda: training_step(model, optimizer, losses(), clip=1.0), held)
 
     seen = chosen.device.type == "cuda" or not group.compiled
     return Subject(
-        stages=(forward_backward, update),
+        stages=(lambda: backward(losses()), lambda: update(model, optimizer, 1.0)),
         tokens=group.batch * group.context,
         parameters=_count(model),
         peak=peak if seen else None,

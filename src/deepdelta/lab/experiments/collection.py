@@ -21,7 +21,7 @@ from deepdelta.lab.analysis.results import (
     Validation,
 )
 from deepdelta.lab.analysis.results import Corpus as CorpusResult
-from deepdelta.lab.experiments.config import StudyConfig
+from deepdelta.lab.experiments.config import Comparison, StudyConfig
 from deepdelta.lab.experiments.record import RunRecord, merged_rewrites
 from deepdelta.lab.measure.cost import Cost, measure_costs
 from deepdelta.lab.measure.flops import training_flops_per_token
@@ -89,7 +89,7 @@ def _made_of(plan: TrainConfig, vocab_size: int) -> str:
 
 
 def collect(
-    config: StudyConfig,
+    config: Comparison,
     records: Records,
     costs: Mapping[str, Cost],
     tuned: Mapping[str, Tuned],
@@ -131,7 +131,7 @@ def collect(
 
 
 def _condition(
-    config: StudyConfig, name: str, records: Records, corpus: Corpus, cost: Cost | None, tuned: Tuned | None
+    config: Comparison, name: str, records: Records, corpus: Corpus, cost: Cost | None, tuned: Tuned | None
 ) -> ConditionResult:
     settings = config.train_config(name, config.seeds[0])
     model = replace(settings.model, vocab_size=settings.model.vocab_size or corpus.vocab_size)

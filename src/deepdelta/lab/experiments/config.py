@@ -1,16 +1,16 @@
-"""A study: conditions x seeds, as a typed file."""
+"""Studies as typed files: comparisons, comparisons over sizes, and searches."""
 
 import itertools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from deepdelta.config import from_plain, merged, to_plain
+from deepdelta.config import Count, Distinct, Seeds, Settings, from_plain, merged, to_plain
 from deepdelta.errors import UserError, nearest, unknown
-from deepdelta.files import parse, read_object
+from deepdelta.files import FORMAT, check_format, parse, read_object
 from deepdelta.lab.analysis.factorial import design
 from deepdelta.lab.analysis.results import BudgetName, Extrapolate, Factorial, Power
 from deepdelta.lab.analysis.statistics import seeds_needed
@@ -40,41 +40,32 @@ class Condition:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tune:
+class Tune(Settings):
     """Each condition's learning rate is chosen on the same grid, by the loss on the last tenth of the training part."""
 
     lr: tuple[float, ...]
-    seeds: tuple[int, ...]
+    seeds: Seeds
     """None of those that are reported."""
-    steps: int | None = None
+    steps: Count | None = None
     """Of a tuning run; None: the study's."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.lr) < 2 or len(set(self.lr)) != len(self.lr) or not all(rate > 0 for rate in self.lr):
             raise UserError(f"lr must be a grid of at least two different rates above 0, got {list(self.lr)}.")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise UserError(f"seeds must be different numbers from 0 on, at least one, got {list(self.seeds)}.")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"steps must be at least 1, got {self.steps}.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rung:
-    """A round of the search: every candidate left runs so long on so many seeds, the best `keep` go on."""
+class Rung(Settings):
+    """A round of a search: every candidate left runs so long on so many seeds, the best `keep` go on."""
 
-    steps: int
-    seeds: tuple[int, ...]
-    keep: int
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise UserError(f"seeds must be different numbers from 0 on, at least one, got {list(self.seeds)}.")
-        if self.steps < 1 or self.keep < 1:
-            raise UserError(f"steps and keep must be at least 1, got {self.steps} and {self.keep}.")
+    steps: Count
+    seeds: Seeds
+    keep: Count
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class Halving:
     """Successive halving over the conditions, by the loss on the last tenth of the training part."""
 
     rungs: tuple[Rung, ...]
@@ -83,65 +74,55 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig:
-    """Conditions that differ in the named changes and in nothing else, each run once per seed."""
+class StudyConfig(Settings):
+    """What studies of every kind have: conditions that differ in the named changes and in nothing else."""
 
+    format: int = FORMAT
     name: str
     question: str
     baseline: str
-    seeds: tuple[int, ...]
+    seeds: Seeds
     train: dict[str, Any]
     """Common settings, keys of TrainConfig or `preset`; the seed comes from `seeds`. A condition whose residual names
     a `rule` or a `preset` takes nothing from the residual here."""
     conditions: dict[str, Condition]
-    cost_rounds: int = 12
+    cost_rounds: Count = 12
     """Interleaved rounds of the cost phase."""
-    rewrite_tokens: int = 16384
+    rewrite_tokens: Count = 16384
     """Validation tokens per run on which gates and discrepancies are collected."""
-    budgets: tuple[BudgetName, ...] = ("tokens",)
-    """What runs have in common: tokens (the same steps), flops, time. The first is the one that pictures show."""
     tune: Tune | None = None
-    factorials: dict[str, Factorial] = field(default_factory=dict)
-    power: Power | None = None
-    exploratory: bool = False
-    """Allow fewer seeds than `power` asks for; every table then says so."""
-    search: Search | None = None
-    """Search among the conditions instead of reporting on them; `seeds` stay unused, for the study that confirms."""
-    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Changes of `train` by size: the study runs once per size, then laws of loss against compute are fitted."""
-    extrapolate: Extrapolate | None = None
-    start: dict[str, Any] | None = None
-    """Changes of the baseline's settings for a run per seed that is trained first; others go on from its weights."""
     match_parameters: bool = False
     """Give every condition's MLP the width (`mlp_dim`) that brings its parameters nearest to the baseline's."""
     keep_checkpoints: bool = True
     """Keep the trained weights of finished runs; results need their records alone."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (self.name, *self.conditions):
             if not FILE_NAME.fullmatch(name):
                 raise UserError(
                     f"names of studies and conditions name files: letters, digits, '.', '_' and '-' only, got '{name}'."
                 )
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise UserError(f"seeds must be different numbers from 0 on, at least one, got {list(self.seeds)}.")
-        if self.baseline not in self.conditions:
-            raise UserError(
-                f"baseline must be one of the conditions, got '{self.baseline}'; "
-                + nearest(self.baseline, self.conditions)
-            )
-        for name in ("cost_rounds", "rewrite_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_known("baseline must be one of the conditions", self.baseline, self.conditions)
+        if "seed" in self.train or any("seed" in condition.changes for condition in self.conditions.values()):
+            raise UserError("the seed of a run comes from the study's seeds; remove 'seed' from train and changes.")
         for name, condition in self.conditions.items():
             for key in COMMON & set(condition.changes):
                 raise UserError(
                     f"conditions must share '{key}', or their losses or costs do not compare: move it from the "
                     f"changes of {name} to train."
                 )
-        if "seed" in self.train or any("seed" in condition.changes for condition in self.conditions.values()):
-            raise UserError("the seed of a run comes from the study's seeds; remove 'seed' from train and changes.")
-        self._check_plan()
+            for key, by in self.decided().items():
+                if key in condition.changes:
+                    raise UserError(f"'{key}' is decided by the study's {by}: remove it from the changes of {name}.")
+            if condition.control is not None:
+                others = [other for other in self.conditions if other != name]
+                check_known(f"the control of {name} must be another condition", condition.control, others)
+        if self.tune and (shared := set(self.tune.seeds) & set(self.seeds)):
+            raise UserError(
+                f"tuning must not see the seeds that are reported, both have {sorted(shared)}: change tune.seeds."
+            )
+        self.check()
         own = self.train_config(self.baseline, self.seeds[0]).tokens_per_step
         for name in self.conditions:
             if (other := self.train_config(name, self.seeds[0]).tokens_per_step) != own:
@@ -150,89 +131,16 @@ class StudyConfig:
                     f"for {name}: set batch_size, accumulate and context in train."
                 )
 
-    def _check_plan(self) -> None:
-        """What budgets, tuning, controls, factors and the number of seeds ask of the conditions and of each other."""
-        if not self.budgets or len(set(self.budgets)) != len(self.budgets):
-            raise UserError(f"budgets must be different, at least one, got {list(self.budgets)}.")
-        decided = {"steps": "budgets" if set(self.budgets) - {"tokens"} else "", "lr": "tune" if self.tune else ""}
-        for name, condition in self.conditions.items():
-            for key, by in decided.items():
-                if by and key in condition.changes:
-                    raise UserError(f"'{key}' is decided by the study's {by}: remove it from the changes of {name}.")
-            if condition.control is not None and (
-                condition.control not in self.conditions or condition.control == name
-            ):
-                others = [other for other in self.conditions if other != name]
-                raise UserError(
-                    f"the control of {name} must be another condition, got '{condition.control}'; "
-                    + nearest(condition.control, others)
-                )
-        if self.tune and (shared := set(self.tune.seeds) & set(self.seeds)):
-            raise UserError(
-                f"tuning must not see the seeds that are reported, both have {sorted(shared)}: change tune.seeds."
-            )
-        self._check_search()
-        self._check_sizes()
-        self._check_start()
-        for title, factorial in self.factorials.items():
-            design(title, factorial, {name: condition.factors for name, condition in self.conditions.items()})
-        if self.power is not None and not self.exploratory:
-            needed = seeds_needed(self.power.pilot_sd, self.power.difference)
-            if len(self.seeds) < needed:
-                raise UserError(
-                    f"a difference of {self.power.difference:g} nats with a paired spread of {self.power.pilot_sd:g} "
-                    f"takes {needed} seeds, the study has {len(self.seeds)}: add seeds, or set exploratory = true, "
-                    "which every table then says."
-                )
+    def check(self) -> None:
+        """Refuse what does not go with a kind's own tables."""
 
-    def _check_search(self) -> None:
-        if self.search is None:
-            return
-        names = self.candidates()
-        for name in names:
-            if name not in self.conditions or name == self.baseline:
-                others = [other for other in self.conditions if other != self.baseline]
-                raise UserError(
-                    f"candidates must be conditions other than the baseline, got '{name}'; {nearest(name, others)}"
-                )
-        seen = {seed for rung in self.search.rungs for seed in rung.seeds}
-        if shared := seen & set(self.seeds):
-            raise UserError(
-                f"the search must not see the seeds that confirm, both have {sorted(shared)}: change its rungs' seeds."
-            )
-        left = [len(names), *(rung.keep for rung in self.search.rungs)]
-        if len(left) < 2 or any(b >= a for a, b in itertools.pairwise(left)):
-            raise UserError(f"every rung must keep fewer candidates than it gets, got {left[1:]} of {left[0]}.")
-        if self.sizes:
-            raise UserError("a study either searches or fits laws over sizes: remove search or sizes.")
+    def decided(self) -> dict[str, str]:
+        """The settings that another part of the study than a condition decides, and which part."""
+        return {"lr": "tune"} if self.tune else {}
 
-    def _check_sizes(self) -> None:
-        if (self.extrapolate is None) != (not self.sizes):
-            raise UserError("sizes and extrapolate go together: give both or neither.")
-        if self.extrapolate is not None:
-            needed = 2 + self.extrapolate.floor
-            if len(self.sizes) < needed or not self.extrapolate.flops > 0:
-                raise UserError(
-                    f"extrapolate needs at least {needed} sizes and flops above 0, "
-                    f"got {len(self.sizes)} and {self.extrapolate.flops:g}."
-                )
-        for size in self.sizes:
-            if not FILE_NAME.fullmatch(size):
-                raise UserError(f"names of sizes name folders: letters, digits, '.', '_' and '-' only, got '{size}'.")
-            self.sized(size)
-
-    def _check_start(self) -> None:
-        if self.start is None:
-            return
-        if self.tune or self.search or self.sizes:
-            raise UserError("runs that are tuned, searched among or fitted over sizes have no start: remove start.")
-        if self.match_parameters:
-            raise UserError("runs that go on from the baseline's weights need its mlp_dim: remove match_parameters.")
-        for key in sorted(COMMON & set(self.start)):
-            raise UserError(f"the start must share '{key}' with the runs that go on from it: move it to train.")
-        if "seed" in self.start:
-            raise UserError("the seed of a start comes from the study's seeds; remove 'seed' from start.")
-        self.start_config(self.seeds[0])
+    def setting_steps(self) -> list[str]:
+        """What besides `train` says how long runs are."""
+        return [name for name, condition in self.conditions.items() if "steps" in condition.changes]
 
     def lasting(self, steps: int) -> "StudyConfig":
         """The study with another number of steps per run; its warm-up keeps its share.
@@ -240,28 +148,10 @@ class StudyConfig:
         Raises:
             UserError: another part of the study than `train` says how long runs are.
         """
-        changed = (*self.sizes.items(), *((name, one.changes) for name, one in self.conditions.items()))
-        setting = [name for name, changes in changed if "steps" in changes]
-        if self.search is not None or setting:
-            by = ", ".join(setting) or "the rungs of the search"
+        if by := ", ".join(self.setting_steps()):
             raise UserError(f"the steps of {self.name} are set by {by}, so --steps cannot; change a copy of its file.")
         run = self.train_config(self.baseline, self.seeds[0]).stretched(steps)
         return replace(self, train=merged(self.train, {"steps": steps, "warmup": run.warmup}))
-
-    def candidates(self) -> tuple[str, ...]:
-        """The conditions that the search chooses among."""
-        named = self.search.candidates if self.search else ()
-        return named or tuple(name for name in self.conditions if name != self.baseline)
-
-    def sized(self, size: str) -> "StudyConfig":
-        """The study at one of its sizes."""
-        return replace(
-            self,
-            name=f"{self.name}-{size}",
-            train=settings_over(self.train, self.sizes[size]),
-            sizes={},
-            extrapolate=None,
-        )
 
     def train_config(self, condition: str, seed: int) -> TrainConfig:
         """The run of one condition and seed."""
@@ -273,11 +163,140 @@ class StudyConfig:
             return replace(run, model=model)
         return run
 
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(StudyConfig):
+    """Every condition runs once per seed, then all are compared."""
+
+    budgets: Annotated[tuple[BudgetName, ...], Distinct] = ("tokens",)
+    """What runs have in common: tokens (the same steps), flops, time. The first is the one that pictures show."""
+    factorials: dict[str, Factorial] = field(default_factory=dict)
+    power: Power | None = None
+    exploratory: bool = False
+    """Allow fewer seeds than `power` asks for; every table then says so."""
+    start: dict[str, Any] | None = None
+    """Changes of the baseline's settings for a run per seed that is trained first; others go on from its weights."""
+
+    def decided(self) -> dict[str, str]:
+        return super().decided() | ({"steps": "budgets"} if set(self.budgets) - {"tokens"} else {})
+
+    def check(self) -> None:
+        if self.start is not None:
+            self.check_start(self.start)
+        for title, factorial in self.factorials.items():
+            design(title, factorial, {name: condition.factors for name, condition in self.conditions.items()})
+        if self.power is not None and not self.exploratory:
+            needed = seeds_needed(self.power.pilot_sd, self.power.difference)
+            if len(self.seeds) < needed:
+                raise UserError(
+                    f"a difference of {self.power.difference:g} nats with a paired spread of {self.power.pilot_sd:g} "
+                    f"takes {needed} seeds, the study has {len(self.seeds)}: add seeds, or set exploratory = true, "
+                    "which every table then says."
+                )
+
+    def check_start(self, start: dict[str, Any]) -> None:
+        if self.tune:
+            raise UserError("runs that are tuned, searched among or fitted over sizes have no start: remove start.")
+        if self.match_parameters:
+            raise UserError("runs that go on from the baseline's weights need its mlp_dim: remove match_parameters.")
+        for key in sorted(COMMON & set(start)):
+            raise UserError(f"the start must share '{key}' with the runs that go on from it: move it to train.")
+        if "seed" in start:
+            raise UserError("the seed of a start comes from the study's seeds; remove 'seed' from start.")
+        self.start_config(self.seeds[0])
+
     def start_config(self, seed: int) -> TrainConfig:
         """The run that those of a seed start from."""
         assert self.start is not None
         baseline, other = to_plain(self.train_config(self.baseline, seed)), {"seed": seed + START_SEED}
         return run_settings(baseline, self.start, other, where=f"study {self.name}, start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes(Comparison):
+    """A comparison once per size, then laws of loss against compute."""
+
+    sizes: dict[str, dict[str, Any]]
+    """Changes of `train` by size."""
+    extrapolate: Extrapolate
+
+    def setting_steps(self) -> list[str]:
+        return [size for size, changes in self.sizes.items() if "steps" in changes] + super().setting_steps()
+
+    def check(self) -> None:
+        super().check()
+        needed = 2 + self.extrapolate.floor
+        if len(self.sizes) < needed or not self.extrapolate.flops > 0:
+            raise UserError(
+                f"extrapolate needs at least {needed} sizes and flops above 0, "
+                f"got {len(self.sizes)} and {self.extrapolate.flops:g}."
+            )
+        for size in self.sizes:
+            if not FILE_NAME.fullmatch(size):
+                raise UserError(f"names of sizes name folders: letters, digits, '.', '_' and '-' only, got '{size}'.")
+            self.sized(size)
+
+    def check_start(self, start: dict[str, Any]) -> None:
+        raise UserError("runs that are tuned, searched among or fitted over sizes have no start: remove start.")
+
+    def sized(self, size: str) -> Comparison:
+        """The comparison at one of the sizes."""
+        shared = {one.name: getattr(self, one.name) for one in fields(Comparison)}
+        train = settings_over(self.train, self.sizes[size])
+        return Comparison(**shared | {"name": f"{self.name}-{size}", "train": train})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(StudyConfig):
+    """A search among the conditions; `seeds` stay unused, for the study that confirms."""
+
+    search: Halving
+
+    def setting_steps(self) -> list[str]:
+        return super().setting_steps() or ["the rungs of the search"]
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The conditions that the search chooses among."""
+        return self.search.candidates or tuple(name for name in self.conditions if name != self.baseline)
+
+    def check(self) -> None:
+        others = [other for other in self.conditions if other != self.baseline]
+        for name in self.candidates:
+            check_known("candidates must be conditions other than the baseline", name, others)
+        seen = {seed for rung in self.search.rungs for seed in rung.seeds}
+        if shared := seen & set(self.seeds):
+            raise UserError(
+                f"the search must not see the seeds that confirm, both have {sorted(shared)}: change its rungs' seeds."
+            )
+        left = [len(self.candidates), *(rung.keep for rung in self.search.rungs)]
+        if len(left) < 2 or any(b >= a for a, b in itertools.pairwise(left)):
+            raise UserError(f"every rung must keep fewer candidates than it gets, got {left[1:]} of {left[0]}.")
+
+
+def check_known(what: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise UserError(f"{what}, got '{name}'; {nearest(name, known)}")
+
+
+def kind_of(plain: Mapping[str, Any], where: str) -> type[StudyConfig]:
+    """The kind of study that a file describes, by its tables.
+
+    Raises:
+        UserError: it has tables of different kinds.
+    """
+    kind: type[StudyConfig] = Search if "search" in plain else Comparison
+    if "sizes" in plain or "extrapolate" in plain:
+        if kind is Search:
+            raise UserError(f"{where}: a study either searches or fits laws over sizes: remove search or sizes.")
+        if not ("sizes" in plain and "extrapolate" in plain):
+            raise UserError(f"{where}: sizes and extrapolate go together: give both or neither.")
+        kind = Sizes
+    if kind is Search:
+        for key in {one.name for one in fields(Comparison)} - {one.name for one in fields(Search)}:
+            if key in plain:
+                raise UserError(f"{where}: a search compares on no seeds that are reported: remove {key} or search.")
+    return kind
 
 
 def as_large_as(baseline: GPTConfig, model: GPTConfig, condition: str) -> GPTConfig:
@@ -338,4 +357,6 @@ def load_study(name_or_file: str, overrides: Mapping[str, Any] | None = None) ->
         plain = _named(name_or_file)
     else:
         raise unknown("study", name_or_file, study_questions(), "A file of your own ends in .toml. ")
-    return from_plain(StudyConfig, merged(plain, overrides or {}), where=f"study {name_or_file}")
+    where = f"study {name_or_file}"
+    check_format(plain, where, missing=FORMAT)
+    return from_plain(kind_of(plain, where), merged(plain, overrides or {}), where=where)

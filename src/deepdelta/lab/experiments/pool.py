@@ -1,102 +1,152 @@
-"""Jobs side by side, each a process of its own that ends with its parent: the runs of studies and of tasks.
-
-A process is started as `python -m deepdelta.lab.experiments.pool MODULE ARGUMENTS`. Its standard input is a pipe that
-its parent holds and never writes to. The system closes it when the parent ends, by SIGKILL too; then the process ends.
-"""
+"""The runs of an experiment side by side, each a process of its own (`process.py`), recorded the moment it ends."""
 
 import concurrent.futures
 import os
-import runpy
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import NamedTuple
 
 from deepdelta.errors import UserError
-
-Record = TypeVar("Record")
+from deepdelta.lab.experiments.record import RunRecord
+from deepdelta.lab.experiments.run import Run
+from deepdelta.progress import Reporter, reporting
+from deepdelta.training.loop import stop_signals
 
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 10.0
-"""How long a process whose parent has ended may go on to finish its step and save it."""
+
+SHOWN = 2
+"""Of the runs at work, those that the line of progress shows."""
 
 
-@dataclass(frozen=True)
-class Job(Generic[Record]):
-    """One record, and the process that makes what it is read from.
+class Claimed(NamedTuple):
+    """What is there of some runs, looked at once."""
 
-    Fields:
-        name: of the record. place: what messages call the run.
-        command: module and arguments, asked for when the process is about to start.
-        ended: whether the record can be read. record: reads it.
-        log: takes what the process prints. threads: of the process.
-        waits: whether it can neither start nor be read yet, given the names of the jobs without a record.
+    missing: Sequence[Run]
+    """Those to be made, in this order."""
+    records: Mapping[str, RunRecord]
+    """Those of the others, by name, and of those that they start from."""
+
+
+@dataclass
+class Runner:
+    """Makes the runs of an experiment, `workers` processes at a time; made by `running`."""
+
+    workers: int
+    work: Mapping[str, float]
+    """Of every run, by name, in units."""
+    unit: str
+    done: set[str]
+    """Names of the runs that have a record."""
+    stopped: Callable[[], bool]
+    reporter: Reporter
+
+    def make(self, claimed: Claimed, phase: str) -> dict[str, RunRecord]:
+        """The records of all that is claimed, by name, the missing ones made first.
+
+        Raises:
+            UserError: a run failed; its own message is passed on.
+            KeyboardInterrupt: interrupted.
+        """
+        missing, records = claimed.missing, dict(claimed.records)
+        self.done -= {run.name for run in missing}
+
+        def finish(run: Run) -> None:
+            records[run.name] = run.finish()
+            self.done.add(run.name)
+
+        try:
+            run_processes(
+                missing,
+                finish,
+                workers=self.workers,
+                stopped=self.stopped,
+                watch=lambda waiting, running: self.report(waiting, running, phase),
+            )
+        except KeyboardInterrupt:
+            for note in {run.interrupted for run in missing}:
+                self.reporter.note(note)
+            raise
+        return records
+
+    def report(self, waiting: Sequence[Run], running: Sequence[Run], phase: str) -> None:
+        """Say how much is done, and where the first of the runs at work are."""
+        facts = f"{self.unit}, {len(self.done)}/{len(self.work)} records ({phase})"
+        made = behind(self.work, self.done, (*running, *waiting))
+        self.reporter.update(made, ", ".join((facts, *(run.state for run in running[:SHOWN]))))
+
+
+@contextmanager
+def running(label: str, work: Iterable[tuple[Run, float]], unit: str, workers: int) -> Iterator[Runner]:
+    """What makes the runs of an experiment, each of which takes so many units of work.
+
+    Progress counts work over all phases; the time left follows from the pace at which it is done.
     """
-
-    name: str
-    place: Path
-    command: Callable[[], list[str]]
-    ended: Callable[[], bool]
-    record: Callable[[], Record]
-    log: Path
-    threads: int = 1
-    waits: Callable[[Container[str]], bool] = lambda unfinished: False
+    units = {run.name: (run, amount) for run, amount in work}
+    by_name = {name: amount for name, (_, amount) in units.items()}
+    done = {name for name, (run, _) in units.items() if name in run.records}
+    total, first = behind(by_name, set(by_name), ()), behind(by_name, done, (run for run, _ in units.values()))
+    with stop_signals() as stopped, reporting(label, total, first) as reporter:
+        yield Runner(workers, by_name, unit, done, stopped, reporter)
 
 
-Watch = Callable[[Sequence[Job[Any]], Sequence[Job[Any]]], None]
-"""watch(waiting, running)"""
+def behind(work: Mapping[str, float], done: Container[str], runs: Iterable[Run]) -> int:
+    """The work that is done, of these runs in parts; at least one when all of it is, however short."""
+    parts = sum(work[run.name] * run.share for run in runs if run.name not in done)
+    names = [name for name in work if name in done]
+    total = sum(work[name] for name in names) + parts
+    return max(1, round(total)) if len(names) == len(work) else int(total)
 
 
-def run_jobs(
-    jobs: Iterable[Job[Record]],
-    records: dict[str, Record],
+def run_processes(
+    runs: Iterable[Run],
+    finish: Callable[[Run], object],
     *,
     workers: int,
     stopped: Callable[[], bool],
-    watch: Watch,
+    watch: Callable[[Sequence[Run], Sequence[Run]], object],
 ) -> None:
-    """Put the record of every job into `records`, by name, as it is made.
+    """Have every run made that has not ended, and `finish` called with each when it has.
 
     Args:
         workers: processes side by side.
         stopped: whether to stop: the processes get SIGTERM and are waited for.
-        watch: is called again and again, and at the end.
+        watch: is called as watch(waiting, running) again and again, and at the end.
 
     Raises:
-        UserError: a process ended without its record; its last line is passed on and the others are stopped.
+        UserError: a process ended without its run; its last line is passed on and the others are stopped.
         KeyboardInterrupt: stopped.
     """
-    waiting = list(jobs)
-    running: dict[Future[int], tuple[Job[Record], subprocess.Popen[bytes]]] = {}
+    waiting = list(runs)
+    running: dict[Future[int], tuple[Run, subprocess.Popen[bytes]]] = {}
     with ThreadPoolExecutor(workers) as waiters:
         try:
             while (waiting or running) and not stopped():
-                for job in list(waiting):
-                    if job.waits({one.name for one in (*waiting, *(other for other, _ in running.values()))}):
+                for run in list(waiting):
+                    if run.waits({one.name for one in (*waiting, *(other for other, _ in running.values()))}):
                         continue
-                    if job.ended():
-                        waiting.remove(job)
-                        records[job.name] = job.record()
+                    if run.ended:
+                        waiting.remove(run)
+                        finish(run)
                     elif len(running) < workers:
-                        process = launch(job)
-                        waiting.remove(job)
-                        running[waiters.submit(process.wait)] = job, process
+                        process = launch(run)
+                        waiting.remove(run)
+                        running[waiters.submit(process.wait)] = run, process
                 if waiting and not running:
                     time.sleep(POLL_SECONDS)
                 done, _ = concurrent.futures.wait(running, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
                 for future in done:
-                    job, process = running.pop(future)
+                    run, process = running.pop(future)
                     _close(process)
-                    if not job.ended():
-                        raise UserError(_failure(job, future.result()))
-                    records[job.name] = job.record()
-                watch(waiting, [job for job, _ in running.values()])
+                    if not run.ended:
+                        raise UserError(_failure(run, future.result()))
+                    finish(run)
+                watch(waiting, [run for run, _ in running.values()])
         finally:
             for _, process in running.values():
                 process.terminate()
@@ -107,11 +157,11 @@ def run_jobs(
         raise KeyboardInterrupt
 
 
-def launch(job: Job[Any]) -> subprocess.Popen[bytes]:
-    """Start the process of a job: in a session of its own, so that Ctrl-C reaches it once, through its parent."""
-    command = [sys.executable, "-m", "deepdelta.lab.experiments.pool", *job.command()]
-    environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
-    with job.log.open("ab") as log:
+def launch(run: Run) -> subprocess.Popen[bytes]:
+    """Start the process of a run: in a session of its own, so that Ctrl-C reaches it once, through its parent."""
+    command = [sys.executable, "-m", "deepdelta.lab.experiments.process", *run.command()]
+    environment = os.environ | {"OMP_NUM_THREADS": str(run.threads), "MKL_NUM_THREADS": str(run.threads)}
+    with run.log.open("ab") as log:
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
         )
@@ -123,31 +173,8 @@ def _close(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def _failure(job: Job[Any], code: int) -> str:
+def _failure(run: Run, code: int) -> str:
     if code < 0:
-        return f"the run {job.place} was ended by {signal.Signals(-code).name}; the same command continues."
-    lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"the run {job.place} failed: {lines[-1] if lines else f'exit code {code}'} (all of it: {job.log})"
-
-
-def _end_with_parent() -> None:
-    """Have this process end when its parent does, as by SIGTERM; where that is not heeded in time, all the same."""
-
-    def watch() -> None:
-        # Not by sys.stdin, whose lock a thread at work there would hold when the interpreter ends.
-        while os.read(0, 1):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-if __name__ == "__main__":
-    _end_with_parent()
-    del sys.argv[0]
-    try:
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        return f"the run {run.path} was ended by {signal.Signals(-code).name}; the same command continues."
+    lines = run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"the run {run.path} failed: {lines[-1] if lines else f'exit code {code}'} (all of it: {run.log})"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepdelta.errors import UserError
-from deepdelta.files import atomic_path, naming, parse
+from deepdelta.files import FORMAT, atomic_path, check_format, naming, parse
 
 FILE_NAME = "runs.jsonl.xz"
 MAGIC = b"\xfd7zXZ\x00"
@@ -22,7 +22,7 @@ class RecordFile:
     """The records in `FILE_NAME` of a folder, by name, read once. One process writes it: the folder is held.
 
     Raises:
-        UserError: the file cannot be read, is damaged, or holds something else than records.
+        UserError: the file cannot be read, is damaged, or holds something else than records of this format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,11 +42,19 @@ class RecordFile:
                 with naming(self.path, "read"):
                     data = self.path.read_bytes()
                 for number, line in enumerate(self._lines(data), 1):
-                    row = parse(line, f"{self.path}, line {number}", MEND)
+                    where = f"{self.path}, line {number}"
+                    row = parse(line, where, MEND)
                     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
-                        raise UserError(f"{self.path}, line {number} must be a record with a name; {MEND}.")
+                        raise UserError(f"{where} must be a record with a name; {MEND}.")
+                    check_format(row, where)
+                    del row["format"]
                     self._rows[row["name"]] = row
         return self._rows
+
+    @property
+    def experiment(self) -> str | None:
+        """The study or the task that the records are of, if there are any."""
+        return next((row.get("experiment") for row in self.rows().values()), None)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a record and have it on the disk."""
@@ -87,4 +95,4 @@ class RecordFile:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    return json.dumps({"format": FORMAT} | row, allow_nan=False, separators=(",", ":")).encode() + b"\n"

@@ -12,7 +12,7 @@ from deepdelta.lab.analysis.comparisons import contrasts
 from deepdelta.lab.analysis.results import Corpus as CorpusResult
 from deepdelta.lab.analysis.results import Tuned
 from deepdelta.lab.analysis.stored import Stored
-from deepdelta.lab.experiments.config import StudyConfig
+from deepdelta.lab.experiments.config import Search
 from deepdelta.lab.experiments.record import RunRecord
 
 
@@ -57,7 +57,7 @@ class SearchResults(Stored):
 
 
 def rank(
-    config: StudyConfig, rung: int, candidates: Sequence[str], records: Mapping[tuple[str, int], RunRecord]
+    study: Search, rung: int, candidates: Sequence[str], records: Mapping[tuple[str, int], RunRecord]
 ) -> RungResult:
     """Order a rung's candidates by mean loss over its seeds.
 
@@ -65,23 +65,22 @@ def rank(
         rung: its number, from 0.
         records: by condition and seed, the baseline's too.
     """
-    assert config.search is not None
-    plan = config.search.rungs[rung]
+    plan = study.search.rungs[rung]
     losses = {
         name: {seed: records[name, seed].validation_loss for seed in plan.seeds}
-        for name in (*candidates, config.baseline)
+        for name in (*candidates, study.baseline)
     }
     means = {
         name: math.fsum(math.inf if x is None else x for x in own.values()) / len(own) for name, own in losses.items()
     }
     order = sorted(candidates, key=means.__getitem__)
     finished = {name: {seed: x for seed, x in own.items() if x is not None} for name, own in losses.items()}
-    compared = contrasts(dict.fromkeys(order), config.baseline, finished)
+    compared = contrasts(dict.fromkeys(order), study.baseline, finished)
     changes = {one.condition: one.comparison for one in compared}
     return RungResult(
         steps=plan.steps,
         seeds=plan.seeds,
-        baseline=losses[config.baseline],
+        baseline=losses[study.baseline],
         ranking=tuple(
             Ranked(
                 condition=name,

@@ -7,6 +7,7 @@ from deepdelta.errors import UserError
 from deepdelta.lab.analysis.results import Tuned
 from deepdelta.lab.experiments.config import Tune
 from deepdelta.lab.experiments.record import RunRecord
+from deepdelta.lab.experiments.run import Run
 
 
 def choose(tune: Tune, losses: Mapping[float, list[float | None]], condition: str) -> Tuned:
@@ -35,10 +36,12 @@ def choose(tune: Tune, losses: Mapping[float, list[float | None]], condition: st
 
 
 def chosen(
-    tune: Tune, names: Mapping[tuple[str, float, int], str], records: Mapping[str, RunRecord]
+    tune: Tune | None, runs: Mapping[tuple[str, float, int], Run], records: Mapping[str, RunRecord]
 ) -> dict[str, Tuned]:
-    """The choice for every condition, from the records of its tuning runs, whose names `names` has."""
+    """The choice for every condition, from the records of its tuning runs; none without tuning."""
+    if tune is None:
+        return {}
     losses: dict[str, dict[float, list[float | None]]] = {}
-    for (condition, rate, _), name in names.items():
-        losses.setdefault(condition, {}).setdefault(rate, []).append(records[name].validation_loss)
+    for (condition, rate, _), run in runs.items():
+        losses.setdefault(condition, {}).setdefault(rate, []).append(records[run.name].validation_loss)
     return {condition: choose(tune, by_rate, condition) for condition, by_rate in losses.items()}

@@ -19,7 +19,7 @@ from deepdelta.nn import use_backend, use_memory
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.loop import check_size
 from deepdelta.training.optimizer import build_optimizer
-from deepdelta.training.step import micro_losses
+from deepdelta.training.step import micro_losses, training_step
 
 WARM_UP = 2
 """Steps of each condition before anything is measured: the first one allocates the optimiser's state."""
@@ -163,11 +163,8 @@ class _Trial:
 
     def step(self, forward: nn.Module) -> None:
         """What `deepdelta.training` does in a step, apart from reading the batch and writing the record."""
-        for loss in micro_losses(forward, self.ids[:, :-1], self.ids[:, 1:], self.config.accumulate, self.chosen):
-            loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        losses = micro_losses(forward, self.ids[:, :-1], self.ids[:, 1:], self.config.accumulate, self.chosen)
+        training_step(self.model, self.optimizer, losses, clip=self.config.clip)
 
     def peak_bytes(self) -> int:
         """Of the step as it runs on CUDA; elsewhere of the uncompiled step, since the compiled one cannot be seen."""

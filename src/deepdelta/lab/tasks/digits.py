@@ -5,22 +5,26 @@ images and torchvision's data sets for real runs.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from deepdelta.config import Count, Distinct
 from deepdelta.errors import UserError, nearest
-from deepdelta.lab.tasks.fitting import CONDITIONS, check_settings, fit, part_of, seeded
+from deepdelta.lab.tasks.fitting import CONDITIONS, AdamW, fit, part_of, seeded
 from deepdelta.lab.tasks.images import Images, load_images, split_images
 from deepdelta.lab.tasks.registry import SUMMARIES
 from deepdelta.lab.tasks.task import Progress, Task
 from deepdelta.lab.tasks.vision import MODELS, ResNet, ViT
 from deepdelta.nn import ResidualConfig
+from deepdelta.training.config import Positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitsSettings:
+class DigitsSettings(AdamW):
     """The images, the sizes of the networks and the recipe; a condition changes `residual` alone.
 
     One network per model is trained at every training-set size with the first depth, and at every other depth with the
@@ -34,39 +38,28 @@ class DigitsSettings:
     """Where a data set of torchvision lies."""
     download: bool = False
     """Let torchvision fetch what is not there."""
-    image_size: int | None = None
+    image_size: Count | None = None
     """Height and width that images of a folder are scaled to."""
     test_share: float = 0.4
-    models: tuple[str, ...] = MODELS
-    train_images: tuple[int, ...] = (200, 50, 800)
-    depths: tuple[int, ...] = (2, 8)
+    models: Annotated[tuple[str, ...], Distinct] = MODELS
+    train_images: Annotated[tuple[Annotated[int, Ge(2)], ...], Distinct] = (200, 50, 800)
+    depths: Annotated[tuple[Count, ...], Distinct] = (2, 8)
     """Blocks: of two residuals in the transformer, of one in the ResNet."""
-    dim: int = 32
+    dim: Annotated[int, Ge(2)] = 32
     """Width of the transformer; half of it is the width of the ResNet's first stage."""
-    heads: int = 4
-    patch: int = 2
+    heads: Count = 4
+    patch: Count = 2
     """Height and width of the transformer's patches in pixels."""
-    steps: int = 400
-    batch_size: int = 32
-    lr: float = 3e-3
+    steps: Count = 400
+    batch_size: Count = 32
+    lr: Positive = 3e-3
     weight_decay: float = 0.05
 
     def __post_init__(self) -> None:
-        check_settings(
-            self,
-            dict.fromkeys(("heads", "patch", "steps", "batch_size"), 1) | {"dim": 2},
-            different=("models", "train_images", "depths"),
-        )
+        super().__post_init__()
         for model in self.models:
             if model not in MODELS:
                 raise UserError(f"there is no model '{model}'; {nearest(model, MODELS)}")
-        if min(self.train_images) < 2 or min(self.depths) < 1:
-            raise UserError(
-                f"train_images must be at least 2 and depths at least 1, got {list(self.train_images)} and "
-                f"{list(self.depths)}."
-            )
-        if self.image_size is not None and self.image_size < 1:
-            raise UserError(f"image_size must be at least 1, got {self.image_size}.")
 
     def points(self) -> list[tuple[str, int, int]]:
         """(model, training images, depth) of every network that a run trains."""
@@ -128,7 +121,7 @@ def _train(settings: DigitsSettings, network: nn.Module, images: Images, seed: i
         rows = torch.randint(len(images.labels), (settings.batch_size,), generator=generator)
         return F.cross_entropy(network(images.pixels[rows]), images.labels[rows])
 
-    fit(network, loss_of, steps=settings.steps, lr=settings.lr, weight_decay=settings.weight_decay, progress=progress)
+    fit(network, loss_of, settings, progress)
 
 
 @torch.no_grad()

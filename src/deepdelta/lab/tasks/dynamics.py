@@ -6,20 +6,22 @@ Shapes: N trajectories, T + 1 times, 2 numbers of a system's state, B points, D 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from deepdelta.config import Count, Distinct
 from deepdelta.errors import UserError, nearest
-from deepdelta.lab.tasks.fitting import CONDITIONS, check_settings, fit, part_of, seeded, stream_of
+from deepdelta.lab.tasks.fitting import CONDITIONS, AdamW, fit, part_of, seeded, stream_of
 from deepdelta.lab.tasks.refinement import can_refine, flowed, refined, spectrum
 from deepdelta.lab.tasks.registry import SUMMARIES
 from deepdelta.lab.tasks.task import Progress, Task, Variant
 from deepdelta.lab.tasks.trajectories import SYSTEMS, trajectories
 from deepdelta.nn import DeltaResidual, ResidualConfig
+from deepdelta.training.config import Positive
 
 SUBSTEPS = (2, 4, 16)
 BOUND = 10.0
@@ -28,33 +30,30 @@ GATES = (0.05, 0.25, 1.0, 1.75)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicsSettings:
+class DynamicsSettings(AdamW):
     """The systems, the sizes of the net and the recipe; a condition changes `residual` alone.
 
     One net is trained per system.
     """
 
     residual: ResidualConfig = field(default_factory=ResidualConfig)
-    systems: tuple[str, ...] = tuple(SYSTEMS)
+    systems: Annotated[tuple[str, ...], Distinct] = tuple(SYSTEMS)
     """Of pendulum, lotka_volterra and bouncing."""
-    depth: int = 8
+    depth: Count = 8
     """Residuals."""
-    dim: int = 16
-    train_trajectories: int = 64
-    test_trajectories: int = 64
-    length: int = 60
+    dim: Count = 16
+    train_trajectories: Count = 64
+    test_trajectories: Count = 64
+    length: Count = 60
     """Steps of a trajectory."""
-    rollout: int = 40
+    rollout: Count = 40
     """Steps predicted from a test trajectory's start by the net's own predictions."""
-    steps: int = 1000
-    batch_size: int = 128
-    lr: float = 5e-3
-    weight_decay: float = 0.01
+    steps: Count = 1000
+    batch_size: Count = 128
+    lr: Positive = 5e-3
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("depth", "dim", "train_trajectories", "test_trajectories"), 1)
-        least |= dict.fromkeys(("length", "rollout", "steps", "batch_size"), 1)
-        check_settings(self, least, different=("systems",))
+        super().__post_init__()
         for system in self.systems:
             if system not in SYSTEMS:
                 raise UserError(f"there is no system '{system}'; {nearest(system, SYSTEMS)}")
@@ -155,7 +154,7 @@ def _trained(settings: DynamicsSettings, data: Data, seed: int, progress: Progre
         rows = torch.randint(len(now), (settings.batch_size,), generator=generator)
         return F.mse_loss(net(now[rows]), following[rows])
 
-    fit(net, loss_of, steps=settings.steps, lr=settings.lr, weight_decay=settings.weight_decay, progress=progress)
+    fit(net, loss_of, settings, progress)
     return net
 
 

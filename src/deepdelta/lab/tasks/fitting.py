@@ -1,17 +1,29 @@
 """What the small tasks share: the training recipe, equal in all conditions of a task, and checks of settings."""
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from deepdelta.errors import UserError, nearest
+from deepdelta.config import Count, Settings
+from deepdelta.errors import UserError
 from deepdelta.lab.tasks.task import Progress, Variant
 from deepdelta.nn import DeltaStream, ResidualConfig
 from deepdelta.training import TrainConfig
+from deepdelta.training.config import Positive
 from deepdelta.training.optimizer import build_optimizer, learning_rate
+from deepdelta.training.step import training_step
+
+CLIP = 1.0
+"""Largest gradient norm."""
 
 CONDITIONS = {
     "additive": Variant(
@@ -39,32 +51,6 @@ CONDITIONS = {
 """The plain residual, and the delta rule beside its control that does not erase, with one value channel and with 4."""
 
 
-def check_settings(settings: Any, at_least: dict[str, int], *, different: tuple[str, ...] = ()) -> None:
-    """Refuse values that settings of a task cannot have.
-
-    That is: Literal fields outside their choices, numbers below their least one, a learning rate that is not positive,
-    and of the tuples named in `different` those that are empty or hold a value twice.
-
-    Raises:
-        UserError: the first field that does not hold.
-    """
-    for name, kind in get_type_hints(type(settings)).items():
-        value, choices = getattr(settings, name), get_args(kind) if get_origin(kind) is Literal else ()
-        if choices and value not in choices:
-            raise UserError(
-                f"{name} must be one of {', '.join(choices)}, got {value!r}; {nearest(str(value), choices)}"
-            )
-    for name, low in at_least.items():
-        if getattr(settings, name) < low:
-            raise UserError(f"{name} must be at least {low}, got {getattr(settings, name)}.")
-    for name in different:
-        values = getattr(settings, name)
-        if not values or len(set(values)) != len(values):
-            raise UserError(f"{name} must be different values, at least one, got {list(values)}.")
-    if not 0 < settings.lr < float("inf"):
-        raise UserError(f"lr must be greater than 0 and finite, got {settings.lr}.")
-
-
 def stream_of(residual: ResidualConfig, dim: int, seed: int, **options: Any) -> DeltaStream:
     """A stream with the settings of a task's `residual`; `options` go before them."""
     return DeltaStream(dim, seed=seed, **{**vars(residual), **options})
@@ -87,36 +73,49 @@ class Diverged(UserError):
     """The loss of a run is no longer a finite number, which is a result too: a record without numbers."""
 
 
-def check_loss(loss: Tensor, step: int, lr: float) -> None:
-    if not loss.isfinite():
-        raise Diverged(f"the training loss must stay finite, got {loss.item()} at step {step}: lower lr, now {lr}.")
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings, ABC):
+    """How a task trains its networks, the same in all its conditions."""
+
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
+
+    steps: Count
+    batch_size: Count
+    lr: Positive
+
+    @abstractmethod
+    def schedule(self, model: nn.Module) -> tuple[Optimizer, Callable[[int], float]]:
+        """The optimiser, and the learning rate of every step."""
 
 
-def fit(
-    model: nn.Module,
-    loss_of: Callable[[int], Tensor],
-    *,
-    steps: int,
-    lr: float,
-    weight_decay: float,
-    progress: Progress,
-) -> None:
-    """Minimise loss_of(step) by AdamW: warm-up over a tenth of the steps, a cosine to lr / 10, gradients clipped at 1.
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Recipe):
+    """AdamW, warm-up over a tenth of the steps, then a cosine to lr / 10."""
+
+    weight_decay: float = 0.01
+
+    def schedule(self, model: nn.Module) -> tuple[Optimizer, Callable[[int], float]]:
+        config = TrainConfig(steps=self.steps, warmup=self.steps // 10, lr=self.lr, weight_decay=self.weight_decay)
+        return build_optimizer(model, config), partial(learning_rate, config)
+
+
+def fit(model: nn.Module, loss_of: Callable[[int], Tensor], recipe: Recipe, progress: Progress) -> None:
+    """Minimise loss_of(step), gradients clipped at CLIP.
 
     Raises:
-        Diverged: the loss is no longer a finite number.
+        Diverged: the loss or a gradient is no longer a finite number.
     """
-    recipe = TrainConfig(steps=steps, warmup=steps // 10, lr=lr, weight_decay=weight_decay)
-    optimizer = build_optimizer(model, recipe)
+    optimizer, rate = recipe.schedule(model)
     model.train()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        loss = loss_of(step)
-        check_loss(loss, step, lr)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        progress(step + 1, steps)
+    for step in range(recipe.steps):
+        losses = (loss_of(step),)
+        check_loss(*training_step(model, optimizer, losses, clip=CLIP, rate=rate(step)), step, recipe.lr)
+        progress(step + 1, recipe.steps)
     model.eval()
+
+
+def check_loss(loss: float, norm: float, step: int, lr: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise Diverged(
+            f"the training loss must stay finite, got {loss} at step {step} (gradient norm {norm}): lower lr, now {lr}."
+        )

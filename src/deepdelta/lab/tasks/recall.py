@@ -9,23 +9,26 @@ The answers are reported against depth and against width. Shapes: B sequences, K
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from deepdelta.config import Count, Distinct
 from deepdelta.errors import UserError
-from deepdelta.lab.tasks.fitting import CONDITIONS, check_settings, fit, part_of
+from deepdelta.lab.tasks.fitting import CONDITIONS, AdamW, fit, part_of
 from deepdelta.lab.tasks.registry import SUMMARIES
 from deepdelta.lab.tasks.task import Progress, Task, Variant
 from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import ResidualConfig
+from deepdelta.training.config import Positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecallSettings:
+class RecallSettings(AdamW):
     """Sizes of the sequences and of the causal transformers, and the recipe; a condition changes `residual` alone.
 
     One model is trained at every depth with the first width, and at every other width with the first depth.
@@ -34,31 +37,26 @@ class RecallSettings:
     residual: ResidualConfig = field(default_factory=ResidualConfig)
     """The default repeats the embedding over the value channels: a convolution over tokens would tell a value its key
     and make V = 4 an easier task than V = 1."""
-    depths: tuple[int, ...] = (2, 4)
+    depths: Annotated[tuple[Count, ...], Distinct] = (2, 4)
     """Layers: of an attention and an MLP residual each."""
-    widths: tuple[int, ...] = (32, 16)
-    heads: int = 2
+    widths: Annotated[tuple[Count, ...], Distinct] = (32, 16)
+    heads: Count = 2
     embedding_std: float = 0.5
     init_factor: float = 1.5
     """Of the `GPTConfig`. At its own start, small as large models want it, the plain residual learns no more in these
     steps than which values are recent, and the comparison would be one of starts."""
-    keys: int = 4
+    keys: Annotated[int, Ge(2)] = 4
     """Keys in a sequence; keys // 2 of them are bound once."""
-    values: int = 8
+    values: Annotated[int, Ge(2)] = 8
     writes: int = 12
     """Pairs in a sequence."""
-    steps: int = 1000
-    batch_size: int = 32
-    lr: float = 5e-3
-    weight_decay: float = 0.01
-    test_sequences: int = 1024
+    steps: Count = 1000
+    batch_size: Count = 32
+    lr: Positive = 5e-3
+    test_sequences: Count = 1024
 
     def __post_init__(self) -> None:
-        check_settings(
-            self,
-            {"heads": 1, "keys": 2, "values": 2, "steps": 1, "batch_size": 1, "test_sequences": 1},
-            different=("depths", "widths"),
-        )
+        super().__post_init__()
         once = self.keys // 2
         if self.writes < once + 2 * (self.keys - once):
             raise UserError(
@@ -149,7 +147,7 @@ def _train(settings: RecallSettings, model: GPT, seed: int, progress: Progress) 
         loss: Tensor = model(batch.tokens, batch.labels).loss
         return loss
 
-    fit(model, loss_of, steps=settings.steps, lr=settings.lr, weight_decay=settings.weight_decay, progress=progress)
+    fit(model, loss_of, settings, progress)
 
 
 @torch.no_grad()

@@ -1,37 +1,15 @@
 """From the records of a task's runs to its results."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from deepdelta.lab.analysis.tasks import ConditionMetrics, Metrics, TaskResults, means, task_contrasts
+from deepdelta.lab.analysis.tasks import ConditionMetrics, TaskResults, means, task_contrasts
+from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.tasks.task import Task
 from deepdelta.provenance import now, provenance
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskRecord:
-    """One finished run, `name` its condition and seed: never made again while its settings are the same.
-
-    `diverged` says how its training went where its loss was no longer finite; then there are no metrics.
-    """
-
-    name: str
-    task: str
-    condition: str
-    seed: int
-    settings: dict[str, Any]
-    metrics: Metrics
-    seconds: float
-    commit: str | None
-    versions: dict[str, str]
-    machine: dict[str, str]
-    finished: str
-    diverged: str | None = None
-
-
 def collect(
-    task: Task, seeds: Sequence[int], records: Mapping[tuple[str, int], TaskRecord], command: str
+    task: Task, seeds: Sequence[int], records: Mapping[tuple[str, int], RunRecord], command: str
 ) -> TaskResults:
     """The results of a task: its records, by condition and seed, put together and compared."""
     conditions = {}

@@ -5,42 +5,40 @@ Shapes: B rows, F features, D width.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from annotated_types import Ge, Interval
 from jaxtyping import Float
 from sklearn.datasets import load_diabetes
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from deepdelta.config import Count
 from deepdelta.errors import UserError
-from deepdelta.lab.tasks.fitting import CONDITIONS, check_settings, fit, seeded, stream_of
+from deepdelta.lab.tasks.fitting import CONDITIONS, AdamW, fit, seeded, stream_of
 from deepdelta.lab.tasks.registry import SUMMARIES
 from deepdelta.lab.tasks.task import Progress, Task
 from deepdelta.nn import ResidualConfig
+from deepdelta.training.config import Positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class TabularSettings:
+class TabularSettings(AdamW):
     """Sizes of the residual MLP and the recipe; a condition changes `residual` alone."""
 
     residual: ResidualConfig = field(default_factory=ResidualConfig)
-    depth: int = 6
+    depth: Count = 6
     """Residuals."""
-    dim: int = 32
-    dropout: float = 0.5
+    dim: Count = 32
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.5
     """On the hidden layer of every branch."""
-    train_rows: int = 309
+    train_rows: Annotated[int, Ge(2)] = 309
     """The other rows are the test set."""
-    steps: int = 150
-    batch_size: int = 64
-    lr: float = 1e-3
+    steps: Count = 150
+    batch_size: Count = 64
+    lr: Positive = 1e-3
     weight_decay: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_settings(self, {"depth": 1, "dim": 1, "train_rows": 2, "steps": 1, "batch_size": 1})
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must lie in [0, 1), got {self.dropout}.")
 
 
 class Split(NamedTuple):
@@ -108,7 +106,7 @@ def run(settings: TabularSettings, seed: int, progress: Progress) -> dict[str, f
             rows = torch.randint(settings.train_rows, (settings.batch_size,), generator=generator)
             return F.mse_loss(model(data.train_x[rows]), data.train_y[rows])
 
-        fit(model, loss_of, steps=settings.steps, lr=settings.lr, weight_decay=settings.weight_decay, progress=progress)
+        fit(model, loss_of, settings, progress)
     with torch.no_grad():
         return {
             "rmse": F.mse_loss(model(data.test_x), data.test_y).sqrt().item(),
