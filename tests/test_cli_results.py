@@ -24,10 +24,10 @@ COMMANDS = {
     "gradients": ("bench", "gradients", "--quick"),
 }
 NEEDED = [
-    *(("study", "study", package) for package in ("scipy", "jinja2", "plotly")),
-    ("task", "study", "scipy"),
-    *(("audit", "study", package) for package in ("scipy", "jinja2", "plotly")),
-    ("bench", "bench", "jinja2"),
+    *(("study", "lab", package) for package in ("scipy", "jinja2", "plotly")),
+    ("task", "lab", "scipy"),
+    *(("audit", "lab", package) for package in ("scipy", "jinja2", "plotly")),
+    ("bench", "lab", "jinja2"),
 ]
 
 
@@ -65,7 +65,7 @@ def test_a_package_that_is_needed_at_the_end_is_missed_before_the_work(
 
 
 def test_packages_that_are_there_are_needed_in_vain() -> None:
-    require("things", "study", "scipy", "jinja2", "plotly")
+    require("things", "lab", "scipy", "jinja2", "plotly")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -253,7 +253,7 @@ def test_without_plotly_the_error_names_the_extra() -> None:
         "except UserError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "extra 'study'" in done.stdout and "plotly" in done.stdout
+    assert "extra 'lab'" in done.stdout and "plotly" in done.stdout
 
 
 def test_a_narrow_terminal_keeps_names_and_intervals_whole() -> None:

@@ -204,4 +204,4 @@ def test_without_scipy_the_error_names_the_extra() -> None:
         "except UserError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "extra 'study'" in done.stdout and 'pip install -e ".[study]"' in done.stdout
+    assert "extra 'lab'" in done.stdout and 'pip install -e ".[lab]"' in done.stdout

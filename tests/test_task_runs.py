@@ -259,7 +259,7 @@ def test_a_package_that_is_absent(monkeypatch):
 
     monkeypatch.setattr(registry.importlib, "import_module", missing)
     with pytest.raises(
-        UserError, match=r"the task tabular need the extra 'study', but .* sklearn is absent: .*-e \"\.\[study\]\""
+        UserError, match=r"the task tabular need the extra 'lab', but .* sklearn is absent: .*-e \"\.\[lab\]\""
     ):
         load_task("tabular")
 

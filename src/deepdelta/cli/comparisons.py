@@ -35,7 +35,7 @@ class Study:
     """Runs side by side; by default as many as the cores have room for."""
 
     def __call__(self) -> None:
-        # Here, since it needs the packages of the extra `study`, which the other commands do without.
+        # Here, since it needs the packages of the extra `lab`, which the other commands do without.
         from deepdelta.lab.experiments.config import Search, load_study, study_questions
         from deepdelta.lab.runner import run
 
@@ -77,7 +77,7 @@ class Task:
     """Runs side by side; one per core by default."""
 
     def __call__(self) -> None:
-        # Here, since it needs the packages of the extra `study`, which the other commands do without.
+        # Here, since it needs the packages of the extra `lab`, which the other commands do without.
         from deepdelta.lab.tasks.registry import SUMMARIES
         from deepdelta.lab.tasks.runner import default_folder, run_task
         from deepdelta.lab.tasks.task import read_overrides

@@ -164,7 +164,7 @@ class Audit:
     """The page holds the script that draws its pictures (5 MB), instead of plotly.min.js beside it."""
 
     def __call__(self) -> None:
-        # Here, since it needs the packages of the extra `study`, which the other commands do without.
+        # Here, since it needs the packages of the extra `lab`, which the other commands do without.
         from deepdelta.lab.audit.audit_run import Text, audit_run
         from deepdelta.lab.views.audit import print_audit, write_audit
 

@@ -48,7 +48,7 @@ def run(study: StudyConfig, out: AnyPath, *, workers: int | None = None, command
 
     Raises:
         UserError: `out` holds another study, another process is at work there, a run failed (its own message is passed
-            on), the extra `study` is absent, or workers < 1.
+            on), the extra `lab` is absent, or workers < 1.
         KeyboardInterrupt: interrupted; every run has saved its step and the same command continues.
     """
     out = Path(out)
@@ -145,7 +145,7 @@ def _plan(study: StudyConfig, out: Path, workers: int | None) -> Plan:
     """Refuse what can be refused before there are files."""
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}.")
-    require("studies", "study", "scipy", "jinja2", "plotly", "matplotlib")
+    require("studies", "lab", "scipy", "jinja2", "plotly", "matplotlib")
     settings = study.train_config(study.baseline, study.seeds[0])
     corpus = load_corpus(replace(settings.data, held_out="validation"), progress=show)
     tail, records = train_tail(corpus), RecordFile(out)

@@ -122,12 +122,12 @@ def load_scipy() -> Any:
     """The package scipy, imported on use: the command line must start fast, and everything else works without it.
 
     Raises:
-        UserError: the extra `study` is not installed.
+        UserError: the extra `lab` is not installed.
     """
     try:
         import scipy.optimize
         import scipy.special
         import scipy.stats
     except ModuleNotFoundError as error:
-        raise without_extra("statistics", "study", error) from None
+        raise without_extra("statistics", "lab", error) from None
     return scipy

@@ -171,5 +171,5 @@ def _t_quantile(freedom: int) -> float | None:
     try:
         from scipy.special import stdtrit
     except ModuleNotFoundError as error:
-        raise without_extra("an audit's intervals", "study", error) from None
+        raise without_extra("an audit's intervals", "lab", error) from None
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) if freedom else None

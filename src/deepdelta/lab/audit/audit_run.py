@@ -59,10 +59,10 @@ def audit_run(
 
     Raises:
         UserError: no run; no text, or one that cannot be put into the model's ids or is too short; `out` cannot be
-            written; the extra `study` is absent; see also `audit`.
+            written; the extra `lab` is absent; see also `audit`.
     """
     started = now()
-    require("audits", "study", "scipy", "jinja2", "plotly")
+    require("audits", "lab", "scipy", "jinja2", "plotly")
     directory = RunDirectory(run)
     config = directory.config()
     out = Path(out)

@@ -42,7 +42,7 @@ X_TRANSFORMERS = {
 def peer_problem(peer: Peer) -> str | None:
     """Why a peer cannot run here, or None where it can."""
     if importlib.util.find_spec(_package(peer).replace("-", "_")) is None:
-        return f"the package {_package(peer)} is not installed (extra 'bench')"
+        return f"the package {_package(peer)} is not installed (extra 'lab')"
     return None
 
 

@@ -46,7 +46,7 @@ def run_suite(
         command: the command that was typed, kept with the results.
 
     Raises:
-        UserError: rounds or threads below 1, the suite's device or the extra `bench` is absent, another process is at
+        UserError: rounds or threads below 1, the suite's device or the extra `lab` is absent, another process is at
             work in `out`, nothing in a group can run, or a check failed; then nothing more is timed or written.
     """
     if rounds is not None and rounds < 1:
@@ -55,7 +55,7 @@ def run_suite(
     rounds, threads = rounds or suite.rounds, threads or usable_cores()
     chosen = choose_device(suite.device, suite.precision)
     console, began, out = Console(), now(), Path(out)
-    require("benchmarks", "bench", "scipy", "jinja2", "matplotlib")
+    require("benchmarks", "lab", "scipy", "jinja2", "matplotlib")
     skipped = {group.name: _skipped(group, suite) for group in suite.groups}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -32,5 +32,5 @@ def load_task(name: str) -> Task:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("deepdelta"):
             raise
-        raise without_extra(f"runs of the task {name}", "study", error) from None
+        raise without_extra(f"runs of the task {name}", "lab", error) from None
     return task

@@ -97,7 +97,7 @@ def run_task(
 
     Raises:
         UserError: an unknown task or setting, seeds that are not different, a file of other settings or another process
-            at work in `out`, a run failed (its own message is passed on), or the extra `study` is absent.
+            at work in `out`, a run failed (its own message is passed on), or the extra `lab` is absent.
         KeyboardInterrupt: interrupted; the same command continues with what is missing.
     """
     task = load_task(name)
@@ -105,7 +105,7 @@ def run_task(
         raise UserError(f"seeds must be different numbers from 0 on, at least one, got {list(seeds)}.")
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}.")
-    require("comparisons of tasks", "study", "scipy")
+    require("comparisons of tasks", "lab", "scipy")
     settings = {condition: to_plain(task.settings_of(condition, overrides)) for condition in task.conditions}
     out = Path(out)
     with locked(out):

@@ -54,7 +54,7 @@ def write_audit(results: AuditResults, folder: Path, *, self_contained: bool = F
     """Write audit.html and table.md to `folder`, each whole or not at all, and the script of the page beside it.
 
     Raises:
-        UserError: the extra `study` (Jinja2, plotly) is not installed.
+        UserError: the extra `lab` (Jinja2, plotly) is not installed.
     """
     page = render_audit(results, self_contained=self_contained)
     write_page(folder / "audit.html", page, self_contained=self_contained)

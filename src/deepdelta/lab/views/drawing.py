@@ -25,12 +25,12 @@ def figure(height: int, x: str) -> Any:
     """An empty picture of so many pixels, its horizontal axis named.
 
     Raises:
-        UserError: the extra `study` (plotly) is not installed.
+        UserError: the extra `lab` (plotly) is not installed.
     """
     try:
         import plotly.graph_objects as go
     except ModuleNotFoundError as error:
-        raise without_extra("pages", "study", error) from None
+        raise without_extra("pages", "lab", error) from None
     made = go.Figure()
     made.update_layout(
         template=None,

@@ -32,7 +32,7 @@ def write_report(results: StudyResults, path: AnyPath, *, self_contained: bool =
     A content security policy forbids the browser to load anything else.
 
     Raises:
-        UserError: the extra `study` (Jinja2, plotly) is not installed.
+        UserError: the extra `lab` (Jinja2, plotly) is not installed.
     """
     write_page(Path(path), render_page(results, self_contained=self_contained), self_contained=self_contained)
 
@@ -68,7 +68,7 @@ def render(template: str, script: str | None, **values: Any) -> str:
         script: what stands beside the page and draws its pictures; None: the page holds it; "": it has none to draw.
 
     Raises:
-        UserError: the extra `study` (Jinja2, plotly) is not installed.
+        UserError: the extra `lab` (Jinja2, plotly) is not installed.
     """
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -76,7 +76,7 @@ def render(template: str, script: str | None, **values: Any) -> str:
 
         plotly = Markup(_plotly()) if script is None else ""
     except ModuleNotFoundError as error:
-        raise without_extra("pages", "study", error) from None
+        raise without_extra("pages", "lab", error) from None
     environment = Environment(
         loader=PackageLoader("deepdelta.lab.views"),
         autoescape=True,

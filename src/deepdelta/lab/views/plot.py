@@ -19,7 +19,7 @@ def plot(results: StudyResults) -> str:
     """The picture as text.
 
     Raises:
-        UserError: the extra `study` is not installed.
+        UserError: the extra `lab` is not installed.
     """
     return svg(study_figure(results))
 

@@ -44,13 +44,13 @@ def drawn(title: str, subtitle: str, heights: Sequence[float], draw: Callable[..
         draw: takes the subfigures.
 
     Raises:
-        UserError: the extra `study` (matplotlib) is not installed.
+        UserError: the extra `lab` (matplotlib) is not installed.
     """
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise without_extra("pictures", "study", error) from None
+        raise without_extra("pictures", "lab", error) from None
     bold, faint = textwrap.wrap(printable(title), 100), textwrap.wrap(printable(subtitle), 125)
     head = LINE * len(bold + faint) + 0.1
     with matplotlib.rc_context(STYLE):
