@@ -16,6 +16,9 @@ from deepdelta import UserError
 from deepdelta.files import HELD, locked
 from deepdelta.lab.experiments import pool
 from deepdelta.lab.experiments.pool import run_processes
+from deepdelta.lab.experiments.record import RunRecord
+from deepdelta.lab.experiments.records import RecordFile
+from deepdelta.lab.experiments.run import Run
 from tiny_runs import ENVIRONMENT
 
 WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[1])"
@@ -23,14 +26,24 @@ SLEEPS = "import sys, time; print('at work', flush=True); time.sleep(1000)"
 FAILS = "print('first'); raise SystemExit('the last line')"
 
 
-class Made:
+class Made(Run):
     """A run whose process writes a file."""
 
-    threads = 1
+    refusal = interrupted = ""
+    share = 0.0
 
     def __init__(self, folder: Path, name: str, code: str = WRITES, after: str | None = None) -> None:
-        self.name, self.code, self.after = name, code, after
-        self.path, self.log = folder / name, folder / f"{name}.log"
+        own = {"name": name, "code": code, "after": after, "records": RecordFile(folder)}
+        for key, value in own.items():
+            object.__setattr__(self, key, value)
+
+    @property
+    def path(self) -> Path:
+        return self.records.path.with_name(self.name)
+
+    @property
+    def log(self) -> Path:
+        return self.records.path.with_name(f"{self.name}.log")
 
     @property
     def ended(self) -> bool:
@@ -41,6 +54,12 @@ class Made:
 
     def command(self) -> list[str]:
         return [self.code, str(self.path)]
+
+    def make_record(self) -> RunRecord:
+        raise NotImplementedError
+
+    def differences(self, record: RunRecord) -> list[str]:
+        raise NotImplementedError
 
 
 @pytest.fixture

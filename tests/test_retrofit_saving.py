@@ -110,7 +110,13 @@ OPENING = "model.layers.0.delta.mlp.erase_gate.opening"
         (lambda f: (f / "retrofit.json").write_text("{"), "must hold a JSON object, but is damaged"),
         (lambda f: (f / "retrofit.json").write_text("[]"), "must hold a JSON object, got list"),
         (
-            lambda f: (f / "retrofit.json").write_text(json.dumps({"options": {}, "tensors": "../../secret"})),
+            lambda f: (f / "retrofit.json").write_text('{"versions": {"deepdelta": "0.1.0"}}'),
+            "has format 0, and this version reads 1: read it with deepdelta 0.1.0",
+        ),
+        (
+            lambda f: (f / "retrofit.json").write_text(
+                json.dumps({"format": 1, "options": {}, "tensors": "../../secret"})
+            ),
             "must hold the options and the tensors' file name",
         ),
         (

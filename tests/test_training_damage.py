@@ -149,10 +149,17 @@ def test_the_tokenizer_is_verified(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda there: there.clear(), r"environment\.json: (versions|corpus_sha256): "),
+        (
+            lambda there: [there.pop(key) for key in [*there] if key != "format"],
+            r"environment\.json: (versions|corpus_sha256): ",
+        ),
         (lambda there: there.pop("corpus_sha256"), r"environment\.json: corpus_sha256: "),
         (lambda there: there.pop("threads"), r"environment\.json: threads: "),
         (lambda there: there.update(versions=3), r"environment\.json: versions: .*got 3"),
+        (
+            lambda there: there.update(format=0, commit="abc"),
+            "has format 0, and this version reads 1: read it with deepdelta [0-9.]+ at commit abc",
+        ),
         (lambda there: there.update(machine=["x"]), r"environment\.json: machine: "),
         (lambda there: there.update(corpus_sha256=5), r"environment\.json: corpus_sha256: .*got 5"),
         (lambda there: there.update(init_config=[1]), r"environment\.json: init_config: "),

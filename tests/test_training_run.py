@@ -331,8 +331,10 @@ def test_a_path_that_cannot_be_a_run_directory(source: Path, tmp_path: Path) -> 
 
 
 def test_damaged_configuration_and_environment(copy: Path, source: Path) -> None:
+    whole = (copy / "environment.json").read_text()
     (copy / "environment.json").write_text('{"versions": ')
     refused("environment.json must hold a JSON object, but is damaged", config(source, steps=22), copy)
+    (copy / "environment.json").write_text(whole)
     (copy / "config.json").write_text('{"steps": 5, "modle": {}}')
     with pytest.raises(UserError, match=r"config\.json: unknown key 'modle'; did you mean 'model'"):
         load(copy)

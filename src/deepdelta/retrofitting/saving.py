@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import AnyPath, read_object, write_json
+from deepdelta.files import FORMAT, AnyPath, check_format, read_object, write_json
+from deepdelta.provenance import versions
 from deepdelta.retrofitting.core import Model, record_of, retrofit, undo_retrofit
 from deepdelta.retrofitting.places import Place, places
 from deepdelta.tensors import check_finite, load_tensors, save_tensors
@@ -39,7 +40,8 @@ def save_retrofit(model: nn.Module, folder: AnyPath) -> None:
     kept = _kept(model, _all(model))
     name = f"retrofit-{secrets.token_hex(8)}.safetensors"
     save_tensors(folder / name, {tensor: place.value() for tensor, place in kept.items()})
-    write_json(folder / SETTINGS, {"families": record.families, "options": to_plain(config), "tensors": name})
+    about = {"format": FORMAT, "versions": versions(), "families": record.families}
+    write_json(folder / SETTINGS, about | {"options": to_plain(config), "tensors": name})
     for old in folder.glob("retrofit-*.safetensors"):
         if old.name != name and TENSORS.fullmatch(old.name):
             old.unlink()
@@ -52,9 +54,9 @@ def load_retrofit(model: Model, folder: AnyPath) -> Model:
         model: a plain model of the same architecture; for trainable='residual' with the weights that were retrofitted.
 
     Raises:
-        UserError: no retrofit in the folder, a damaged one, tensors that are missing in it or unknown to the model or
-            of another shape, weights that are not finite, each named; or what `retrofit` raises. The model is then as
-            it was.
+        UserError: no retrofit in the folder, a damaged one or one of another format, tensors that are missing in it or
+            unknown to the model or of another shape, weights that are not finite, each named; or what `retrofit`
+            raises. The model is then as it was.
     """
     folder = Path(folder)
     settings = _settings(folder)
@@ -110,6 +112,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not file.exists():
         raise UserError(f"{folder} holds no retrofit: it has no {SETTINGS}; write one with deepdelta.save_retrofit.")
     settings = read_object(file, "save the model anew")
+    check_format(settings, file)
     whole = isinstance(settings.get("options"), dict)
     if not whole or not TENSORS.fullmatch(str(settings.get("tensors"))):
         raise UserError(f"{file} must hold the options and the tensors' file name of a retrofit; save the model anew.")

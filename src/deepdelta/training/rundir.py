@@ -1,7 +1,7 @@
 """A run directory: the resolved configuration, the environment, metrics, the tokenizer and the last good checkpoint.
 
 config.json              the resolved TrainConfig
-environment.json         versions, machine, threads, device, commit, corpus, the checksum of tokenizer.json
+environment.json         versions, machine, threads, device, commit, corpus, the checksum of tokenizer.json; the format
 metrics.jsonl            one line per step, and one per validation
 tokenizer.json           absent for corpora of bare ids
 checkpoint.safetensors   weights, optimiser state and step, in one file so that they belong together, with a checksum
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from deepdelta.errors import UserError, check_utf8
-from deepdelta.files import AnyPath, read_object, sha256_of, write_json, write_text
+from deepdelta.files import FORMAT, AnyPath, check_format, read_object, sha256_of, write_json, write_text
 from deepdelta.limits import check_memory
 from deepdelta.models import GPT, least_bytes, parameter_count
 from deepdelta.tensors import check_finite, load_tensors, save_tensors
@@ -149,17 +149,21 @@ class RunDirectory:
         """The run's configuration.
 
         Raises:
-            UserError: there is no run here, or its configuration cannot be read.
+            UserError: there is no run here, one of another format, or its configuration cannot be read.
         """
+        if (self.path / ENVIRONMENT).exists():
+            check_format(self._read(ENVIRONMENT), self.path)
         return from_plain(TrainConfig, self._read(CONFIG), where=str(self.path / CONFIG))
 
     def environment(self) -> dict[str, Any]:
         """What the run's numbers depend on besides its configuration.
 
         Raises:
-            UserError: there is no run here, or what every run's environment holds is missing or of another type.
+            UserError: there is no run here, one of another format, or what every run's environment holds is missing or
+                of another type.
         """
         there = self._read(ENVIRONMENT)
+        check_format(there, self.path)
         kind = _Imported if "imported_from" in there else _Made
         needed = {key.name: there[key.name] for key in fields(kind) if key.name in there}
         from_plain(kind, needed, where=str(self.path / ENVIRONMENT))
@@ -167,7 +171,7 @@ class RunDirectory:
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Write the environment, and the checksum of the tokenizer that has been written before."""
-        write_json(self.path / ENVIRONMENT, {**environment, TOKENIZER_SHA: self._tokenizer_sha()})
+        write_json(self.path / ENVIRONMENT, {"format": FORMAT, **environment, TOKENIZER_SHA: self._tokenizer_sha()})
 
     def tokenizer(self) -> Tokenizer | None:
         """The run's tokenizer; None for a corpus of bare ids.

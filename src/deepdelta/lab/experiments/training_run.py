@@ -195,7 +195,7 @@ class TrainingRun(Run):
             )
         final = next((row for row in rows if row.get("final")), None)
         steps = max((row["step"] for row in rows if "loss" in row), default=0)
-        measured = {} if final is None else {key: final[key] for key in ("validation_loss", "validation_tokens")}
+        measured = {} if final is None else {key: float(final[key]) for key in ("validation_loss", "validation_tokens")}
         return RunRecord(
             name=self.name,
             kind="training",
@@ -209,7 +209,7 @@ class TrainingRun(Run):
                 "contexts": self.contexts,
                 "start": self.start_settings,
             },
-            metrics={"steps": steps, **measured},
+            metrics={"steps": float(steps), **measured},
             diverged=None if final else f"the loss was no longer finite at step {steps + 1}",
             seconds=max((row.get("seconds", 0.0) for row in rows), default=0.0),
             curve=curve(rows),

@@ -125,7 +125,9 @@ def run_task(
         ]
         records = {run.name: record for run in runs if (record := run.stored()) is not None}
         claimed = Claimed([run for run in runs if run.name not in records], records)
-        with running(f"Task {name}", [(run, UNITS) for run in runs], "% of a run", workers or usable_cores()) as runner:
+        with running(
+            f"Task {name}", [(run, float(UNITS)) for run in runs], "% of a run", workers or usable_cores()
+        ) as runner:
             records = runner.make(claimed, "runs")
         file.compact()
         results = collect(task, seeds, {(one.condition, one.seed): one for one in records.values()}, command)
