@@ -30,54 +30,38 @@ class SavedState:
     after it, X = X' - h a^T: exact but for rounding, which adds up over the layers.
     """
 
-    def __init__(
-        self, state: Tensor, keep: bool = True, parent: "SavedState | None" = None, redo: Remake | None = None
-    ) -> None:
-        self.kept, self.version = state.detach() if keep else None, state._version
+    def __init__(self, state: Tensor, keep: bool = True, depth: int = 0) -> None:
+        self.kept, self.version, self.depth = state.detach() if keep else None, state._version, depth
         self.made: Tensor | None = None
-        # What is kept is never made again: it holds nothing of what came before.
-        self.parent, self.redo = None if keep else parent, redo
-        self.depth: int = 0 if parent is None else parent.depth + 1
-        self.undo: Remake | None = None
-        self.child: SavedState | weakref.ref[SavedState] | None = None
+        self.source: SavedState | None = None
+        """What it is made again of, by `remake`."""
+        self.remake: Remake | None = None
+        self.after: Callable[[], SavedState | None] = lambda: None
 
     def value(self) -> Tensor:
         """The state itself."""
+        missing, saved = list[SavedState](), self
+        while (state := saved.there()) is None:
+            assert saved.source is not None
+            missing.append(saved)
+            saved = saved.source
+        for one in reversed(missing):
+            assert one.remake is not None
+            state = one.made = one.remake(state)
+        # The backward pass goes from the last layer to the first: what lies after has been used.
+        later = self.after()
+        while later is not None and later.made is not None:
+            later.made, later = None, later.after()
+        return state
+
+    def there(self) -> Tensor | None:
+        """The state where it is kept, or made again already."""
         if self.kept is not None and self.kept._version != self.version:
             raise RuntimeError(
                 "a state that the backward pass needs was changed in place after the residual that made it; use the "
                 "operation that returns a new tensor."
             )
-        state = self.kept if self.kept is not None else self.made
-        if state is None:
-            state = self._recovered() if isinstance(self.child, SavedState) else self._replayed()
-        # The backward pass goes from the last layer to the first: what lies after has been used.
-        later = self._next()
-        while later is not None and later.made is not None:
-            later.made, later = None, later._next()
-        return state
-
-    def _next(self) -> "SavedState | None":
-        return self.child() if isinstance(self.child, weakref.ref) else self.child
-
-    def _replayed(self) -> Tensor:
-        missing: list[SavedState] = []
-        saved = self
-        while saved.kept is None and saved.made is None:
-            missing.append(saved)
-            assert saved.parent is not None
-            saved = saved.parent
-        state = saved.kept if saved.kept is not None else saved.made
-        for saved in reversed(missing):
-            assert saved.redo is not None and state is not None
-            state = saved.made = saved.redo(state)
-        assert state is not None
-        return state
-
-    def _recovered(self) -> Tensor:
-        assert isinstance(self.child, SavedState) and self.child.undo is not None
-        self.made = self.child.undo(self.child.value())
-        return self.made
+        return self.made if self.kept is None else self.kept
 
 
 Value = TypeVar("Value", Tensor, Tensor | float, Tensor | None)
@@ -122,13 +106,14 @@ class MemoryPlan(NamedTuple):
         if not new.requires_grad:
             return SavedState(new)
         keep = self.plan == "recover" or (saved.depth + 1) % self.every == 0
-        after = SavedState(new, keep, saved, redo)
+        after = SavedState(new, keep, saved.depth + 1)
+        saved.after = weakref.ref(after)
         if self.plan == "recover":
-            saved.child, after.undo = after, undo
-            if saved.undo is not None:
+            saved.source, saved.remake = after, undo
+            if saved.depth:
                 saved.kept = None
-        else:
-            saved.child = weakref.ref(after)
+        elif not keep:
+            after.source, after.remake = saved, redo
         return after
 
 

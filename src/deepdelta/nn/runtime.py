@@ -26,9 +26,9 @@ def use_backend(module: nn.Module, backend: Backend = "auto", *, compiled: bool 
     """Choose what does the rewrites of every delta residual in `module`, where its parameters are now.
 
     - reference: plain PyTorch; differentiable any number of times and by torch.func, and what a new residual has.
-    - fused: one pass over the state per sublayer, with the next sublayer's compression and norm in it where the model
-      hands it on; compiled by numba on the CPU and by Triton on CUDA. First derivatives, by backward(); second ones,
-      forward-mode ones and torch.func are refused.
+    - fused: one pass over the state per sublayer, with the next sublayer's compression and norm in it in a GPT and in
+      `DeltaStream.chain`; compiled by numba on the CPU and by Triton on CUDA. First derivatives, by backward(); second
+      ones, forward-mode ones and torch.func are refused.
     - auto: at V = 1, unless a token compression gains from being fused on the CPU, reference with rule additive, a
       plain addition, and on the CPU in a module that is compiled: there the compiler does as well or better. Elsewhere
       fused where it can run, else reference.

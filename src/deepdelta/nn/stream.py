@@ -4,7 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from jaxtyping import Float
@@ -12,15 +12,46 @@ from torch import Tensor, nn
 
 from deepdelta.config import from_plain
 from deepdelta.errors import UserError, nearest
+from deepdelta.nn import config
 from deepdelta.nn.adding import refuse_adding, unwrapped
 from deepdelta.nn.chain import Chain
-from deepdelta.nn.config import ResidualConfig
+from deepdelta.nn.config import ResidualConfig, Rule
 from deepdelta.nn.layout import Layout, check_kind
 from deepdelta.nn.linear import initialise
 from deepdelta.nn.parts.compression import build_compression
 from deepdelta.nn.parts.expansion import build_expansion
 from deepdelta.nn.presets import settled
 from deepdelta.nn.residual import DeltaResidual
+
+
+class ResidualOptions(TypedDict, total=False):
+    """The fields of `ResidualConfig` beside value_channels and rule, as editors and type checkers know them."""
+
+    rank: int
+    direction: config.Direction
+    direction_pool: config.Pool
+    direction_hidden: int
+    direction_norm: config.DirectionNorm
+    direction_eps: float
+    target: config.Target
+    target_scale: float
+    target_value: float
+    gate: config.Gate
+    gate_init: float
+    gate_hidden: int
+    gate_hidden_bias: bool
+    gate_per_channel: bool
+    erase_init: float
+    plain_start: bool
+    expansion: config.Expansion
+    expansion_kernel: int
+    compression: config.Compression
+    compression_kernel: int
+    compression_causal: bool
+    compression_init: config.CompressionInit
+    compression_sharing: config.CompressionSharing
+    norm: config.Norm
+    norm_eps: float
 
 
 class DeltaStream(nn.Module):
@@ -38,12 +69,13 @@ class DeltaStream(nn.Module):
         value_channels: V, how many such vectors the state holds; 1 keeps the network's state as it is. None stands for
             the preset's, or for 4, and for 1 with rule 'additive', which then is the plain residual
             x + branch(norm(x)) (with compression 'channel').
+        rule: how the state is rewritten (docs/method.md#rules); None stands for the preset's, or for 'delta'.
         preset: a name in `deepdelta.PRESETS`, whose settings the options are laid over.
         channel_first: vectors are (N, C, *space) and states (N, V, C, *space), as convolutional networks have them,
             instead of (..., D) and (..., V, D).
         seed: what the parameters are drawn from, together with their names; None takes it from torch's generator.
         init_factor: matrices start N(0, (init_factor / sqrt(dim))^2).
-        options: the fields of `ResidualConfig`: rule, direction, target, gate, expansion, compression and so on.
+        options: the other fields of `ResidualConfig`: direction, target, gate, expansion, compression and so on.
 
     Raises:
         UserError: an unknown option or preset (the nearest valid one is named) or settings that do not go together.
@@ -53,12 +85,13 @@ class DeltaStream(nn.Module):
         self,
         dim: int,
         value_channels: int | None = None,
+        rule: Rule | None = None,
         *,
         preset: str | None = None,
         channel_first: bool = False,
         seed: int | None = None,
         init_factor: float = 0.5,
-        **options: Any,
+        **options: Unpack[ResidualOptions],
     ) -> None:
         super().__init__()
         if dim < 1:
@@ -67,11 +100,9 @@ class DeltaStream(nn.Module):
         if unknown := sorted(options.keys() - known):
             own = ("preset", "channel_first", "seed", "init_factor")
             raise UserError(f"DeltaStream: unknown key '{unknown[0]}'; {nearest(unknown[0], [*known, *own])}")
-        if value_channels is not None:
-            options["value_channels"] = value_channels
-        if preset is not None:
-            options["preset"] = preset
-        self.config = from_plain(ResidualConfig, settled(options), where="DeltaStream")
+        first = {"preset": preset, "value_channels": value_channels, "rule": rule}
+        given = {name: value for name, value in first.items() if value is not None} | options
+        self.config = from_plain(ResidualConfig, settled(given), where="DeltaStream")
         if channel_first and self.config.needs_tokens:
             raise UserError(
                 "channel_first=True has no token axis; use expansion='repeat' and compression='channel' or "

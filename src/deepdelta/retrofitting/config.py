@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypedDict
 
 from deepdelta.config import Settings
 from deepdelta.nn.config import Gate, ResidualConfig
@@ -53,6 +53,18 @@ class RetrofitConfig(Settings):
             direction_eps=self.direction_eps,
             norm="none",
         )
+
+
+class RetrofitOptions(TypedDict, total=False):
+    """The fields of `RetrofitConfig` beside value_channels, as editors and type checkers know them."""
+
+    trainable: Trainable
+    gate: Gate
+    gate_hidden: int
+    gate_hidden_bias: bool
+    erase_init: float
+    direction_eps: float
+    seed: int | None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from deepdelta.config import from_plain
 from deepdelta.errors import UserError, nearest
 from deepdelta.nn.presets import PRESETS, preset_named
 from deepdelta.retrofitting.blocks import Job, full_name, has_own_forward
-from deepdelta.retrofitting.config import RetrofitConfig, RetrofitReport
+from deepdelta.retrofitting.config import RetrofitConfig, RetrofitOptions, RetrofitReport
 from deepdelta.retrofitting.encoder import retrofit_encoder, retrofit_layer
 from deepdelta.retrofitting.gpt import retrofit_gpt
 from deepdelta.retrofitting.huggingface import retrofit_h, retrofit_layers
@@ -62,7 +62,9 @@ class Retrofitted(NamedTuple):
     """Names of all tensors."""
 
 
-def retrofit(model: Model, value_channels: int = 4, *, preset: str = "retrofit", **options: Any) -> Model:
+def retrofit(
+    model: Model, value_channels: int = 4, *, preset: str = "retrofit", **options: Unpack[RetrofitOptions]
+) -> Model:
     """Replace the residual additions x + F(x) of `model`, in place, by delta residuals that compute the same at first.
 
     Every residual is X' = X + h w_h^T - a beta k (k^T X) (rule additive_erase), with a = 0 and w_h = 1 + W c, W = 0 at
