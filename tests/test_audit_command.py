@@ -148,7 +148,7 @@ def test_the_pictures_draw_the_findings(run: Path, tmp_path: Path) -> None:
         (trace,) = data[f"effect-{number}"]["data"]
         effects = [one.effects[number] for one in found.residuals]
         assert trace["x"] == [effect.loss_change for effect in effects] and trace["y"] == rows
-        assert trace["error_x"]["array"] == [effect.high - effect.loss_change for effect in effects]
+        assert trace["error_x"]["array"] == [effect.change.t_interval.high - effect.change.mean for effect in effects]
 
 
 @pytest.mark.parametrize("rule", ["write_only", "additive", "two_gate"])

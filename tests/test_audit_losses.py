@@ -37,8 +37,10 @@ def window_losses(model: GPT) -> np.ndarray:
 
 def same_effect(found: Effect, changed: np.ndarray, plain: np.ndarray) -> None:
     interval = scipy.stats.ttest_rel(changed, plain).confidence_interval(0.95)
+    assert found.change is not None and found.change.t_interval is not None
+    own = found.change.t_interval
     assert found.loss_change == pytest.approx((changed - plain).mean(), abs=2e-6)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=4e-6)
+    assert (own.low, own.high) == pytest.approx((interval.low, interval.high), abs=4e-6)
     assert found.remark is None
 
 
@@ -80,7 +82,7 @@ def test_what_a_rule_lacks_is_said_and_costs_no_pass() -> None:
     remarks = [effect.remark for effect in found.everywhere]
     assert remarks == ["the rule 'additive' has no gate"] * 3 + ["the rule 'additive' has no erase term", None]
     assert all([effect.remark for effect in one.effects] == remarks for one in found.residuals)
-    assert found.everywhere[0].loss_change is None and found.everywhere[0].low is None
+    assert found.everywhere[0].loss_change is None is found.everywhere[0].change
     assert found.everywhere[4].loss_change is not None
     total = 5 * passes(model.config.residual, 4)
     assert total == 5 * (1 + 4 + 1)
@@ -96,7 +98,7 @@ def test_gates_that_are_shut() -> None:
         assert one.erased == one.written == one.changed == 0
         assert one.discrepancy is not None and one.discrepancy.signed_ratio == pytest.approx(1)
         assert [one.effects[n].loss_change for n in (0, 3, 4)] == [0, 0, 0]
-        assert (one.effects[0].low, one.effects[0].high) == (0, 0)
+        assert one.effects[0].change is not None and one.effects[0].change.sd == 0
     assert found.shortcut is not None
     assert found.shortcut.effective_rank == {"0.01": 0, "0.1": 0, "0.5": 0}
     assert found.shortcut.eigenvalue_moduli.least == 1
@@ -134,9 +136,7 @@ def test_an_intervention_that_destroys_the_loss_is_said() -> None:
         layer.mlp.branch.out.weight.data.mul_(1e18)
         layer.mlp.target.map.weight.data.mul_(1e4)
     found = audit(model, WINDOWS)
-    assert found.everywhere[1] == Effect(
-        intervention="gate 1", loss_change=None, low=None, high=None, remark="the loss is not finite"
-    )
+    assert found.everywhere[1] == Effect(intervention="gate 1", change=None, remark="the loss is not finite")
     assert found.everywhere[0].loss_change == 0
     assert from_plain(Findings, json.loads(json.dumps(to_plain(found), allow_nan=False))) == found
 
@@ -157,8 +157,8 @@ def test_batches_backends_and_modes_do_not_matter() -> None:
 
 def test_one_window_has_no_interval() -> None:
     found = audit(gpt(value_channels=1), WINDOWS[:1])
-    assert found.everywhere[0].loss_change is not None
-    assert found.everywhere[0].low is found.everywhere[0].high is None
+    change = found.everywhere[0].change
+    assert change is not None and change.t_interval is None and change.sd is None
 
 
 def test_an_intervention_of_the_caller_is_given_back() -> None:

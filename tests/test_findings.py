@@ -176,7 +176,7 @@ def test_what_audited_runs_lose() -> None:
     ]
 
     def changes(intervention: str, digits: int) -> str:
-        found = [one["loss_change"] for audit in audits for one in audit if one["intervention"] == intervention]
+        found = [one["change"]["mean"] for audit in audits for one in audit if one["intervention"] == intervention]
         return "{}, {} and {}".format(*(f"{one:+.{digits}f}" for one in found))
 
     page = SENTENCES["docs/attribution.md"]

@@ -23,10 +23,11 @@ POWER = 0.8
 K = TypeVar("K", bound=Hashable)
 
 
-def paired(differences: Sequence[float]) -> Comparison:
+def paired(differences: Sequence[float], *, least: int = MINIMUM_SEEDS) -> Comparison:
     """What the differences condition - baseline, one per seed, show.
 
-    The t-interval is mean ± t_{0.975, n-1} sd / sqrt(n). A spread of rounding errors only counts as sd = 0.
+    The interval, given from `least` differences on, is mean ± t_{0.975, n-1} sd / sqrt(n). A spread of rounding errors
+    only counts as sd = 0.
 
     Raises:
         UserError: no difference, or one that is not finite.
@@ -45,7 +46,7 @@ def paired(differences: Sequence[float]) -> Comparison:
         t_interval=None,
         p_value=None,
     )
-    if not sd or n < MINIMUM_SEEDS:
+    if not sd or n < least:
         return comparison
     test = load_scipy().stats.ttest_1samp(differences, 0.0)
     low, high = map(float, test.confidence_interval(CONFIDENCE))

@@ -3,7 +3,6 @@
 Shapes: N windows, B of them in a batch, T tokens of input in a window.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
@@ -14,7 +13,8 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepdelta.errors import UserError, without_extra
+from deepdelta.errors import UserError
+from deepdelta.lab.analysis.statistics import load_scipy, paired
 from deepdelta.lab.audit.findings import Effect, Findings
 from deepdelta.lab.audit.shortcut import shortcut
 from deepdelta.lab.audit.tally import Sampler, Tally
@@ -30,7 +30,6 @@ INTERVENTIONS: Mapping[str, Intervention] = MappingProxyType(
         "write cut": Intervention(write=False),
     }
 )
-CONFIDENCE = 0.95
 
 Progress = Callable[[int, str], None]
 
@@ -68,7 +67,7 @@ def audit(
     for name, value in (("sample", sample), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}.")
-    t_quantile = _t_quantile(windows.shape[0] - 1)
+    load_scipy()
     names = [name for name, part in model.named_modules() if isinstance(part, DeltaResidual)]
     config, tokens, done = model.config.residual, windows.shape[0] * (windows.shape[1] - 1), 0
     tallies = {name: Tally(config) for name in names}
@@ -97,11 +96,14 @@ def audit(
     def effect(label: str, target: str | None) -> Effect:
         """Of an intervention on the residual `target`, or on all."""
         if (reason := INTERVENTIONS[label].lacking(config)) is not None:
-            return Effect(intervention=label, loss_change=None, low=None, high=None, remark=reason)
+            return Effect(intervention=label, change=None, remark=reason)
         # One that replaces nothing still has the reference rewrite, as every residual had when it was watched.
         replaced = {name: INTERVENTIONS[label] if target in (None, name) else Intervention() for name in names}
         changed = losses(f"{label}, {target or 'all sublayers'}", lambda inputs: intervening(model, replaced))
-        return _effect(label, changed - plain, t_quantile)
+        changes = (changed - plain).tolist()
+        if not np.isfinite(changes).all():
+            return Effect(intervention=label, change=None, remark="the loss is not finite")
+        return Effect(intervention=label, change=paired(changes, least=2), remark=None)
 
     with _evaluating(model):
         plain = losses("rewrites", watched)
@@ -154,22 +156,3 @@ def _window_losses(model: GPT, inputs: Int[Tensor, "B T"], labels: Int[Tensor, "
     logits = model(inputs).logits
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
     return losses.view(labels.shape).cpu().double().mean(1).numpy()
-
-
-def _effect(label: str, changes: Float64[np.ndarray, " N"], t_quantile: float | None) -> Effect:
-    if not np.isfinite(changes).all():
-        return Effect(intervention=label, loss_change=None, low=None, high=None, remark="the loss is not finite")
-    mean = float(changes.mean())
-    if t_quantile is None:
-        return Effect(intervention=label, loss_change=mean, low=None, high=None, remark=None)
-    reach = t_quantile * float(changes.std(ddof=1)) / math.sqrt(len(changes))
-    return Effect(intervention=label, loss_change=mean, low=mean - reach, high=mean + reach, remark=None)
-
-
-def _t_quantile(freedom: int) -> float | None:
-    """t at 97.5 % for so many degrees of freedom; None for none."""
-    try:
-        from scipy.special import stdtrit
-    except ModuleNotFoundError as error:
-        raise without_extra("an audit's intervals", "lab", error) from None
-    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) if freedom else None

@@ -5,6 +5,7 @@ None stands where a rule has no such thing.
 
 from dataclasses import dataclass
 
+from deepdelta.lab.analysis.comparison import Comparison
 from deepdelta.lab.analysis.stored import Stored
 from deepdelta.lab.audit.shortcut import Distribution, Shortcut
 from deepdelta.models import GPTConfig
@@ -59,13 +60,15 @@ class Effect:
     """The change of the loss that an intervention makes, in nats per token: with it minus without."""
 
     intervention: str
-    loss_change: float | None
-    """Mean over windows; None where the rule lacks the part, or the loss is not finite."""
-    low: float | None
-    high: float | None
-    """The 95 % t-interval over windows, paired by window; None for a single window."""
+    change: Comparison | None
+    """Paired by window; None where the rule lacks the part, or the loss is not finite."""
     remark: str | None
     """Why there is no number."""
+
+    @property
+    def loss_change(self) -> float | None:
+        """Mean over windows."""
+        return None if self.change is None else self.change.mean
 
 
 @dataclass(frozen=True, kw_only=True)

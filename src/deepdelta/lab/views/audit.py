@@ -208,7 +208,7 @@ def _number(value: float | None) -> str:
 
 
 def _change(effect: Effect, between: str = " ") -> str:
-    if effect.loss_change is None:
+    if (change := effect.change) is None:
         return "not finite"
-    reach = "" if effect.high is None else f"{between}± {effect.high - effect.loss_change:.4f}"
-    return f"{effect.loss_change:+.4f}{reach}"
+    reach = "" if change.t_interval is None else f"{between}± {change.t_interval.high - change.mean:.4f}"
+    return f"{change.mean:+.4f}{reach}"

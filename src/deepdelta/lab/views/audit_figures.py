@@ -154,25 +154,18 @@ def over_depth(findings: Findings, field: str, title: str) -> Any | None:
 def loss_changes(findings: Findings, label: str) -> Any | None:
     """The change of the loss under one intervention, sublayer by sublayer, with its interval; None without a number."""
     rows = rows_of(findings)
-    there = [
-        (row, effect)
+    there = {
+        row: effect.change
         for row, one in zip(rows, findings.residuals, strict=True)
         for effect in one.effects
-        if effect.intervention == label and effect.loss_change is not None
-    ]
+        if effect.intervention == label and effect.change is not None
+    }
     if not there:
         return None
-    changes = [effect.loss_change or 0.0 for _, effect in there]
-    ends = [(effect.low, effect.high) for _, effect in there]
-    reach = {
-        "type": "data",
-        "symmetric": False,
-        "array": [0.0 if high is None else high - change for change, (_, high) in zip(changes, ends, strict=True)],
-        "arrayminus": [0.0 if low is None else change - low for change, (low, _) in zip(changes, ends, strict=True)],
-        "color": COLOURS[0],
-    }
+    sizes = [0.0 if one.t_interval is None else one.t_interval.high - one.mean for one in there.values()]
+    reach = {"type": "data", "array": sizes, "color": COLOURS[0]}
     made = row_figure(rows, "change of the loss (nats per token)")
-    names = [row for row, _ in there]
-    dots(made, changes, names, "%{y}: %{x:+.4f} nats", COLOURS[0], "diamond", 9, error_x=reach)
+    changes = [one.mean for one in there.values()]
+    dots(made, changes, list(there), "%{y}: %{x:+.4f} nats", COLOURS[0], "diamond", 9, error_x=reach)
     made.add_vline(0, line={"color": MARK, "width": 1.5})
     return made
