@@ -383,7 +383,8 @@ def test_every_distinct_comparison_is_evaluated_once(
             for one in ("x + h", "a rewrite")
         ),
     )
-    results = run_study(config, done[1], command="deepdelta study")
+    results = run_study(config, done[1], command="deepdelta study", self_contained=True)
+    assert 'src="plotly.min.js"' not in (done[1] / "report.html").read_text(encoding="utf-8")
     names = [(one.budget, one.condition, one.reference) for one in results.contrasts]
     assert not launched and len(names) == len(set(names)) == 9
     assert len(results.effects) == 3 and len(evaluated) == 9 + 3

@@ -156,6 +156,7 @@ def test_report_and_words(finished: tuple[Path, str]) -> None:
     out, printed = finished
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.lstrip().lower().startswith("<!doctype html>") and "Does it run?" in page and "ddl-1.5" in page
+    assert 'src="plotly.min.js"' in page and (out / "plotly.min.js").exists()
     assert f"Results: {out / 'results.json'}" in printed and f"Report:  {out / 'report.html'}" in printed
     assert "No intervals" in printed and "Traceback" not in printed
     assert re.search(r"Study tiny (\d+)/\1 ", printed) and "Costs 2/2" in printed

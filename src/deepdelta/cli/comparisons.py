@@ -33,6 +33,8 @@ class Study:
     """Other CPU threads per run than the study's."""
     workers: int | None = None
     """Runs side by side; by default as many as the cores have room for."""
+    self_contained: bool = False
+    """The report holds the script that draws its pictures (5 MB), instead of plotly.min.js beside it."""
 
     def __call__(self) -> None:
         # Here, since it needs the packages of the extra `lab`, which the other commands do without.
@@ -58,7 +60,7 @@ class Study:
         for warning in dict.fromkeys(config.train_config(name, 0).warning for name in config.conditions):
             if warning is not None:
                 show(warning)
-        run(config, out, workers=self.workers, command=command)
+        run(config, out, workers=self.workers, command=command, self_contained=self.self_contained)
         to_read(out / "report.html", out / "table.md")
 
 

@@ -39,12 +39,15 @@ from deepdelta.progress import show
 from deepdelta.provenance import now, provenance
 
 
-def run(study: StudyConfig, out: AnyPath, *, workers: int | None = None, command: str) -> None:
+def run(
+    study: StudyConfig, out: AnyPath, *, workers: int | None = None, command: str, self_contained: bool = False
+) -> None:
     """Run what is missing of a study in `out`, of whatever kind: see docs/studies.md.
 
     Args:
         workers: runs side by side; None: as many as the cores have room for at the study's threads per run.
         command: the command that was typed, kept with the results.
+        self_contained: report.html holds the script that draws its pictures.
 
     Raises:
         UserError: `out` holds another study, another process is at work there, a run failed (its own message is passed
@@ -56,12 +59,14 @@ def run(study: StudyConfig, out: AnyPath, *, workers: int | None = None, command
         if isinstance(study, Search):
             run_search(study, out, workers=workers, command=command)
         elif isinstance(study, Sizes):
-            run_sizes(study, out, workers=workers, command=command)
+            run_sizes(study, out, workers=workers, command=command, self_contained=self_contained)
         elif isinstance(study, Comparison):
-            run_study(study, out, workers=workers, command=command)
+            run_study(study, out, workers=workers, command=command, self_contained=self_contained)
 
 
-def run_study(study: Comparison, out: AnyPath, *, workers: int | None = None, command: str) -> StudyResults:
+def run_study(
+    study: Comparison, out: AnyPath, *, workers: int | None = None, command: str, self_contained: bool = False
+) -> StudyResults:
     """All conditions and seeds; writes results.json and report.html and prints the tables."""
     out, started = Path(out), now()
     plan = _plan(study, out, workers)
@@ -82,7 +87,7 @@ def run_study(study: Comparison, out: AnyPath, *, workers: int | None = None, co
     save_results(results, out / "results.json")
     write_text(out / "table.md", study_markdown(results))
     write_text(out / "plot.svg", plot(results))
-    write_report(results, out / "report.html")
+    write_report(results, out / "report.html", self_contained=self_contained)
     console = Console()
     for table in (render_study(results), *map(render, detail_tables(results))):
         console.print(table)
@@ -91,12 +96,16 @@ def run_study(study: Comparison, out: AnyPath, *, workers: int | None = None, co
     return results
 
 
-def run_sizes(study: Sizes, out: AnyPath, *, workers: int | None = None, command: str) -> Scaling:
+def run_sizes(
+    study: Sizes, out: AnyPath, *, workers: int | None = None, command: str, self_contained: bool = False
+) -> Scaling:
     """The comparison at every size, each in a folder of its own; then scaling.json and its table."""
     out, studies = Path(out), {}
     for size in study.sizes:
         with locked(out / size):
-            studies[size] = run_study(study.sized(size), out / size, workers=workers, command=command)
+            studies[size] = run_study(
+                study.sized(size), out / size, workers=workers, command=command, self_contained=self_contained
+            )
     found = scaling(studies, study.name, study.extrapolate, command=command)
     save_scaling(found, out / "scaling.json")
     write_text(out / "table.md", scaling_markdown(found, studies))
