@@ -78,7 +78,7 @@ def dots(
         y=rows,
         mode="markers",
         hovertemplate=f"{says}<extra></extra>",
-        marker={"symbol": symbol, "size": size, "color": colour, "line": {"width": 2}},
+        marker={"symbol": symbol, "size": size, "color": colour, "line_width": 2 * symbol.endswith("open")},
         **more,
     )
 
