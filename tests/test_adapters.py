@@ -77,7 +77,7 @@ def test_torchao(backend: str) -> None:
 
 @backends
 @pytest.mark.parametrize("targets", [["query", "value"], "all-linear", ["map", "outer"]], ids=str)
-@pytest.mark.parametrize("preset", ["additive", "ddl", "published-cc"])
+@pytest.mark.parametrize("preset", ["additive", "ddl", "code-cc"])
 def test_lora(preset: str, targets: str | list[str], backend: str, tmp_path: Path) -> None:
     """LoRA trains on a GPT, and merged into its weights it gives the same logits, cached decoding too."""
     peft = pytest.importorskip("peft")

@@ -29,8 +29,8 @@ TRAINING = Group(
     cases=(ADDITIVE, DDL, FUSED, suites.HYPER),
     baseline="additive",
     bars=(
-        Bar(case="ddl, fused", against="ddl", at_least=1e-6),
-        Bar(case="ddl", against="additive", measure="peak", at_most=0.01),
+        Bar(case="paper-cc, fused", against="paper-cc", at_least=1e-6),
+        Bar(case="paper-cc", against="additive", measure="peak", at_most=0.01),
     ),
     **SIZES,
 )
@@ -47,7 +47,7 @@ TINY = Suite(
             replace(TRAINING, name=f"layers {n}", layers=n, axis="layers", value=n, cases=(ADDITIVE, DDL), bars=())
             for n in (1, 2)
         ),
-        replace(suites.operator(24, PRESETS["ddl-cc-repeat"]), batch=40),
+        replace(suites.operator(24, PRESETS["paper-cc-repeat"]), batch=40),
     ),
 )
 
@@ -99,16 +99,16 @@ def test_interleaved_times_of_stages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bars_from_known_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The whole way from fake times and peaks to `reached`."""
-    fake = {"additive": 1.0, "ddl": 4.0, "ddl, fused": 2.0}
+    fake = {"additive": 1.0, "paper-cc": 4.0, "paper-cc, fused": 2.0}
     peaks = iter((100, 300, 150))
     group = replace(
         TRAINING,
         cases=(ADDITIVE, DDL, FUSED),
         bars=(
-            Bar(case="ddl, fused", against="additive", at_least=0.5),
-            Bar(case="ddl, fused", against="ddl", measure="step", at_least=2.01),
-            Bar(case="ddl, fused", against="additive", measure="peak", at_most=1.5),
-            Bar(case="ddl", against="additive", measure="peak", at_most=2.99),
+            Bar(case="paper-cc, fused", against="additive", at_least=0.5),
+            Bar(case="paper-cc, fused", against="paper-cc", measure="step", at_least=2.01),
+            Bar(case="paper-cc, fused", against="additive", measure="peak", at_most=1.5),
+            Bar(case="paper-cc", against="additive", measure="peak", at_most=2.99),
         ),
     )
     monkeypatch.setattr(
@@ -119,28 +119,28 @@ def test_bars_from_known_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     (found,) = results.groups
     assert [one.ratio.median for one in found.bars] == [0.5, 2.0, 1.5, 3.0]
     assert [one.reached for one in found.bars] == [True, False, True, False]
-    assert found.row("ddl").timings["step"].tokens_per_second == 2 * 12 / 8
-    assert found.row("ddl").peak_ratio == 3
+    assert found.row("paper-cc").timings["step"].tokens_per_second == 2 * 12 / 8
+    assert found.row("paper-cc").peak_ratio == 3
     bar = tables.bench_tables(results)[0]
     assert [row[-1] for row in bar.rows] == ["yes", "no", "yes", "no"]
-    assert bars_of(group, [row for row in found.rows if row.case != "ddl"]) == (found.bars[0], found.bars[2])
+    assert bars_of(group, [row for row in found.rows if row.case != "paper-cc"]) == (found.bars[0], found.bars[2])
 
 
 def test_named_suites_hold_what_the_bar_asks() -> None:
     assert set(SUITES) == {"bar", "peers", "growth", "operator", "gpu"}
     bars = {(g.name, b.case, b.against, b.measure): b.at_least or b.at_most for g in suites.BAR.groups for b in g.bars}
     # The code that `auto` takes: plain PyTorch at V = 1 where it is compiled for the CPU.
-    assert bars["training, d 256, compiled", "ddl-scalar", "additive", "forward_backward"] == 0.98
-    assert bars["training, d 768, compiled", "ddl-scalar", "additive", "forward_backward"] == 0.99
-    assert bars["training, d 256, eager", "ddl-scalar, fused", "additive", "forward_backward"] == 0.95
-    assert bars["training, d 256, compiled", "ddl, fused", "additive", "forward_backward"] == 0.92
-    assert bars["training, d 768, compiled", "ddl, fused", "additive", "forward_backward"] == 0.96
-    assert bars["training, d 256, eager", "ddl, fused", "additive", "forward_backward"] == 0.86
-    assert bars["training, d 256, eager", "ddl, fused", "hyper-connections", "forward_backward"] == 2.0
-    assert bars["training, d 256, compiled", "ddl, fused", "hyper-connections", "forward_backward"] == 1.5
-    assert bars["training, d 256, compiled", "ddl V=16, fused", "ddl, fused", "forward_backward"] == 0.75
-    assert bars["decoding, d 256", "ddl, fused", "additive", "decoding"] == 0.90
-    assert bars["memory, 24 layers", "ddl, fused", "additive", "peak"] == 1.05
+    assert bars["training, d 256, compiled", "paper-scalar", "additive", "forward_backward"] == 0.98
+    assert bars["training, d 768, compiled", "paper-scalar", "additive", "forward_backward"] == 0.99
+    assert bars["training, d 256, eager", "paper-scalar, fused", "additive", "forward_backward"] == 0.95
+    assert bars["training, d 256, compiled", "paper-cc, fused", "additive", "forward_backward"] == 0.92
+    assert bars["training, d 768, compiled", "paper-cc, fused", "additive", "forward_backward"] == 0.96
+    assert bars["training, d 256, eager", "paper-cc, fused", "additive", "forward_backward"] == 0.86
+    assert bars["training, d 256, eager", "paper-cc, fused", "hyper-connections", "forward_backward"] == 2.0
+    assert bars["training, d 256, compiled", "paper-cc, fused", "hyper-connections", "forward_backward"] == 1.5
+    assert bars["training, d 256, compiled", "paper-cc V=16, fused", "paper-cc, fused", "forward_backward"] == 0.75
+    assert bars["decoding, d 256", "paper-cc, fused", "additive", "decoding"] == 0.90
+    assert bars["memory, 24 layers", "paper-cc, fused", "additive", "peak"] == 1.05
     assert suites.BAR.rounds >= 30
     for suite in SUITES.values():
         for group in suite.groups:
@@ -159,15 +159,15 @@ def test_bad_suites_are_named() -> None:
     with pytest.raises(UserError, match="there is no case 'aditive'; did you mean 'additive'"):
         replace(TRAINING, baseline="aditive")
     with pytest.raises(UserError, match="nothing measures 'forward'; did you mean"):
-        replace(TRAINING, bars=(Bar(case="ddl", against="additive", measure="forward", at_least=1.0),))
+        replace(TRAINING, bars=(Bar(case="paper-cc", against="additive", measure="forward", at_least=1.0),))
     with pytest.raises(UserError, match="layers must be at least 1, got 0"):
         replace(TRAINING, layers=0)
     with pytest.raises(UserError, match="give either residual or peer"):
-        Case(name="both", residual=PRESETS["ddl"], peer="hyper-connections")
+        Case(name="both", residual=PRESETS["paper-cc"], peer="hyper-connections")
     with pytest.raises(UserError, match="peers have no decoding to time"):
         replace(TRAINING, work="decoding", bars=())
     with pytest.raises(UserError, match="peak memory has at_most"):
-        Bar(case="ddl", against="additive", measure="peak", at_least=1.0)
+        Bar(case="paper-cc", against="additive", measure="peak", at_least=1.0)
     with pytest.raises(UserError, match="different names"):
         replace(TRAINING, cases=(ADDITIVE, ADDITIVE))
     with pytest.raises(UserError, match="rounds must be at least 1, got 0"):
@@ -261,7 +261,7 @@ def test_bytes_and_flops_by_hand() -> None:
     first, both = given.bytes_per_token
     assert moved == pytest.approx([40 * first, 40 * (both - first)], abs=12)
     # |h|^2 and scale, read and outer product, sum over V, norm; each product with its addition.
-    residual, v, d = PRESETS["ddl-cc-repeat"], 4, 24
+    residual, v, d = PRESETS["paper-cc-repeat"], 4, 24
     by_hand = (2 * d + 3) + (4 * v * d + 2 + 4 * v) + 2 * v * d + (4 * d + 3)
     assert subjects.step_flops(residual, d) == by_hand == given.flops_per_token[0]
 
@@ -272,16 +272,16 @@ def test_what_cannot_run_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch, tmp
     compiled = replace(TRAINING, name="compiled", compiled=True)
     results = run_suite(replace(TINY, groups=(TRAINING, compiled)), tmp_path, threads=1, command="")
     plain, absent = results.groups
-    assert plain.skipped == {"ddl, fused": "numba is <absent>"}
-    assert [row.case for row in plain.rows] == ["additive", "ddl", "hyper-connections"]
-    assert [one.bar.case for one in plain.bars] == ["ddl"]
+    assert plain.skipped == {"paper-cc, fused": "numba is <absent>"}
+    assert [row.case for row in plain.rows] == ["additive", "paper-cc", "hyper-connections"]
+    assert [one.bar.case for one in plain.bars] == ["paper-cc"]
     assert absent.rows == () and set(absent.skipped.values()) == {"no C++ compiler"}
     page = (tmp_path / "plot.html").read_text()
     assert "skipped, numba is &lt;absent&gt;." in page and "skipped, no C++ compiler." in page
     assert "3 of 4 bars were not measured" in (tmp_path / "table.md").read_text()
     with pytest.raises(UserError, match="small prefill: the baseline cannot run here: numba is <absent>"):
         prefill = next(group for group in TINY.groups if group.work == "prefill")
-        run_suite(replace(TINY, groups=(replace(prefill, baseline="ddl, fused"),)), tmp_path, command="")
+        run_suite(replace(TINY, groups=(replace(prefill, baseline="paper-cc, fused"),)), tmp_path, command="")
 
 
 def test_no_compiler_is_reported_by_name() -> None:
@@ -334,7 +334,8 @@ def test_the_command_end_to_end(
     assert "throughput against layers, additive = 1" in page and "default-src 'none'" in page
     assert not re.search(r"(?:src|href)=.(?!#)|https?://(?!www\.w3\.org/(2000/svg|1999/xlink))", page)
     table = (out / "table.md").read_text()
-    assert "Does &lt;all> of it" in table and "| ddl, fused / ddl | forward + backward | fused (numba) |" in table
+    assert "Does &lt;all> of it" in table
+    assert "| paper-cc, fused / paper-cc | forward + backward | fused (numba) |" in table
 
 
 @pytest.mark.usefixtures("unchecked")

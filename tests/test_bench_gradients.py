@@ -15,7 +15,7 @@ from deepdelta.cli import main
 from deepdelta.lab.bench import gradients, suites
 from deepdelta.lab.bench.gradients import SMALL, Trial, measured, relative, run_gradients
 
-TINY = replace(SMALL, cases=("ddl",), layers=3, tokens=9, starts=("moved",))
+TINY = replace(SMALL, cases=("paper-cc",), layers=3, tokens=9, starts=("moved",))
 
 
 def test_the_error_of_all_gradients_is_that_of_one_vector() -> None:

@@ -19,7 +19,7 @@ from helpers import perturb
 SETTINGS = {
     "additive": PRESETS["additive"],
     "ddl": PRESETS["ddl"],
-    "ddl-scalar": PRESETS["ddl-scalar"],
+    "paper-scalar": PRESETS["paper-scalar"],
     "token": ResidualConfig(rule="write_only", compression="token", compression_sharing="block"),
     "erase_only": ResidualConfig(rule="erase_only", compression="channel_conv"),
     "two_gate": ResidualConfig(rule="two_gate"),

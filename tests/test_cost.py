@@ -119,7 +119,7 @@ def profiled_peak(step: Callable[[], None], path: Path) -> int:
     return max(event["args"]["Total Allocated"] for event in events) - before
 
 
-@pytest.mark.parametrize("residual", ["additive", "ddl", "published-tc"])
+@pytest.mark.parametrize("residual", ["additive", "paper-cc", "code-tc"])
 def test_a_training_step_agrees_with_the_profiler(residual: str, tmp_path: Path) -> None:
     trial, step = training_step(residual)
     for _ in range(2):
@@ -140,7 +140,7 @@ def configs(**changes: Any) -> dict[str, TrainConfig]:
             model=GPTConfig(context=16, layers=1, heads=2, dim=16, residual=PRESETS[name]),
             **({"batch_size": 2, "device": "cpu", "threads": 1} | changes),
         )
-        for name in ("additive", "ddl-scalar", "ddl")
+        for name in ("additive", "paper-scalar", "paper-cc")
     }
 
 
@@ -152,32 +152,36 @@ def test_costs_of_three_conditions() -> None:
         alike,
         vocab_size=31,
         rounds=7,
-        baseline="ddl-scalar",
+        baseline="paper-scalar",
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(done, 7) for done in range(1, 8)]
     assert torch.get_num_threads() == threads
-    assert list(costs) == ["additive", "ddl-scalar", "ddl"]
-    own = costs["ddl-scalar"]
+    assert list(costs) == ["additive", "paper-scalar", "paper-cc"]
+    own = costs["paper-scalar"]
     assert (own.speed_ratio, own.speed_ratio_low, own.speed_ratio_high, own.peak_ratio) == (1, 1, 1, 1)
     for one in costs.values():
         assert one.rounds == 7
         assert 0 < one.speed_ratio_low <= one.speed_ratio <= one.speed_ratio_high
         assert one.peak_ratio == one.peak_bytes / own.peak_bytes
-    assert costs["additive"].peak_bytes < own.peak_bytes < costs["ddl"].peak_bytes
-    again = measure_costs(alike, vocab_size=31, rounds=1, baseline="ddl-scalar")
+    assert costs["additive"].peak_bytes < own.peak_bytes < costs["paper-cc"].peak_bytes
+    again = measure_costs(alike, vocab_size=31, rounds=1, baseline="paper-scalar")
     assert [one.peak_bytes for one in again.values()] == [one.peak_bytes for one in costs.values()]
 
 
 def test_times_become_speeds_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     """With known times: ratios are taken within a round, the median over rounds, never between rounds."""
-    times = {"additive": [1.0, 4.0, 2.0], "ddl-scalar": [2.0, 4.0, 5.0], "ddl": [1.0, 1.0, 1.0]}
+    times = {"additive": [1.0, 4.0, 2.0], "paper-scalar": [2.0, 4.0, 5.0], "paper-cc": [1.0, 1.0, 1.0]}
     monkeypatch.setattr(cost_module, "_timed", lambda trials, rounds, progress: times)
     costs = measure_costs(configs(accumulate=3), vocab_size=31, rounds=3, baseline="additive")
-    scalar, tokens = costs["ddl-scalar"], 2 * 3 * 16
+    scalar, tokens = costs["paper-scalar"], 2 * 3 * 16
     assert scalar.tokens_per_second == tokens / 4
     assert (scalar.speed_ratio_low, scalar.speed_ratio, scalar.speed_ratio_high) == pytest.approx((0.4, 0.5, 1.0))
-    assert (costs["ddl"].speed_ratio_low, costs["ddl"].speed_ratio, costs["ddl"].speed_ratio_high) == (1.0, 2.0, 4.0)
+    assert (costs["paper-cc"].speed_ratio_low, costs["paper-cc"].speed_ratio, costs["paper-cc"].speed_ratio_high) == (
+        1.0,
+        2.0,
+        4.0,
+    )
 
 
 def test_every_round_makes_every_condition_in_changing_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +202,7 @@ def test_every_round_makes_every_condition_in_changing_order(monkeypatch: pytest
 
 
 def test_the_step_trains() -> None:
-    trial, step = training_step("ddl")
+    trial, step = training_step("paper-cc")
     before = {name: value.clone() for name, value in trial.model.state_dict().items()}
     losses = []
     for _ in range(12):
@@ -219,6 +223,6 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(UserError, match="rounds must be at least 1, got 0"):
         measure_costs(configs(), vocab_size=31, rounds=0, baseline="additive")
     mixed = configs()
-    mixed["ddl"] = replace(mixed["ddl"], threads=2)
+    mixed["paper-cc"] = replace(mixed["paper-cc"], threads=2)
     with pytest.raises(UserError, match="threads must be the same"):
         measure_costs(mixed, vocab_size=31, rounds=1, baseline="additive")

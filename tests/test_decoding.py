@@ -11,7 +11,7 @@ from deepdelta.decoding import DecodingCache
 from helpers import perturb
 
 CONTEXT = 9
-TC = PRESETS["ddl-tc"]
+TC = PRESETS["paper-tc"]
 
 
 def small(residual: ResidualConfig, backend: str = "reference", dtype: torch.dtype = torch.float64) -> GPT:
@@ -75,7 +75,9 @@ def test_cached_logits_are_the_uncached_ones(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
-@pytest.mark.parametrize("name", ["additive", "ddl", "ddl-scalar", "ddl-tc", "ddl-v1", "shared-token", "two_gate-3"])
+@pytest.mark.parametrize(
+    "name", ["additive", "ddl", "paper-scalar", "paper-tc", "paper-v1", "shared-token", "two_gate-3"]
+)
 @pytest.mark.parametrize("pieces", [[CONTEXT], [1] * CONTEXT, [2, 5, 1, 1]], ids=str)
 def test_a_padded_row_is_decoded_as_if_alone(name, backend, pieces):
     model, ids, padding = small(VARIANTS[name], backend), tokens(3), [0, 3, 7]
@@ -95,7 +97,7 @@ def test_a_padded_row_is_decoded_as_if_alone(name, backend, pieces):
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
-@pytest.mark.parametrize("name", ["additive", "ddl", "ddl-scalar", "ddl-tc"])
+@pytest.mark.parametrize("name", ["additive", "ddl", "paper-scalar", "paper-tc"])
 def test_single_precision(name, backend):
     model, ids = small(PRESETS[name], backend, torch.float32), tokens()
     expected = uncached(model, ids)
@@ -106,7 +108,7 @@ def test_single_precision(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
-@pytest.mark.parametrize("name", ["ddl", "ddl-tc"])
+@pytest.mark.parametrize("name", ["ddl", "paper-tc"])
 def test_low_precision(name, backend):
     model, ids = small(PRESETS[name], backend, torch.bfloat16), tokens()
     logits = fed(DecodingCache(model, 2), ids, [4, 1, 1, 3])
@@ -138,7 +140,7 @@ def test_histories_hold_the_last_inputs_of_every_convolution(sharing):
         torch.testing.assert_close(history.values, states[:, -2:], rtol=0, atol=1e-12)
     assert cache.expansion_history is not None
     assert torch.equal(cache.expansion_history.values, model.embedding(ids[:, 4:7]))
-    for name, histories in (("ddl", 0), ("additive", 0), ("ddl-tc-repeat", 5)):
+    for name, histories in (("ddl", 0), ("additive", 0), ("paper-tc-repeat", 5)):
         cache = DecodingCache(small(PRESETS[name]))
         assert len(cache.compression_histories) == histories
         assert (cache.expansion_history is not None) == (name == "ddl")
@@ -194,7 +196,7 @@ def test_memory(backend):
     assert shared.memory().folded_weights == 3 * 4 * width * 4 * number
 
 
-@pytest.mark.parametrize("name", ["additive", "ddl", "published-tc"])
+@pytest.mark.parametrize("name", ["additive", "ddl", "code-tc"])
 @pytest.mark.parametrize("length", [1, 4, CONTEXT, CONTEXT + 3])
 def test_generation_equals_the_uncached_one(name, length):
     model, prompt = small(PRESETS[name]), tokens(1, length)[0].tolist()

@@ -41,8 +41,8 @@ AFTERWARDS = [
 ERASE = [
     ("headline", "delta-token-random", "write-only-token-random"),
     ("headline-tinyshakespeare", "delta-token-random", "write-only-token-random"),
-    ("published", "ddl", "write-only"),
-    ("published-tinyshakespeare", "ddl", "write-only"),
+    ("paper-form", "paper-cc", "write-only"),
+    ("paper-form-tinyshakespeare", "paper-cc", "write-only"),
     ("erase-on-norm", "normed-convolution-erase", "normed-convolution"),
     ("erase-on-norm-tinyshakespeare", "normed-convolution-erase", "normed-convolution"),
     ("erase-on-norm", "expanded-normed-erase-token-random", "expanded-normed-token-random"),
@@ -125,7 +125,7 @@ def test_the_erase() -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/findings.md"])
 def test_the_table_of_the_headline(page: str) -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| ([+-].*) \| ([+-].*) \|$", PAGES[page], re.MULTILINE)
-    assert len(rows) >= 4 and ("ddl" in dict((row[0], row) for row in rows))
+    assert len(rows) >= 4 and ("paper-cc" in dict((row[0], row) for row in rows))
     for condition, *cells in rows:
         for name, cell in zip(TEXTS, cells, strict=True):
             (found,) = (
@@ -148,7 +148,7 @@ def test_the_readme_has_the_five_sentences_of_the_findings() -> None:
 
 def test_what_a_step_costs() -> None:
     text = (RESULTS / "bench-bar" / "table.md").read_text(encoding="utf-8")
-    row = r"^\| {}[^|]*\| ddl, fused / additive \| {} \| [^|]*\| (\d\.\d+)"
+    row = r"^\| {}[^|]*\| paper-cc, fused / additive \| {} \| [^|]*\| (\d\.\d+)"
     ratios = [
         float(ratio) for ratio in re.findall(row.format("training, ", r"forward \+ backward"), text, re.MULTILINE)
     ]
@@ -172,7 +172,7 @@ def test_the_means_of_a_control_matrix() -> None:
 def test_what_audited_runs_lose() -> None:
     audits: list[list[dict[str, Any]]] = [
         json.loads((RESULTS / name / "audit.json").read_text(encoding="utf-8"))["findings"]["everywhere"]
-        for name in ("audit-delta-token-random", "audit-delta-token-random-tinyshakespeare", "audit-published")
+        for name in ("audit-delta-token-random", "audit-delta-token-random-tinyshakespeare", "audit-paper-cc")
     ]
 
     def changes(intervention: str, digits: int) -> str:
@@ -206,8 +206,8 @@ def test_what_the_first_rung_of_the_search_hints_at() -> None:
     assert f"{change['delta-token-random']} for `delta`, against {change['delta-token']} with the start" in page
     targets = f"({change['delta-constant-target']} and {change['delta-sigmoid-target']}) were ahead of the linear one"
     assert f"{targets} with the same gate ({change['delta-low-gate']})" in page
-    assert f"({change['ddl']} against {change['delta-low-gate']})" in page
-    assert [one["condition"] for one in ranking].index("ddl") == 39 and len(ranking) == 41
+    assert f"({change['paper-cc']} against {change['delta-low-gate']})" in page
+    assert [one["condition"] for one in ranking].index("paper-cc") == 39 and len(ranking) == 41
     (last,) = [one for one in search["rungs"][-1]["ranking"] if one["condition"] == search["winners"][0]]
     assert f"`{search['winners'][0]}`: {last['change']['mean']:+.3f} in the last rung" in page
 

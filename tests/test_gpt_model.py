@@ -158,7 +158,7 @@ SHARING = ["sublayer", "block"]
 
 @pytest.mark.parametrize("sharing", SHARING)
 def test_every_tensor_has_one_key(sharing):
-    residual = dataclasses.replace(PRESETS["ddl-tc"], compression_sharing=sharing)
+    residual = dataclasses.replace(PRESETS["paper-tc"], compression_sharing=sharing)
     tensors = small(residual=residual).state_dict()
     pointers = [tensor.data_ptr() for tensor in tensors.values()]
     assert len(set(pointers)) == len(pointers)
@@ -170,7 +170,7 @@ def test_every_tensor_has_one_key(sharing):
 
 @pytest.mark.parametrize("sharing", SHARING)
 def test_deepcopy_save_and_load(tmp_path, sharing):
-    model = small(residual=dataclasses.replace(PRESETS["ddl-tc"], compression_sharing=sharing))
+    model = small(residual=dataclasses.replace(PRESETS["paper-tc"], compression_sharing=sharing))
     perturb(model)
     ids = tokens()
     expected = model(ids).logits
@@ -230,7 +230,7 @@ def test_without_a_label_that_counts_loss_and_gradients_are_0(ignored):
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
-@pytest.mark.parametrize("preset", ["additive", "ddl", "ddl-tc"])
+@pytest.mark.parametrize("preset", ["additive", "ddl", "paper-tc"])
 def test_no_rows_or_no_tokens(preset, backend):
     model = small(residual=PRESETS[preset])
     use_backend(model, backend)

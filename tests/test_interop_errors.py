@@ -175,7 +175,7 @@ def test_the_tied_head():
 
 
 def model(**residual: Any) -> GPT:
-    preset = "published-scalar" if residual.get("value_channels") == 1 else "published-cc"
+    preset = "code-scalar" if residual.get("value_channels") == 1 else "code-cc"
     settings = dataclasses.replace(PRESETS[preset], **residual)
     return GPT(GPTConfig(vocab_size=11, context=8, layers=1, heads=2, dim=8, residual=settings))
 
@@ -205,7 +205,7 @@ def test_exporting_other_settings_is_refused_by_name(name, settings):
         to_published(model(**settings))
     value = settings[name]
     assert f"the published code has no {name}={value!r}" in str(caught.value)
-    assert "published-*" in str(caught.value)
+    assert "code-*" in str(caught.value)
 
 
 def test_exporting_normed_branches_is_refused_by_name():

@@ -152,7 +152,7 @@ def test_a_corpus_without_a_token_to_predict_is_refused(tmp_path, capsys):
 
 def byte_model(folder: Path) -> tuple[GPT, dict[str, Any]]:
     """A model of ours over the 256 bytes, exported as the authors' code would save it."""
-    config = GPTConfig(vocab_size=256, context=16, layers=1, heads=2, dim=16, residual=PRESETS["published-tc"])
+    config = GPTConfig(vocab_size=256, context=16, layers=1, heads=2, dim=16, residual=PRESETS["code-tc"])
     model = GPT(config, seed=5)
     keys = {"vocab_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "head_dim": 8}
     folder.mkdir()

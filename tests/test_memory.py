@@ -13,7 +13,7 @@ from deepdelta.lab.measure import peak_bytes
 from helpers import randn
 
 VARIANTS = {
-    **{name: PRESETS[name] for name in ("additive", "ddl", "ddl-scalar", "ddl-tc", "ddl-v1", "published-cc")},
+    **{name: PRESETS[name] for name in ("additive", "ddl", "paper-scalar", "paper-tc", "paper-v1", "code-cc")},
     "additive_erase": ResidualConfig(rule="additive_erase"),
     "rank 3": ResidualConfig(rank=3),
 }

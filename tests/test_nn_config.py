@@ -214,7 +214,7 @@ def test_the_library_s_defaults():
     assert DeltaStream(8).config == dataclasses.replace(ddl, expansion="repeat")
     assert not DeltaStream(8).config.needs_tokens
     assert (PRESETS["additive"].rule, PRESETS["additive"].value_channels) == ("additive", 1)
-    assert dataclasses.replace(PRESETS["ddl-scalar"], value_channels=4) == DeltaStream(8).config
+    assert dataclasses.replace(PRESETS["paper-scalar"], value_channels=4) == DeltaStream(8).config
 
 
 def test_configurations_are_frozen():

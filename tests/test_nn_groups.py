@@ -14,8 +14,8 @@ BRANCH = [
 RESIDUAL: dict[str, list[str]] = {
     "additive": [],
     "ddl": ["target.map.weight"],
-    "ddl-v1": ["target.map.weight", "direction.inner.weight", "direction.outer.weight"],
-    "ddl-tc": ["target.map.weight"],
+    "paper-v1": ["target.map.weight", "direction.inner.weight", "direction.outer.weight"],
+    "paper-tc": ["target.map.weight"],
 }
 
 

@@ -56,7 +56,7 @@ def test_one_meaning_everywhere(
     assert in_a_study(tmp_path, text, "") == meant
     assert in_a_study(tmp_path, "", f"changes.{text}") == meant
     # What is below, whole as in a run's config.json, takes no part.
-    whole = "model.residual = { preset = 'ddl-tc', norm_eps = 0.25 }"
+    whole = "model.residual = { preset = 'paper-tc', norm_eps = 0.25 }"
     assert in_a_study(tmp_path, whole, f"changes.{text}") == meant
     (tmp_path / "a.toml").write_text(text)
     assert typed(monkeypatch, "--config", tmp_path / "a.toml").model.residual == meant
@@ -81,8 +81,8 @@ def test_a_residual_that_names_neither_is_laid_over_what_stands_below(tmp_path: 
     assert in_a_study(tmp_path, "", "") == PRESETS["ddl"] == GPTConfig().residual
     changes = "changes.model.residual = { gate_init = 0.5 }"
     assert in_a_study(tmp_path, "", changes) == replace(PRESETS["ddl"], gate_init=0.5)
-    tokens = in_a_study(tmp_path, 'preset = "ddl-tc"', changes)
-    assert tokens == replace(PRESETS["ddl-tc"], gate_init=0.5)
+    tokens = in_a_study(tmp_path, 'preset = "paper-tc"', changes)
+    assert tokens == replace(PRESETS["paper-tc"], gate_init=0.5)
     assert in_a_study(tmp_path, 'model.residual = { rule = "additive", norm_eps = 0.25 }', changes) == replace(
         PLAIN, norm_eps=0.25, gate_init=0.5
     )
@@ -91,12 +91,12 @@ def test_a_residual_that_names_neither_is_laid_over_what_stands_below(tmp_path: 
 def test_sizes_and_starts_of_a_study_take_presets(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(
         'name = "a"\nquestion = "?"\nbaseline = "a"\nseeds = [0]\n[train]\npreset = "ddl"\n'
-        '[sizes.one]\npreset = "ddl-tc"\n[sizes.two]\nmodel.dim = 64\n[extrapolate]\nflops = 1e9\n'
+        '[sizes.one]\npreset = "paper-tc"\n[sizes.two]\nmodel.dim = 64\n[extrapolate]\nflops = 1e9\n'
         '[conditions.a]\nsummary = "a"\n'
     )
     study = load_study(str(tmp_path / "a.toml"))
     found = {size: study.sized(size).train_config("a", 0).model for size in study.sizes}
-    assert (found["one"].residual, found["two"].residual) == (PRESETS["ddl-tc"], PRESETS["ddl"])
+    assert (found["one"].residual, found["two"].residual) == (PRESETS["paper-tc"], PRESETS["ddl"])
     (tmp_path / "a.toml").write_text(
         'name = "a"\nquestion = "?"\nbaseline = "a"\nseeds = [0]\n[start]\npreset = "additive"\n[train]\nlr = 0.5\n'
         '[conditions.a]\nsummary = "a"\nchanges.preset = "retrofit"\n'
@@ -108,8 +108,8 @@ def test_sizes_and_starts_of_a_study_take_presets(tmp_path: Path) -> None:
 
 def test_tasks_lay_their_conditions_over_a_preset() -> None:
     tabular = load_task("tabular")
-    given = read_overrides(["residual.preset=published-cc-repeat", "residual.gate_init=0.5"])
-    expected = replace(PRESETS["published-cc-repeat"], gate_init=0.5)
+    given = read_overrides(["residual.preset=code-cc-repeat", "residual.gate_init=0.5"])
+    expected = replace(PRESETS["code-cc-repeat"], gate_init=0.5)
     assert tabular.settings_of("delta-4", given).residual == expected
     assert tabular.settings_of("write-only-4", given).residual == replace(expected, rule="write_only")
     assert tabular.settings_of("additive").residual == PLAIN
@@ -141,13 +141,13 @@ def test_unknown_presets_are_named(tmp_path: Path) -> None:
         run_settings({"preset": 3}, where="here")
 
 
-@pytest.mark.parametrize("study", ["headline", "headline-tinyshakespeare", "published"])
+@pytest.mark.parametrize("study", ["headline", "headline-tinyshakespeare", "paper-form"])
 def test_the_presets_of_the_findings_and_their_rates(study: str) -> None:
     found = {
         one["name"]: one["tuned"] for one in json.loads((RESULTS / study / "results.json").read_text())["conditions"]
     }
     config = load_study(study.removesuffix("-tinyshakespeare"))
-    for name in {"additive", "additive-convolution", "ddl", "delta-token-random"} & set(found):
+    for name in {"additive", "additive-convolution", "paper-cc", "delta-token-random"} & set(found):
         settings = config.train_config(name, config.seeds[0])
         assert settings.model.residual == PRESETS[name]
         assert settings.model.dim == 64

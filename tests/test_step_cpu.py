@@ -195,8 +195,8 @@ def test_what_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ("preset", "compiled", "backend", "reason"),
     [
         ("additive", False, "reference", "the rewrite is a plain addition"),
-        ("ddl-scalar", False, "fused", "numba is installed"),
-        ("ddl-scalar", True, "reference", "compiled for the CPU, V = 1"),
+        ("paper-scalar", False, "fused", "numba is installed"),
+        ("paper-scalar", True, "reference", "compiled for the CPU, V = 1"),
         ("ddl", True, "fused", "numba is installed"),
     ],
 )

@@ -119,8 +119,8 @@ def test_the_quick_study() -> None:
         assert (settings.data.source, settings.threads, settings.device) == ("stdlib", 1, "cpu")
     assert rules == {
         "additive": ("additive", 1),
-        "ddl-scalar": ("delta", 1),
-        "ddl": ("delta", 4),
+        "paper-scalar": ("delta", 1),
+        "paper-cc": ("delta", 4),
         "write-only": ("write_only", 4),
         "expanded-additive": ("additive", 4),
     }
@@ -142,10 +142,10 @@ def test_controls_of_the_quick_study_differ_in_the_rule_alone() -> None:
     config = load_study("quick")
     plain = {name: to_plain(config.train_config(name, 0)) for name in config.conditions}
     for control, rule in (("write-only", "write_only"), ("expanded-additive", "additive")):
-        assert differences(plain["ddl"], plain[control]) == [
+        assert differences(plain["paper-cc"], plain[control]) == [
             f"model.residual.rule: 'delta' there, '{rule}' here",
         ]
-    assert differences(plain["additive"], plain["ddl-scalar"]) == [
+    assert differences(plain["additive"], plain["paper-scalar"]) == [
         "model.residual.rule: 'additive' there, 'delta' here"
     ]
 

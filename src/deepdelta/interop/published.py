@@ -342,5 +342,5 @@ def _check_published(config: GPTConfig) -> None:
         if getattr(residual, name) not in values:
             raise UserError(
                 f"the published code has no {name}={getattr(residual, name)!r} "
-                f"(only {', '.join(repr(value) for value in values)}); the presets published-* have its settings."
+                f"(only {', '.join(repr(value) for value in values)}); the presets code-* have its settings."
             )

@@ -9,8 +9,8 @@ from deepdelta.config import Plain, to_plain
 from deepdelta.errors import UserError, nearest
 from deepdelta.nn.config import ResidualConfig
 
-_DDL = ResidualConfig(expansion="embedding_conv")
-_PUBLISHED = ResidualConfig(
+_PAPER = ResidualConfig(expansion="embedding_conv")
+_CODE = ResidualConfig(
     target="scaled_sigmoid",
     gate_hidden_bias=False,
     expansion="embedding_conv",
@@ -18,30 +18,31 @@ _PUBLISHED = ResidualConfig(
     compression_init="random",
     compression_sharing="block",
 )
-_PUBLISHED_TC = replace(_PUBLISHED, compression="token")
+_CODE_TC = replace(_CODE, compression="token")
 
 PRESETS: Mapping[str, ResidualConfig] = MappingProxyType(
     {
         "additive": ResidualConfig(rule="additive"),
         "additive-convolution": ResidualConfig(rule="additive", compression="token", compression_init="random"),
-        "ddl": _DDL,
-        "ddl-scalar": ResidualConfig(value_channels=1),
-        "ddl-tc": replace(_DDL, compression="token"),
-        "ddl-tc-repeat": ResidualConfig(compression="token"),
-        "ddl-cc-repeat": ResidualConfig(),
-        "delta-token-random": replace(_DDL, gate_init=0.25, compression="token", compression_init="random"),
-        "ddl-v1": ResidualConfig(direction="pooled", target="branch"),
+        "ddl": _PAPER,
+        "paper-cc": _PAPER,
+        "paper-scalar": ResidualConfig(value_channels=1),
+        "paper-tc": replace(_PAPER, compression="token"),
+        "paper-tc-repeat": ResidualConfig(compression="token"),
+        "paper-cc-repeat": ResidualConfig(),
+        "delta-token-random": replace(_PAPER, gate_init=0.25, compression="token", compression_init="random"),
+        "paper-v1": ResidualConfig(direction="pooled", target="branch"),
         "retrofit": ResidualConfig(rule="additive_erase", plain_start=True, erase_init=1.0, gate_per_channel=True),
-        "published-cc": _PUBLISHED,
-        "published-cc-repeat": replace(_PUBLISHED, expansion="repeat"),
-        "published-tc": _PUBLISHED_TC,
-        "published-tc-repeat": replace(_PUBLISHED_TC, expansion="repeat"),
-        "published-scalar": ResidualConfig(value_channels=1, target="scaled_sigmoid", gate_hidden_bias=False),
+        "code-cc": _CODE,
+        "code-cc-repeat": replace(_CODE, expansion="repeat"),
+        "code-tc": _CODE_TC,
+        "code-tc-repeat": replace(_CODE_TC, expansion="repeat"),
+        "code-scalar": ResidualConfig(value_channels=1, target="scaled_sigmoid", gate_hidden_bias=False),
     }
 )
-"""`ddl` is the paper's DDL-CC with the library's defaults; `delta-token-random` is the best of the search, and
-`additive-convolution` the plain residual with its short convolution; `retrofit` starts as the plain residual;
-`published-*` carry the authors' code's choices."""
+"""`ddl` is the default of a GPT, today `paper-cc`. `paper-*` are the forms of the paper's text, with the library's
+starts, and `code-*` those of its authors' code. `delta-token-random` is the best of the search, `additive-convolution`
+the plain residual with its short convolution; `retrofit` starts as the plain residual."""
 
 
 def preset_named(name: Any) -> ResidualConfig:

@@ -48,8 +48,8 @@ COLUMNS = (
 
 CASES: Mapping[str, ResidualConfig] = MappingProxyType(
     {
-        **{name: PRESETS[name] for name in ("additive", "ddl-scalar", "ddl")},
-        "ddl, gates at 0.25": replace(PRESETS["ddl"], gate_init=0.25),
+        **{name: PRESETS[name] for name in ("additive", "paper-scalar", "paper-cc")},
+        "paper-cc, gates at 0.25": replace(PRESETS["paper-cc"], gate_init=0.25),
     }
 )
 

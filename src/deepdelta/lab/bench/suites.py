@@ -13,17 +13,17 @@ from deepdelta.nn.presets import PRESETS
 ADDITIVE = Case(name="additive", residual=PRESETS["additive"])
 ADDITIVE_FUSED = Case(name="additive, fused", residual=PRESETS["additive"], backend="fused")
 SCALAR = (
-    Case(name="ddl-scalar", residual=PRESETS["ddl-scalar"]),
-    Case(name="ddl-scalar, fused", residual=PRESETS["ddl-scalar"], backend="fused"),
+    Case(name="paper-scalar", residual=PRESETS["paper-scalar"]),
+    Case(name="paper-scalar, fused", residual=PRESETS["paper-scalar"], backend="fused"),
 )
 DDL = (
-    Case(name="ddl", residual=PRESETS["ddl"]),
-    Case(name="ddl, fused", residual=PRESETS["ddl"], backend="fused"),
+    Case(name="paper-cc", residual=PRESETS["paper-cc"]),
+    Case(name="paper-cc, fused", residual=PRESETS["paper-cc"], backend="fused"),
 )
-DDL_16 = Case(name="ddl V=16, fused", residual=replace(PRESETS["ddl"], value_channels=16), backend="fused")
+DDL_16 = Case(name="paper-cc V=16, fused", residual=replace(PRESETS["paper-cc"], value_channels=16), backend="fused")
 CONTROLS = (
-    Case(name="write_only, fused", residual=replace(PRESETS["ddl"], rule="write_only"), backend="fused"),
-    Case(name="additive_erase, fused", residual=replace(PRESETS["ddl"], rule="additive_erase"), backend="fused"),
+    Case(name="write_only, fused", residual=replace(PRESETS["paper-cc"], rule="write_only"), backend="fused"),
+    Case(name="additive_erase, fused", residual=replace(PRESETS["paper-cc"], rule="additive_erase"), backend="fused"),
 )
 HYPER, MHC, *X_TRANSFORMERS = (Case(name=peer, peer=peer) for peer in get_args(Peer))
 
@@ -31,20 +31,20 @@ OURS = (ADDITIVE, ADDITIVE_FUSED, *SCALAR, *DDL)
 
 
 def reaches(
-    scalar: float, ddl: float, measure: str = "forward_backward", scalar_case: str = "ddl-scalar, fused"
+    scalar: float, ddl: float, measure: str = "forward_backward", scalar_case: str = "paper-scalar, fused"
 ) -> tuple[Bar, ...]:
     """What V = 1 and V = 4 must reach of the additive model's throughput, with the code that `auto` takes."""
     return (
         Bar(case=scalar_case, against="additive", measure=measure, at_least=scalar),
-        Bar(case="ddl, fused", against="additive", measure=measure, at_least=ddl),
+        Bar(case="paper-cc, fused", against="additive", measure=measure, at_least=ddl),
     )
 
 
 def against_hyper(ratio: float) -> Bar:
-    return Bar(case="ddl, fused", against=HYPER.name, at_least=ratio)
+    return Bar(case="paper-cc, fused", against=HYPER.name, at_least=ratio)
 
 
-LESS_MEMORY = Bar(case="ddl, fused", against=HYPER.name, measure="peak", at_most=1.0)
+LESS_MEMORY = Bar(case="paper-cc, fused", against=HYPER.name, measure="peak", at_most=1.0)
 
 BAR = Suite(
     name="bar",
@@ -66,7 +66,7 @@ BAR = Suite(
             layers=24,
             cases=(*OURS, HYPER),
             baseline="additive",
-            bars=(Bar(case="ddl, fused", against="additive", measure="peak", at_most=1.05), LESS_MEMORY),
+            bars=(Bar(case="paper-cc, fused", against="additive", measure="peak", at_most=1.05), LESS_MEMORY),
         ),
         Group(
             name="decoding, d 256",
@@ -95,8 +95,8 @@ BAR = Suite(
             cases=(*OURS, DDL_16, HYPER),
             baseline="additive",
             bars=(
-                *reaches(0.98, 0.92, scalar_case="ddl-scalar"),
-                Bar(case="ddl V=16, fused", against="ddl, fused", at_least=0.75),
+                *reaches(0.98, 0.92, scalar_case="paper-scalar"),
+                Bar(case="paper-cc V=16, fused", against="paper-cc, fused", at_least=0.75),
                 against_hyper(1.5),
             ),
         ),
@@ -110,7 +110,7 @@ BAR = Suite(
             compiled=True,
             cases=(*OURS, HYPER),
             baseline="additive",
-            bars=reaches(0.99, 0.96, scalar_case="ddl-scalar"),
+            bars=reaches(0.99, 0.96, scalar_case="paper-scalar"),
         ),
     ),
 )
@@ -136,7 +136,7 @@ CURVE = (ADDITIVE, *DDL)
 
 
 def channels(count: int) -> tuple[Case, ...]:
-    residual = PRESETS["ddl-scalar"] if count == 1 else replace(PRESETS["ddl"], value_channels=count)
+    residual = PRESETS["paper-scalar"] if count == 1 else replace(PRESETS["paper-cc"], value_channels=count)
     return (ADDITIVE, *(replace(case, residual=residual) for case in DDL))
 
 
@@ -180,7 +180,7 @@ OPERATOR = Suite(
     name="operator",
     question="How near does the rewrite with the next opening come to what its bytes allow?",
     groups=tuple(
-        operator(dim, replace(PRESETS["ddl-cc-repeat"], value_channels=count))
+        operator(dim, replace(PRESETS["paper-cc-repeat"], value_channels=count))
         for dim in (256, 768)
         for count in (1, 4, 16)
     ),
@@ -206,7 +206,7 @@ GPU = Suite(
             baseline="additive",
             bars=(
                 *reaches(0.98, 0.92),
-                Bar(case="ddl, fused", against="additive", measure="peak", at_most=1.03),
+                Bar(case="paper-cc, fused", against="additive", measure="peak", at_most=1.03),
             ),
         ),
         *(replace(group, name=f"{group.name}, cuda") for group in OPERATOR.groups),
