@@ -220,14 +220,14 @@ def test_exporting_another_width_of_the_mlp_is_refused_by_name():
         to_published(GPT(narrow))
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("published")])
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("code-")])
 def test_no_other_preset_is_exported(name):
     settings = PRESETS[name]
     with pytest.raises(UserError, match="the published code has no"):
         to_published(GPT(GPTConfig(vocab_size=11, context=8, layers=1, heads=2, dim=8, residual=settings)))
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("published")])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("code-")])
 def test_the_published_presets_go_out_and_come_back(name):
     residual = PRESETS[name]
     sizes = {"vocab_size": 11, "context": 8, "layers": 2, "heads": 2, "dim": 8}
