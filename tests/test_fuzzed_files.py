@@ -23,7 +23,7 @@ from deepdelta.data.tokenizer import read_tokenizer
 from deepdelta.device import choose_device
 from deepdelta.files import read_object, write_json
 from deepdelta.interop import load_published
-from deepdelta.lab.analysis.results import load_results, save_results
+from deepdelta.lab.analysis.results import load_results
 from deepdelta.lab.bench.results import load_results as load_bench
 from deepdelta.lab.experiments.config import load_study
 from deepdelta.lab.experiments.record import RunRecord
@@ -142,7 +142,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = text_file(folder / "text.txt")
     quietly(config(source, steps=2, data={"source": str(source), "tokenizer": "bpe", "bpe_vocab_size": 260}), folder)
     write_json(folder / "settings.json", settings(source, model={"vocab_size": 256}))
-    save_results(study(), folder / "results.json")
+    study().save(folder / "results.json")
     write_json(folder / "published.json", vector("cc").config)
     shipped = Path(__file__).parents[1] / "results"
     (folder / "bench.json").write_bytes((shipped / "bench-bar" / "results.json").read_bytes())

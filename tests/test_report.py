@@ -14,7 +14,7 @@ from rich.console import Console
 
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.lab.analysis.results import RewriteSummary, StudyResults, load_results, save_results
+from deepdelta.lab.analysis.results import RewriteSummary, StudyResults, load_results
 from deepdelta.lab.analysis.statistics import paired
 from deepdelta.lab.views import figures as pictures
 from deepdelta.lab.views import render_study, summarise, write_report
@@ -165,7 +165,7 @@ def test_page_holds_the_numbers_to_reproduce_it() -> None:
 
 def test_results_survive_the_file(tmp_path: Path) -> None:
     results = many_seeds()
-    save_results(results, tmp_path / "results.json")
+    results.save(tmp_path / "results.json")
     # All but the curves, which the records of the runs hold.
     assert any(run.curve for run in results.conditions[0].runs)
     assert load_results(tmp_path / "results.json") == without_curves(results)

@@ -11,14 +11,14 @@ from deepdelta.data import check_context, load_corpus, train_tail
 from deepdelta.device import choose_device, usable_cores
 from deepdelta.errors import UserError, require
 from deepdelta.files import AnyPath, locked, write_text
-from deepdelta.lab.analysis.results import Corpus, StudyResults, save_results
-from deepdelta.lab.analysis.scaling import Scaling, save_scaling, scaling
+from deepdelta.lab.analysis.results import Corpus, StudyResults
+from deepdelta.lab.analysis.scaling import Scaling, scaling
 from deepdelta.lab.experiments.collection import collect, measure
 from deepdelta.lab.experiments.config import Comparison, Search, Sizes, StudyConfig
 from deepdelta.lab.experiments.plan import Plan, at_rates
 from deepdelta.lab.experiments.pool import Runner, running
 from deepdelta.lab.experiments.records import RecordFile
-from deepdelta.lab.experiments.search import RungResult, SearchResults, rank, save_search
+from deepdelta.lab.experiments.search import RungResult, SearchResults, rank
 from deepdelta.lab.experiments.training_run import TrainingRun, claim, starts
 from deepdelta.lab.experiments.tuning import chosen
 from deepdelta.lab.measure.cost import Cost
@@ -84,7 +84,7 @@ def run_study(
     plan.records.compact()
     by_key = {key: records[run.name] for key, run in planned.items()}
     results = collect(study, by_key, costs, tuned, plan.corpus, command=command, started=started)
-    save_results(results, out / "results.json")
+    results.save(out / "results.json")
     write_text(out / "table.md", study_markdown(results))
     write_text(out / "plot.svg", plot(results))
     write_report(results, out / "report.html", self_contained=self_contained)
@@ -107,7 +107,7 @@ def run_sizes(
                 study.sized(size), out / size, workers=workers, command=command, self_contained=self_contained
             )
     found = scaling(studies, study.name, study.extrapolate, command=command)
-    save_scaling(found, out / "scaling.json")
+    found.save(out / "scaling.json")
     write_text(out / "table.md", scaling_markdown(found, studies))
     Console().print(render(scaling_table(found)))
     show(f"Scaling: {out / 'scaling.json'}")
@@ -143,7 +143,7 @@ def run_search(study: Search, out: AnyPath, *, workers: int | None = None, comma
         rungs=tuple(rungs),
         winners=left,
     )
-    save_search(found, out / "search.json")
+    found.save(out / "search.json")
     write_text(out / "table.md", search_markdown(found))
     Console().print(render(search_table(found)))
     show(f"Search: {out / 'search.json'}")

@@ -280,19 +280,18 @@ class StudyResults(Measurements):
         wanted = (self.baseline, self.budgets[0])
         return tuple(one for one in self.contrasts if (one.reference, one.budget) == wanted)
 
-
-def save_results(results: StudyResults, path: Path) -> None:
-    """Write `results.json` atomically, without the curves, which the records of the runs hold."""
-    plain = to_plain(results)
-    for condition in plain["conditions"]:
-        for runs in (condition["runs"], *condition["matched"].values()):
-            for run in runs:
-                del run["curve"]
-    write_json(path, plain)
+    def save(self, path: AnyPath) -> None:
+        """Write the file atomically, without the curves, which the records of the runs hold."""
+        plain = to_plain(self)
+        for condition in plain["conditions"]:
+            for runs in (condition["runs"], *condition["matched"].values()):
+                for run in runs:
+                    del run["curve"]
+        write_json(Path(path), plain)
 
 
 def load_results(path: AnyPath) -> StudyResults:
-    """The results in a file that `save_results` wrote.
+    """The results in a file that `StudyResults.save` wrote.
 
     Raises:
         UserError: the file is absent, of another format, or does not hold the results of a study.

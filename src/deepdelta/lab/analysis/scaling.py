@@ -3,14 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import write_json
 from deepdelta.lab.analysis.comparison import Estimate
 from deepdelta.lab.analysis.results import Extrapolate, Measurements
 from deepdelta.lab.analysis.statistics import estimate, load_scipy
@@ -162,11 +159,6 @@ def scaling(studies: Mapping[str, Measurements], name: str, extrapolate: Extrapo
         target=extrapolate.flops,
         fits=tuple(fits),
     )
-
-
-def save_scaling(found: Scaling, path: Path) -> None:
-    """Write `scaling.json` atomically."""
-    write_json(path, to_plain(found))
 
 
 def _points(results: Sequence[Measurements], name: str, seeds: Sequence[int]) -> tuple[list[float], list[list[float]]]:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from deepdelta.config import from_plain
+from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
-from deepdelta.files import AnyPath, check_format, read_object
+from deepdelta.files import AnyPath, check_format, read_object, write_json
 from deepdelta.provenance import Provenance
 
 FORMAT = 2
@@ -18,6 +18,10 @@ class Stored(Provenance):
     """What every file of results holds: the provenance of its numbers and the format it is written in."""
 
     format: int = FORMAT
+
+    def save(self, path: AnyPath) -> None:
+        """Write the file atomically."""
+        write_json(Path(path), to_plain(self))
 
 
 S = TypeVar("S", bound=Stored)

@@ -8,13 +8,12 @@ import numpy as np
 from jaxtyping import Int64, UInt
 from torch import Tensor
 
-from deepdelta.config import to_plain
 from deepdelta.data import Corpus, DataConfig, load_corpus, spread
 from deepdelta.data.sources import list_source
 from deepdelta.data.tokenizer import FILE_NAME
 from deepdelta.device import choose_device
 from deepdelta.errors import UserError, require
-from deepdelta.files import AnyPath, check_folder, write_json
+from deepdelta.files import AnyPath, check_folder
 from deepdelta.lab.audit.audit import audit, passes
 from deepdelta.lab.audit.findings import AuditResults
 from deepdelta.limits import check_memory
@@ -91,7 +90,7 @@ def audit_run(
         finished=now(),
         findings=findings,
     )
-    write_json(out / "audit.json", to_plain(results))
+    results.save(out / "audit.json")
     return results
 
 

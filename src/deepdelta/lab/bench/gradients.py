@@ -17,10 +17,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from deepdelta.config import to_plain
 from deepdelta.device import Device, choose_device, usable_cores
 from deepdelta.errors import UserError
-from deepdelta.files import AnyPath, locked, write_json, write_text
+from deepdelta.files import AnyPath, locked, write_text
 from deepdelta.lab.analysis.stored import Stored
 from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
 from deepdelta.lab.bench.checks import disturb
@@ -147,7 +146,7 @@ def run_gradients(
             )
         finally:
             torch.set_num_threads(before)
-        write_json(out / "results.json", to_plain(results))
+        results.save(out / "results.json")
         write_text(out / "table.md", markdown(results))
     for one in cells(results):
         Console().print(render(one))

@@ -5,12 +5,10 @@ Times in seconds, memory in bytes; a ratio above 1 is faster (or, for memory, la
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from deepdelta.config import to_plain
-from deepdelta.files import AnyPath, write_json
+from deepdelta.files import AnyPath
 from deepdelta.lab.analysis.statistics import load_scipy
 from deepdelta.lab.analysis.stored import Stored, load_stored
 from deepdelta.lab.bench.config import Bar, Group
@@ -150,10 +148,6 @@ def bars_of(group: Group, rows: Sequence[Row]) -> tuple[BarResult, ...]:
             ratio = Ratio(median=peak, low=None, high=None, minimum=peak, maximum=peak)
         found.append(BarResult(bar=bar, ratio=ratio))
     return tuple(found)
-
-
-def save_results(results: BenchResults, path: Path) -> None:
-    write_json(path, to_plain(results))
 
 
 def load_results(path: AnyPath) -> BenchResults:

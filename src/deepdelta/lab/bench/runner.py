@@ -13,7 +13,7 @@ from deepdelta.files import AnyPath, locked, write_text
 from deepdelta.lab.bench import figures, tables
 from deepdelta.lab.bench.checks import check, check_compiled
 from deepdelta.lab.bench.config import MEASURES, Case, Group, Suite
-from deepdelta.lab.bench.results import BenchResults, GroupResult, Row, bars_of, save_results, timing_of
+from deepdelta.lab.bench.results import BenchResults, GroupResult, Row, bars_of, timing_of
 from deepdelta.lab.bench.subjects import Subject, build, code_of, problem, triad
 from deepdelta.lab.measure.cost import WARM_UP, interleaved
 from deepdelta.lab.views.tables import render
@@ -103,7 +103,7 @@ def run_suite(
 
 
 def _write(results: BenchResults, out: Path) -> None:
-    save_results(results, out / "results.json")
+    results.save(out / "results.json")
     write_text(out / "table.md", tables.markdown(results))
     write_text(out / "plot.svg", figures.svg(results))
     write_text(out / "plot.html", figures.page(results))

@@ -3,10 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from deepdelta.config import to_plain
-from deepdelta.files import write_json
 from deepdelta.lab.analysis.comparison import Comparison
 from deepdelta.lab.analysis.comparisons import contrasts
 from deepdelta.lab.analysis.results import Corpus as CorpusResult
@@ -92,8 +89,3 @@ def rank(
             for place, name in enumerate(order)
         ),
     )
-
-
-def save_search(found: SearchResults, path: Path) -> None:
-    """Write `search.json` atomically."""
-    write_json(path, to_plain(found))

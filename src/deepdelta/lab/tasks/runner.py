@@ -131,7 +131,7 @@ def run_task(
             records = runner.make(claimed, "runs")
         file.compact()
         results = collect(task, seeds, {(one.condition, one.seed): one for one in records.values()}, command)
-        write_json(out / "results.json", to_plain(results))
+        results.save(out / "results.json")
         write_text(out / "table.md", task_markdown(results))
     for table in task_tables(results)[:2]:
         Console().print(render(table))

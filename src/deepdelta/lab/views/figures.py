@@ -10,7 +10,7 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
-from deepdelta.lab.analysis.results import ConditionResult, CurvePoint, RewriteSummary, StudyResults
+from deepdelta.lab.analysis.results import ConditionResult, CurvePoint, RewriteSummary, RunResult, StudyResults
 from deepdelta.lab.views.drawing import (
     BASELINE_COLOUR,
     COLOURS,
@@ -116,16 +116,9 @@ def loss_curves(results: StudyResults, axis: Axis) -> Any | None:
         look, name = looks(results)[condition.name], escape(condition.name)
         # `meta` ties a line to the condition's button in the page.
         common = {"name": name, "meta": number}
-        curves = []
         for run in condition.runs:
-            curve = {
-                point.step: (axis.position(condition, point), loss)
-                for point in run.curve
-                if (loss := getattr(point, f"{kind}_loss")) is not None
-            }
+            curve = _curve(condition, run, axis, kind)
             late += [loss for step, (_, loss) in curve.items() if step >= 0.5 * results.budget.steps]
-            if run.validation_loss is not None:
-                curves.append(curve)
             made.add_scatter(
                 x=[x for x, _ in curve.values()],
                 y=[loss for _, loss in curve.values()],
@@ -135,11 +128,11 @@ def loss_curves(results: StudyResults, axis: Axis) -> Any | None:
                 line={"width": 1, "color": look.colour},
                 **common,
             )
-        steps = [step for step in curves[0] if all(step in curve for curve in curves)] if curves else []
+        mean = mean_curve(condition, axis, kind)
         made.add_scatter(
-            x=[fmean(curve[step][0] for curve in curves) for step in steps],
-            y=[fmean(curve[step][1] for curve in curves) for step in steps],
-            mode="lines+markers" if len(steps) <= 12 else "lines",
+            x=[x for x, _ in mean.values()],
+            y=[loss for _, loss in mean.values()],
+            mode="lines+markers" if len(mean) <= 12 else "lines",
             marker={"size": 7, "color": look.colour},
             line={"width": 2.5, "color": look.colour, "dash": look.dash},
             hovertemplate=f"%{{y:.4f}} {name}<extra></extra>",
@@ -149,6 +142,21 @@ def loss_curves(results: StudyResults, axis: Axis) -> Any | None:
         margin = 0.05 * (max(late) - min(late)) or 0.1
         made.update_yaxes(range=[min(late) - margin, max(late) + margin])
     return made
+
+
+def mean_curve(condition: ConditionResult, axis: Axis, kind: str) -> dict[int, tuple[float, float]]:
+    """By step, place on the axis and loss, means over the finished runs where all of them have a point."""
+    curves = [_curve(condition, run, axis, kind) for run in condition.runs if run.validation_loss is not None]
+    shared = [step for step in curves[0] if all(step in curve for curve in curves)] if curves else []
+    return {step: (fmean(own[step][0] for own in curves), fmean(own[step][1] for own in curves)) for step in shared}
+
+
+def _curve(condition: ConditionResult, run: RunResult, axis: Axis, kind: str) -> dict[int, tuple[float, float]]:
+    return {
+        point.step: (axis.position(condition, point), loss)
+        for point in run.curve
+        if (loss := getattr(point, f"{kind}_loss")) is not None
+    }
 
 
 def highest_share(results: StudyResults) -> float:

@@ -1,11 +1,10 @@
 """The picture of a study as one SVG: changes with their intervals, and loss against FLOPs and time."""
 
-from statistics import fmean
 from typing import Any
 
 from deepdelta.errors import printable
-from deepdelta.lab.analysis.results import ConditionResult, StudyResults
-from deepdelta.lab.views.figures import Axis, axes, looks
+from deepdelta.lab.analysis.results import StudyResults
+from deepdelta.lab.views.figures import Axis, axes, looks, mean_curve
 from deepdelta.lab.views.svg import FAINT, LINE, drawn, label, legend, legend_columns, named_rows, svg
 from deepdelta.lab.views.tables import si
 
@@ -77,18 +76,7 @@ def _curves(here: Any, results: StudyResults, axis: Axis) -> None:
 
 
 def _mean_curves(results: StudyResults, axis: Axis) -> dict[str, list[tuple[float, float]]]:
-    found = {one.name: _mean_curve(one, axis, results.budget.steps) for one in results.conditions}
-    return {name: points for name, points in found.items() if points}
-
-
-def _mean_curve(condition: ConditionResult, axis: Axis, steps: int) -> list[tuple[float, float]]:
-    runs = [
-        {point.step: point for point in run.curve if point.train_loss is not None}
-        for run in condition.runs
-        if run.validation_loss is not None
-    ]
-    shared = [step for step in runs[0] if step >= SHOWN * steps and all(step in run for run in runs)] if runs else []
-    return [
-        (fmean(axis.position(condition, run[step]) for run in runs), fmean(run[step].train_loss or 0.0 for run in runs))
-        for step in shared
-    ]
+    first = SHOWN * results.budget.steps
+    means = {one.name: mean_curve(one, axis, "train") for one in results.conditions}
+    shown = {name: [point for step, point in mean.items() if step >= first] for name, mean in means.items()}
+    return {name: points for name, points in shown.items() if points}

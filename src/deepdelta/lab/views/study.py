@@ -51,6 +51,9 @@ def main_table(results: StudyResults) -> TextTable:
         cost = one.cost
         return f"{cost.speed_ratio:.2f}x\n{cost.speed_ratio_low:.2f}-{cost.speed_ratio_high:.2f}" if cost else ABSENT
 
+    def memory(one: ConditionResult) -> str:
+        return f"{one.cost.peak_ratio:.2f}x" if one.cost else ABSENT
+
     seeds = ", ".join(map(str, results.seeds))
     columns = [
         Column(
@@ -83,12 +86,9 @@ def main_table(results: StudyResults) -> TextTable:
         ),
     ]
     if costs:
-        help_ = "Tokens/s relative to the baseline: median and extremes of interleaved rounds."
-        columns.append(Column("speed", help_, speed, spare=2))
-        help_ = "Peak of allocated tensors in a training step relative to the baseline."
-        columns.append(
-            Column("memory", help_, lambda one: f"{one.cost.peak_ratio:.2f}x" if one.cost else ABSENT, spare=3)
-        )
+        rounds = "Tokens/s relative to the baseline: median and extremes of interleaved rounds."
+        peak = "Peak of allocated tensors in a training step relative to the baseline."
+        columns += [Column("speed", rounds, speed, spare=2), Column("memory", peak, memory, spare=3)]
     return table_of(results.conditions, columns, notes=_notes(results, intervals, costs))
 
 
