@@ -12,7 +12,7 @@ from torch import multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from deepdelta import GPT, PRESETS, GPTConfig, UserError, param_groups, use_backend
+from deepdelta import GPT, PRESETS, DeltaStream, GPTConfig, UserError, param_groups, use_backend
 from deepdelta.decoding import DecodingCache
 
 # torch's own, about a view that a custom operator's output is.
@@ -69,6 +69,18 @@ def test_it_says_so(alone: None) -> None:
     assert "sharded or with hooks, and so opening their own state: layers.0 (FSDPLayer)" in repr(model)
     with pytest.raises(UserError, match="cached decoding needs whole parameters, and these are sharded"):
         DecodingCache(model)
+
+
+def test_a_sharded_residual_in_a_chain(alone: None, unchecked: None) -> None:
+    stream = DeltaStream(6, 4, seed=1)
+    chain = stream.chain([stream.wrap(nn.Linear(6, 6)) for _ in range(3)])
+    state = stream.expand(torch.ones(2, 5, 6).cumsum(1)).detach()
+    for backend in ("reference", "fused"):
+        use_backend(chain, backend)
+        expected = chain(state)
+        part = copy.deepcopy(chain)
+        fully_shard(part[1], mesh=init_device_mesh("cpu", (1,)))
+        torch.testing.assert_close(part(state), expected, rtol=1e-5, atol=1e-6)
 
 
 def _rank(rank: int, store: str, results: Any) -> None:

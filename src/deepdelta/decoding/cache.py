@@ -118,9 +118,9 @@ class DecodingCache:
         extend = () if self.expansion_history is None else (self.expansion_history.extend,)
         state_VD = self.model.stream.expansion(self.model.embedding(input_ids), *extend)
         *maps, head = self._one_token_maps if tokens == 1 else self._input_maps
-        memories = [(layer, slots) for layer in self.layers]
-        links = self.model.links(memories, list(zip(maps[::2], maps[1::2], strict=True)))
-        after = advance(state_VD, links, head)
+        pairs = zip(self.layers, maps[::2], maps[1::2], strict=True)
+        given = [((layer, slots), {"attention": first, "mlp": second}) for layer, first, second in pairs]
+        after = advance(state_VD, self.model.links(given), head)
         self.length += tokens
         return F.linear(after.read(), self.model.embedding.weight)
 

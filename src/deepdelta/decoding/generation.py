@@ -49,32 +49,24 @@ def generate(
     ):
         if not low <= value < 1 << 62:
             raise UserError(f"{name} must be at least {low}, got {value}.")
-    return _drawn(model, ids, tokens, temperature, top_k, seed, vocab_size)
 
+    def drawn() -> Iterator[int]:
+        generator = torch.Generator().manual_seed(seed)
+        device = model.embedding.weight.device
+        cache = DecodingCache(model)
+        for _ in range(tokens):
+            if len(ids) > cache.context:
+                cache.clear()
+            new = ids[-cache.context :][cache.length :]
+            logits = cache.decode(torch.tensor([new], device=device))[0, -1, :vocab_size].double().cpu()
+            if top_k is not None and top_k < logits.shape[0]:
+                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+            if temperature == 0:
+                ids.append(int(logits.argmax()))
+            else:
+                # Less the largest, so that a small temperature gives -inf for the others and not inf for all.
+                probabilities = ((logits - logits.max()) / temperature).nan_to_num(nan=0.0).softmax(-1)
+                ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+            yield ids[-1]
 
-def _drawn(
-    model: GPT,
-    ids: list[int],
-    tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-    vocab_size: int | None,
-) -> Iterator[int]:
-    generator = torch.Generator().manual_seed(seed)
-    device = model.embedding.weight.device
-    cache = DecodingCache(model)
-    for _ in range(tokens):
-        if len(ids) > cache.context:
-            cache.clear()
-        new = ids[-cache.context :][cache.length :]
-        logits = cache.decode(torch.tensor([new], device=device))[0, -1, :vocab_size].double().cpu()
-        if top_k is not None and top_k < logits.shape[0]:
-            logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-        if temperature == 0:
-            ids.append(int(logits.argmax()))
-        else:
-            # Less the largest, so that a small temperature gives -inf for the others and not inf for all.
-            probabilities = ((logits - logits.max()) / temperature).nan_to_num(nan=0.0).softmax(-1)
-            ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-        yield ids[-1]
+    return drawn()

@@ -173,20 +173,14 @@ class Layer(nn.Module):
             share_compression=self.attention if config.residual.compression_sharing == "block" else None,
         )
 
-    def forward(
-        self,
-        state: Float[Tensor, "B T V D"],
-        *memory: Any,
-        input_maps: tuple[InputMap | None, InputMap | None] = (None, None),
-    ) -> Float[Tensor, "B T V D"]:
-        """The rewritten state; `memory` is the attention's and `input_maps` those of cached decoding."""
-        return advance(state, self.links(memory, input_maps)).state
+    def forward(self, state: Float[Tensor, "B T V D"], *memory: Any, **maps: InputMap) -> Float[Tensor, "B T V D"]:
+        """The rewritten state; what is given besides is cached decoding's, as `links` has it."""
+        return advance(state, self.links(*memory, **maps)).state
 
-    def links(
-        self, memory: tuple[Any, ...], input_maps: tuple[InputMap | None, InputMap | None] = (None, None)
-    ) -> list[Link]:
-        """The attention and the MLP with what `forward` is given for them."""
-        return [Link(self.attention, memory, input_map=input_maps[0]), Link(self.mlp, input_map=input_maps[1])]
+    def links(self, *memory: Any, **maps: InputMap) -> list[Link]:
+        """The attention, given `memory`, and the MLP; `maps` are input maps by these two names."""
+        attention, mlp = ({"input_map": maps[name]} if maps else None for name in ("attention", "mlp"))
+        return [Link(self.attention, memory, attention), Link(self.mlp, (), mlp)]
 
 
 class GPT(nn.Module):
@@ -219,20 +213,12 @@ class GPT(nn.Module):
         """How the head reads the state."""
         return InputMap(self.stream.readout, self.norm)
 
-    def links(
-        self,
-        memories: Sequence[tuple[Any, ...]] | None = None,
-        input_maps: Sequence[tuple[InputMap | None, InputMap | None]] | None = None,
-    ) -> list[Link]:
+    def links(self, given: Sequence[tuple[tuple[Any, ...], dict[str, InputMap]]] | None = None) -> list[Link]:
         """The residuals as a chain; a layer with hooks, in a wrapper (checkpoints, torch.compile) or sharded, whose
-        parameters are whole only while it runs, is one link. What is given is cached decoding's, per layer."""
-        links, number = [], len(self.layers)
-        given = zip(self.layers, memories or [()] * number, input_maps or [(None, None)] * number, strict=True)
-        for layer, memory, maps in given:
-            if plain(layer, Layer):
-                links += layer.links(memory, maps)
-            else:
-                links.append(Link(layer, memory, None if input_maps is None else {"input_maps": maps}))
+        parameters are whole only while it runs, is one link. What is `given` to each layer is cached decoding's."""
+        links: list[Link] = []
+        for layer, (memory, maps) in zip(self.layers, given or [((), {})] * len(self.layers), strict=True):
+            links += layer.links(*memory, **maps) if plain(layer, Layer) else [Link(layer, memory, maps)]
         return links
 
     def extra_repr(self) -> str:

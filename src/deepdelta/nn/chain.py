@@ -19,8 +19,10 @@ class Link(NamedTuple):
     module: nn.Module
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
-    input_map: InputMap | None = None
-    """In cached decoding, instead of the residual's own."""
+    """A residual's `input_map` among them stands for its own, as in cached decoding."""
+
+    def input_map(self, residual: DeltaResidual) -> InputMap:
+        return (self.kwargs or {}).get("input_map") or residual.input_map()
 
 
 def advance(state: Tensor, links: Sequence[Link], head: InputMap | None = None) -> StreamState:
@@ -34,15 +36,14 @@ def advance(state: Tensor, links: Sequence[Link], head: InputMap | None = None) 
     """
     given = StreamState(state)
     for link, next_link in zip(links, [*links[1:], None], strict=True):
-        residual, args, kwargs, input_map = link.module, link.args, link.kwargs or {}, link.input_map
+        residual, kwargs = link.module, link.kwargs or {}
         if not plain(residual, DeltaResidual):
-            kwargs = kwargs if input_map is None else {**kwargs, "input_map": input_map}
-            given = StreamState(_tensor(residual, residual(given.state, *args, **kwargs)))
+            given = StreamState(_tensor(residual, residual(given.state, *link.args, **kwargs)))
             continue
         if given.c is None:
-            given = residual.opened(given.state, input_map or residual.input_map())
-        branch = residual.wrapped()
-        h = _tensor(branch, branch(residual.branch_input(given), *args, **kwargs))
+            given = residual.opened(given.state, link.input_map(residual))
+        branch, extras = residual.wrapped(), {name: value for name, value in kwargs.items() if name != "input_map"}
+        h = _tensor(branch, branch(residual.branch_input(given), *link.args, **extras))
         following = head if next_link is None else _following(residual, next_link, given.state)
         given = residual.rewrite(given, h, following)
         if following is None:
@@ -56,7 +57,7 @@ def _following(residual: DeltaResidual, link: Link, state_VD: Tensor) -> InputMa
     if not plain(after, DeltaResidual) or after.shape() != residual.shape():
         return None
     after.check(state_VD)
-    return link.input_map or after.input_map()
+    return link.input_map(after)
 
 
 def _tensor(module: nn.Module, output: Any) -> Tensor:
