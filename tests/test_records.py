@@ -11,12 +11,20 @@ from deepdelta import UserError
 from deepdelta.config import from_plain
 from deepdelta.lab.analysis.comparison import Comparison, Interval
 from deepdelta.lab.analysis.results import RunResult, StudyResults, load_results
+from deepdelta.lab.analysis.scaling import Scaling
 from deepdelta.lab.analysis.stored import load_stored
 from deepdelta.lab.analysis.tasks import TaskResults
+from deepdelta.lab.audit.findings import AuditResults
+from deepdelta.lab.bench import BenchResults, gradients
+from deepdelta.lab.bench.tables import markdown as bench_markdown
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
+from deepdelta.lab.experiments.search import SearchResults
 from deepdelta.lab.tasks import load_task
 from deepdelta.lab.tasks.results import collect
+from deepdelta.lab.views import scaling_markdown, search_markdown, study_markdown
+from deepdelta.lab.views.audit import audit_markdown
+from deepdelta.lab.views.tasks import task_markdown
 from report_samples import anew
 
 ROWS = [{"name": name, "loss": loss, "note": "ü" * 40} for name, loss in (("a", 1.5), ("b", None), ("c", 0.25))]
@@ -148,3 +156,24 @@ def test_the_committed_comparisons_are_those_of_the_committed_records(file):
         interval = expected.confidence_interval()
         assert (other.comparison.t_interval.low, other.comparison.t_interval.high) == pytest.approx(interval, rel=1e-8)
         assert other.comparison.p_value == pytest.approx(expected.pvalue, rel=1e-8)
+
+
+def test_the_committed_tables_are_those_of_the_stored_analysis():
+    for file in RESULTS.rglob("table.md"):
+        folder, stored = file.parent, file.with_name("results.json")
+        if folder.name.startswith("audit-"):
+            text = audit_markdown(load_stored(AuditResults, folder / "audit.json", "deepdelta audit"))
+        elif (search := folder / "search.json").exists():
+            text = search_markdown(load_stored(SearchResults, search, "deepdelta study"))
+        elif (found := folder / "scaling.json").exists():
+            laws = load_stored(Scaling, found, "deepdelta study")
+            text = scaling_markdown(laws, {size: load_results(folder / size / "results.json") for size in laws.sizes})
+        elif folder.name.startswith("task-"):
+            text = task_markdown(load_stored(TaskResults, stored, "deepdelta task"))
+        elif folder.name == "bench-gradients":
+            text = gradients.markdown(load_stored(gradients.GradientResults, stored, "deepdelta bench"))
+        elif folder.name.startswith("bench-"):
+            text = bench_markdown(load_stored(BenchResults, stored, "deepdelta bench"))
+        else:
+            text = study_markdown(load_results(stored))
+        assert text == file.read_text(encoding="utf-8"), folder.name
