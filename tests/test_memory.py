@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deepdelta import GPT, PRESETS, DeltaStream, GPTConfig, ResidualConfig, UserError, use_backend, use_memory
 from deepdelta.lab.measure import peak_bytes
+from deepdelta.nn.activation_memory import SavedState
 from helpers import randn
 
 VARIANTS = {
@@ -129,6 +130,21 @@ def test_a_state_is_the_user_s_own_tensor(plan: str, backend: str, unchecked: No
     del made
     gc.collect()
     assert not any(reference() is not None for reference in alive)
+
+
+@pytest.mark.parametrize("plan", ["replay", "recover"])
+def test_a_graph_whose_backward_pass_is_done_holds_no_state(plan: str, unchecked: None) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(type(one) is SavedState for one in gc.get_objects())
+
+    stream, before = DeltaStream(6, 3, seed=1), alive()
+    blocks = nn.Sequential(*(stream.wrap(nn.Linear(6, 6)) for _ in range(4)))
+    use_memory(blocks, plan, every=2)
+    loss = stream.reduce(blocks(stream.expand(randn(4, 6).float()))).square().sum()
+    assert alive() > before
+    loss.backward()
+    assert alive() == before and loss.grad_fn is not None
 
 
 def test_memory_of_a_deep_model_grows_like_the_additive_one(unchecked: None) -> None:

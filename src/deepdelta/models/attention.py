@@ -26,9 +26,9 @@ class Rotary(nn.Module):
         # dict, transformers' from_pretrained) would leave buffers that no state dict holds with arbitrary numbers.
         self._tables: tuple[Tensor, Tensor] | None = None
         if (device := torch.get_default_device()).type != "meta":
-            self._tables = self._made(device)
+            self._tables = self._computed(device)
 
-    def _made(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _computed(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin, (context, 1, half) each; computed on the CPU, so that every device has the same numbers."""
         frequency = 1.0 / self.base ** (torch.arange(0, self.rotated, 2, device="cpu").float() / max(self.rotated, 1))
         angle_TR = torch.outer(torch.arange(self.context, device="cpu").float(), frequency)
@@ -41,7 +41,7 @@ class Rotary(nn.Module):
         if device.type == "meta":
             self._tables = None
         elif self._tables is None or self._tables[0].device != device:
-            self._tables = self._made(device)
+            self._tables = self._computed(device)
         return self
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ class Rotary(nn.Module):
         if self._tables is not None and self._tables[0].device == device:
             return self._tables
         with torch.inference_mode(False):  # What training uses later must be no inference tensor.
-            made = self._made(device)
+            made = self._computed(device)
         # Not what stands for it while a graph is traced or torch.func transforms a function.
         transformed = not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(made[0])
         if type(made[0]) is Tensor and not transformed:
