@@ -13,7 +13,7 @@ from deepdelta.lab.measure.rewrites import GATE_BINS
 from deepdelta.lab.views import figures as pictures
 from deepdelta.lab.views.page import render_page
 from deepdelta.lab.views.plot import plot, study_figure
-from report_samples import HOSTILE, Page, anew, many_seeds, plain, run, study
+from report_samples import HOSTILE, Page, anew, bare, many_seeds, plain, run, study
 
 
 def test_pictures_are_valid_and_each_has_its_place() -> None:
@@ -69,6 +69,15 @@ def test_the_plot_as_text_loads_nothing_and_is_the_same_twice() -> None:
     assert texts.count(HOSTILE) == 2 and texts.count("additive") == 1  # a row and the legend; the legend
     assert not any(element.tag.endswith(("script", "image", "metadata")) for element in tree.iter())
     assert not re.findall(r"https?://(?!www\.w3\.org/)", text)
+
+
+def test_the_plot_of_odd_names_and_of_nothing() -> None:
+    """What matplotlib would read as mathematics, or leave out of a legend, is drawn as it is."""
+    names = ["additive", "$\\frac{a}$", "_hidden"]
+    tree = ElementTree.fromstring(plot(study({name: [1.7, 1.6] for name in names})))
+    texts = [(element.text or "").lstrip("\u200b") for element in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert [texts.count(name) for name in names] == [1, 2, 2]
+    ElementTree.fromstring(plot(bare()))
 
 
 def test_loss_curves_lie_on_steps_flops_and_seconds() -> None:

@@ -27,12 +27,13 @@ def study_figure(results: StudyResults) -> Any:
     """The picture as a figure of matplotlib."""
     shown = [axis for axis in axes(results) if axis.key != "steps" and _mean_curves(results, axis)]
     names = [one.name for one in results.conditions]
-    heights = [ROW * len(results.against_baseline()) + 0.6] if results.contrasts else []
+    compared = results.against_baseline()
+    heights = [ROW * len(compared) + 0.6] if compared else []
     if shown:
         heights.append(CURVES + LINE * -(-len(names) // legend_columns(names)))
 
     def draw(*parts: Any) -> None:
-        if results.contrasts:
+        if compared:
             _changes(parts[0].subplots(), results)
         if shown:
             here = parts[-1].subplots(1, len(shown), sharey=True, squeeze=False)[0]
