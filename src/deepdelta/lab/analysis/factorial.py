@@ -4,7 +4,8 @@ Legend of shapes: C conditions, P coefficients.
 """
 
 from collections.abc import Mapping
-from itertools import combinations
+from functools import partial
+from itertools import combinations, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,34 +49,30 @@ def design(title: str, factorial: Factorial, levels: Mapping[str, Mapping[str, s
                 f"factorials.{title}: '{factor}' must have at least two levels among its conditions "
                 f"{list(chosen)}, got {values}."
             )
-    codes = {factor: _codes(values) for factor, values in seen.items()}
     pairs = list(combinations(factorial.factors, 2)) if factorial.interactions else []
-    columns_C_P = np.array(
-        [
-            np.concatenate(
-                [
-                    [1.0],
-                    *(codes[factor][own[factor]] for factor in factorial.factors),
-                    *(np.kron(codes[one][own[one]], codes[other][own[other]]) for one, other in pairs),
-                ]
-            )
-            for own in chosen.values()
-        ]
-    )
+    row = partial(_row, {factor: _codes(values) for factor, values in seen.items()}, pairs)
+    columns_C_P = np.array([row(own) for own in chosen.values()])
+    # Each effect as c. What a row does not name is averaged over: its coefficients add up to 0.
+    wanted = {
+        f"{factor}: {level} - {first}": row({factor: level}) - row({factor: first})
+        for factor, (first, *levels_after) in seen.items()
+        for level in levels_after
+    }
+    for one, other in pairs:
+        (a, *later), (b, *others) = seen[one], seen[other]
+        for x, y in product(later, others):
+            change_at_y = row({one: x, other: y}) - row({one: a, other: y})
+            change_at_b = row({one: x, other: b}) - row({one: a, other: b})
+            wanted[f"{one}: {x} - {a} x {other}: {y} - {b}"] = change_at_y - change_at_b
     inverse_P_C = np.linalg.pinv(columns_C_P)
-    effects: dict[str, dict[str, float]] = {}
-    confounded = []
-    for name, wanted_P in _wanted(factorial.factors, pairs, seen, codes, columns_C_P.shape[1]):
-        weights_C = wanted_P @ inverse_P_C
-        if not np.allclose(weights_C @ columns_C_P, wanted_P, atol=1e-9):
-            confounded.append(name)
-        effects[name] = dict(zip(chosen, weights_C.tolist(), strict=True))
+    weights = {name: wanted_P @ inverse_P_C for name, wanted_P in wanted.items()}
+    confounded = [name for name in wanted if not np.allclose(weights[name] @ columns_C_P, wanted[name], atol=1e-9)]
     if confounded:
         raise UserError(
             f"factorials.{title}: the {len(chosen)} conditions do not tell these effects from others: "
             f"{'; '.join(confounded)}. Add conditions, name fewer factors, or set interactions = false."
         )
-    return effects
+    return {name: dict(zip(chosen, weights_C.tolist(), strict=True)) for name, weights_C in weights.items()}
 
 
 def effects(measured: Measurements) -> tuple[Effect, ...]:
@@ -114,31 +111,7 @@ def _codes(levels: list[str]) -> dict[str, Vector]:
     return dict(zip(levels, [*units, -np.ones(len(levels) - 1)], strict=True))
 
 
-def _wanted(
-    factors: tuple[str, ...],
-    pairs: list[tuple[str, str]],
-    seen: Mapping[str, list[str]],
-    codes: Mapping[str, dict[str, Vector]],
-    size: int,
-) -> list[tuple[str, Vector]]:
-    """Names of effects and what of the coefficients each is: vectors c with effect = c p."""
-    differences = {
-        factor: [
-            (f"{factor}: {level} - {seen[factor][0]}", codes[factor][level] - codes[factor][seen[factor][0]])
-            for level in seen[factor][1:]
-        ]
-        for factor in factors
-    }
-    terms = [differences[factor] for factor in factors]
-    terms += [
-        [(f"{a} x {b}", np.kron(x, y)) for a, x in differences[one] for b, y in differences[other]]
-        for one, other in pairs
-    ]
-    wanted, start = [], 1
-    for term in terms:
-        for name, part in term:
-            vector = np.zeros(size)
-            vector[start : start + len(part)] = part
-            wanted.append((name, vector))
-        start += len(term[0][1])
-    return wanted
+def _row(codes: Mapping[str, dict[str, Vector]], pairs: list[tuple[str, str]], own: Mapping[str, str]) -> Vector:
+    """The model's row of a condition with these levels; a factor without one has the code 0."""
+    given = {factor: of[own[factor]] if factor in own else 0 * next(iter(of.values())) for factor, of in codes.items()}
+    return np.concatenate([[1.0], *given.values(), *(np.kron(given[one], given[other]) for one, other in pairs)])

@@ -6,6 +6,7 @@ resolved is given from two seeds on, because that is what a small study honestly
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, stdev
@@ -92,17 +93,14 @@ def seeds_needed(sd: float, difference: float, power: float = POWER) -> int:
     difference = abs(difference)
     if not (math.isfinite(sd) and sd >= 0 and math.isfinite(difference) and difference > 0):
         raise UserError(f"needs a finite sd >= 0 and a finite difference other than 0, got {sd} and {difference}")
-    # Were the spread known for certain, this many would do; the exact answer is the same or slightly more.
-    known = smallest_resolvable(sd, 1_000_000, power) * 1_000
-    if known / difference > MOST_SEEDS**0.5:
+    candidates = range(MINIMUM_SEEDS, MOST_SEEDS + 1)
+    found = bisect_left(candidates, True, key=lambda n: smallest_resolvable(sd, n, power) <= difference)
+    if found == len(candidates):
         raise UserError(
             f"resolving {difference} nats with a spread of {sd} takes more than {MOST_SEEDS:,} seeds: first reduce the "
             "spread"
         )
-    n = max(MINIMUM_SEEDS, math.floor((known / difference) ** 2))
-    while smallest_resolvable(sd, n, power) > difference:
-        n += 1
-    return n
+    return candidates[found]
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
