@@ -114,7 +114,7 @@ def test_bars_from_known_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(
         runner, "interleaved", lambda runs, **_: {name: [(fake[name], 2 * fake[name])] * 3 for name in runs}
     )
-    monkeypatch.setattr(subjects, "peak_bytes", lambda step, held: next(peaks))
+    monkeypatch.setattr(cost, "peak_bytes", lambda step, held: next(peaks))
     results = run_suite(replace(TINY, groups=(group,)), tmp_path, threads=1, command="typed")
     (found,) = results.groups
     assert [one.ratio.median for one in found.bars] == [0.5, 2.0, 1.5, 3.0]

@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from deepdelta import GPT, PRESETS, GPTConfig, TrainConfig, UserError
 from deepdelta.lab.measure import cost as cost_module
-from deepdelta.lab.measure import measure_costs, peak_bytes
+from deepdelta.lab.measure.cost import Trial, measure_costs, trial
+from deepdelta.lab.measure.memory import peak_bytes
 
 FLOAT = 4
 
@@ -98,12 +99,12 @@ def test_memory_freed_in_the_step_makes_room() -> None:
     assert peak_bytes(step, []) == FLOAT * 10
 
 
-def training_step(residual: str) -> tuple[cost_module._Trial, Callable[[], None]]:
+def training_step(residual: str) -> tuple[Trial, Callable[[], None]]:
     sizes = GPTConfig(context=32, layers=2, heads=2, dim=32, residual=PRESETS[residual])
-    trial = cost_module._Trial(
+    made = trial(
         TrainConfig(model=sizes, batch_size=4, accumulate=2, device="cpu"), 64, cost_module.choose_device("cpu", "fp32")
     )
-    return trial, lambda: trial.step(trial.model)
+    return made, lambda: made.step(made.model)
 
 
 def profiled_peak(step: Callable[[], None], path: Path) -> int:
@@ -121,17 +122,17 @@ def profiled_peak(step: Callable[[], None], path: Path) -> int:
 
 @pytest.mark.parametrize("residual", ["additive", "paper-cc", "code-tc"])
 def test_a_training_step_agrees_with_the_profiler(residual: str, tmp_path: Path) -> None:
-    trial, step = training_step(residual)
+    made, step = training_step(residual)
     for _ in range(2):
         step()
-    peak = trial.peak_bytes()
-    parameters = sum(parameter.nbytes for parameter in trial.model.parameters())
-    held = sum(tensor.nbytes for tensor in trial._held())
+    peak = made.peak_bytes()
+    parameters = sum(parameter.nbytes for parameter in made.model.parameters())
+    held = sum(tensor.nbytes for tensor in made.held)
     assert held > 3 * parameters
     # Within the small temporaries that operators make inside themselves.
     assert profiled_peak(step, tmp_path / "trace.json") == pytest.approx(peak - held, abs=8192)
     assert peak - held > parameters
-    assert trial.peak_bytes() == peak
+    assert made.peak_bytes() == peak
 
 
 def configs(**changes: Any) -> dict[str, TrainConfig]:
@@ -187,13 +188,11 @@ def test_times_become_speeds_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None
 def test_every_round_makes_every_condition_in_changing_order(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
-    def record(trial: cost_module._Trial, forward: Any) -> None:
-        order.append(trial.config.model.residual.rule + str(trial.config.model.residual.value_channels))
+    def record(made: Trial, forward: Any) -> None:
+        order.append(made.config.model.residual.rule + str(made.config.model.residual.value_channels))
 
-    plain = cost_module._Trial.step
-    monkeypatch.setattr(
-        cost_module._Trial, "step", lambda trial, forward: (record(trial, forward), plain(trial, forward))
-    )
+    plain = Trial.step
+    monkeypatch.setattr(Trial, "step", lambda made, forward: (record(made, forward), plain(made, forward)))
     measure_costs(configs(), vocab_size=31, rounds=8, baseline="additive")
     timed = order[-24:]
     rounds = [tuple(timed[i : i + 3]) for i in range(0, 24, 3)]
@@ -202,19 +201,19 @@ def test_every_round_makes_every_condition_in_changing_order(monkeypatch: pytest
 
 
 def test_the_step_trains() -> None:
-    trial, step = training_step("paper-cc")
-    before = {name: value.clone() for name, value in trial.model.state_dict().items()}
+    made, step = training_step("paper-cc")
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
     losses = []
     for _ in range(12):
         step()
         with torch.no_grad():
-            loss = trial.model(trial.ids[:, :-1], trial.ids[:, 1:]).loss
+            loss = made.model(made.ids[:, :-1], made.ids[:, 1:]).loss
         assert loss is not None
         losses.append(loss.item())
     assert losses[-1] < losses[0] < 1.5 * math.log(64)
-    changed = [name for name, value in trial.model.state_dict().items() if not torch.equal(value, before[name])]
+    changed = [name for name, value in made.model.state_dict().items() if not torch.equal(value, before[name])]
     assert set(changed) == set(before)
-    assert isinstance(trial.model, GPT) and all(parameter.grad is None for parameter in trial.model.parameters())
+    assert isinstance(made.model, GPT) and all(parameter.grad is None for parameter in made.model.parameters())
 
 
 def test_bad_input_is_named() -> None:

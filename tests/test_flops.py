@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepdelta import PRESETS, UserError
-from deepdelta.lab.measure import training_flops_per_token
+from deepdelta.lab.measure.flops import training_flops_per_token
 from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import ResidualConfig
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepdelta import GPT, PRESETS, DeltaStream, GPTConfig, ResidualConfig, UserError, use_backend, use_memory
-from deepdelta.lab.measure import peak_bytes
+from deepdelta.lab.measure.memory import peak_bytes
 from deepdelta.nn.activation_memory import SavedState
 from helpers import randn
 

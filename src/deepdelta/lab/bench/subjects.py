@@ -3,10 +3,9 @@
 Shapes: N tokens, V value channels, D width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +15,14 @@ from deepdelta.device import Device, compiler_problem
 from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
 from deepdelta.lab.bench.config import Case, Group, Suite
 from deepdelta.lab.bench.peers import PeerGPT, peer_problem
-from deepdelta.lab.measure import flops, peak_bytes
+from deepdelta.lab.measure import flops
+from deepdelta.lab.measure.cost import Trial
 from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import ResidualConfig, use_backend, use_memory
 from deepdelta.nn.parts.direction import normalisation
 from deepdelta.ops.step import NEEDS, fused_problem, fused_step, rewrite_step
 from deepdelta.training.config import TrainConfig
-from deepdelta.training.optimizer import build_optimizer
-from deepdelta.training.step import backward, micro_losses, training_step, update
+from deepdelta.training.step import backward, update
 
 SEED = 0
 NORM_EPS = 1e-5
@@ -100,28 +99,22 @@ def _runnable(model: nn.Module, group: Group) -> nn.Module:
 def training(group: Group, case: Case, chosen: Device) -> Subject:
     """Forward and backward, then clipping and the fused AdamW."""
     model = build_model(group, case, chosen.device)
-    forward = _runnable(model, group)
-    optimizer = build_optimizer(model, TrainConfig())
     ids = random_ids(group, chosen.device, group.context + 1)
-
-    def losses() -> Iterator[Tensor]:
-        return micro_losses(forward, ids[:, :-1], ids[:, 1:], 1, chosen)
+    trial = Trial(model, _runnable(model, group), ids, TrainConfig(), chosen)
 
     def verify() -> float:
         plain = loss_and_gradients(model, model, ids, chosen)
-        return agreement(loss_and_gradients(forward, model, ids, chosen), plain)
-
-    def peak() -> int:
-        state = chain.from_iterable(values.values() for values in optimizer.state.values())
-        held = [ids, *model.parameters(), *model.buffers(), *state]
-        return peak_bytes(lambda: training_step(model, optimizer, losses(), clip=1.0), held)
+        return agreement(loss_and_gradients(trial.forward, model, ids, chosen), plain)
 
     seen = chosen.device.type == "cuda" or not group.compiled
     return Subject(
-        stages=(lambda: backward(losses()), lambda: update(model, optimizer, 1.0)),
+        stages=(
+            lambda: backward(trial.losses(trial.forward)),
+            lambda: update(model, trial.optimizer, trial.config.clip),
+        ),
         tokens=group.batch * group.context,
         parameters=_count(model),
-        peak=peak if seen else None,
+        peak=trial.peak_bytes if seen else None,
         verify=verify if group.compiled else None,
     )
 

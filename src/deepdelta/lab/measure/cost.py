@@ -3,7 +3,7 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -81,15 +81,15 @@ def measure_costs(
     torch.set_num_threads(first.threads or threads_before)
     keep_freed_memory()
     try:
-        trials = {name: _Trial(config, vocab_size, chosen) for name, config in configs.items()}
-        for trial in trials.values():
+        trials = {name: trial(config, vocab_size, chosen) for name, config in configs.items()}
+        for one in trials.values():
             for _ in range(WARM_UP):
-                trial.step(trial.forward)
-        peaks = {name: trial.peak_bytes() for name, trial in trials.items()}
+                one.step(one.forward)
+        peaks = {name: one.peak_bytes() for name, one in trials.items()}
         times = _timed(trials, rounds, progress)
     finally:
         torch.set_num_threads(threads_before)
-    speeds = {name: [trials[name].tokens / seconds for seconds in times[name]] for name in trials}
+    speeds = {name: [trials[name].config.tokens_per_step / seconds for seconds in times[name]] for name in trials}
     costs = {}
     for name, speed in speeds.items():
         ratios = [one / reference for one, reference in zip(speed, speeds[baseline], strict=True)]
@@ -135,45 +135,57 @@ def interleaved(
 
 
 def _timed(
-    trials: Mapping[str, "_Trial"], rounds: int, progress: Callable[[int, int], None] | None
+    trials: Mapping[str, "Trial"], rounds: int, progress: Callable[[int, int], None] | None
 ) -> dict[str, list[float]]:
     """Seconds of each condition's step in each round."""
-    runs = {name: (partial(trial.step, trial.forward),) for name, trial in trials.items()}
+    runs = {name: (partial(one.step, one.forward),) for name, one in trials.items()}
     device = next(iter(trials.values())).chosen.device
     times = interleaved(runs, rounds=rounds, device=device, progress=progress)
     return {name: [seconds for (seconds,) in rows] for name, rows in times.items()}
 
 
-class _Trial:
-    """One condition: model, optimiser and a batch, ready to make the same training step again and again."""
+class Trial:
+    """A model, its optimiser and a batch, ready to make the same training step again and again."""
 
-    def __init__(self, config: TrainConfig, vocab_size: int, chosen: Device) -> None:
-        vocabulary = config.model.vocab_size or vocab_size
-        self.config, self.chosen, self.tokens = config, chosen, config.tokens_per_step
-        model = replace(config.model, vocab_size=vocabulary)
-        check_size(replace(config, model=model), chosen)
-        self.model = GPT(model, seed=config.seed).to(chosen.device)
-        use_backend(self.model, config.backend, compiled=config.compile)
-        use_memory(self.model, config.memory)
-        self.optimizer = build_optimizer(self.model, config)
-        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
-        shape = (config.accumulate * config.batch_size, config.model.context + 1)
-        generator = torch.Generator().manual_seed(config.seed)
-        self.ids = torch.randint(vocabulary, shape, generator=generator).to(chosen.device)
+    def __init__(self, model: nn.Module, forward: nn.Module, ids: Tensor, config: TrainConfig, chosen: Device) -> None:
+        """
+        Args:
+            forward: the model, or what it was compiled to.
+            ids: token ids (B, T + 1).
+        """
+        self.model, self.forward, self.ids, self.config, self.chosen = model, forward, ids, config, chosen
+        self.optimizer = build_optimizer(model, config)
+
+    def losses(self, forward: nn.Module) -> Iterator[Tensor]:
+        return micro_losses(forward, self.ids[:, :-1], self.ids[:, 1:], self.config.accumulate, self.chosen)
 
     def step(self, forward: nn.Module) -> None:
         """What `deepdelta.training` does in a step, apart from reading the batch and writing the record."""
-        losses = micro_losses(forward, self.ids[:, :-1], self.ids[:, 1:], self.config.accumulate, self.chosen)
-        training_step(self.model, self.optimizer, losses, clip=self.config.clip)
+        training_step(self.model, self.optimizer, self.losses(forward), clip=self.config.clip)
 
     def peak_bytes(self) -> int:
         """Of the step as it runs on CUDA; elsewhere of the uncompiled step, since the compiled one cannot be seen."""
         forward = self.forward if self.chosen.device.type == "cuda" else self.model
-        return peak_bytes(lambda: self.step(forward), self._held())
+        return peak_bytes(lambda: self.step(forward), self.held)
 
-    def _held(self) -> list[Tensor]:
+    @property
+    def held(self) -> list[Tensor]:
         state = chain.from_iterable(values.values() for values in self.optimizer.state.values())
         return [self.ids, *self.model.parameters(), *self.model.buffers(), *state]
+
+
+def trial(config: TrainConfig, vocab_size: int, chosen: Device) -> Trial:
+    """A condition with a batch of random ids; `vocab_size` where its configuration leaves that open."""
+    vocab_size = config.model.vocab_size or vocab_size
+    config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    check_size(config, chosen)
+    model = GPT(config.model, seed=config.seed).to(chosen.device)
+    use_backend(model, config.backend, compiled=config.compile)
+    use_memory(model, config.memory)
+    shape = (config.accumulate * config.batch_size, config.model.context + 1)
+    ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(config.seed))
+    forward: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    return Trial(model, forward, ids.to(chosen.device), config, chosen)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -16,7 +16,6 @@ from deepdelta.config import Count, Distinct
 from deepdelta.errors import UserError, nearest
 from deepdelta.lab.tasks.fitting import CONDITIONS, AdamW, fit, part_of, seeded
 from deepdelta.lab.tasks.images import Images, load_images, split_images
-from deepdelta.lab.tasks.registry import SUMMARIES
 from deepdelta.lab.tasks.task import Progress, Task
 from deepdelta.lab.tasks.vision import MODELS, ResNet, ViT
 from deepdelta.nn import ResidualConfig
@@ -132,8 +131,6 @@ def accuracy(network: nn.Module, images: Images) -> float:
 
 
 TASK = Task(
-    name="digits",
-    summary=SUMMARIES["digits"],
     settings=DigitsSettings(),
     conditions=CONDITIONS,
     baseline="additive",

@@ -17,7 +17,6 @@ from deepdelta.config import Count, Distinct
 from deepdelta.errors import UserError, nearest
 from deepdelta.lab.tasks.fitting import CONDITIONS, AdamW, fit, part_of, seeded, stream_of
 from deepdelta.lab.tasks.refinement import can_refine, flowed, refined, spectrum
-from deepdelta.lab.tasks.registry import SUMMARIES
 from deepdelta.lab.tasks.task import Progress, Task, Variant
 from deepdelta.lab.tasks.trajectories import SYSTEMS, trajectories
 from deepdelta.nn import DeltaResidual, ResidualConfig
@@ -207,8 +206,6 @@ def _gated(gate: float) -> dict[str, Any]:
 
 
 TASK = Task(
-    name="dynamics",
-    summary=SUMMARIES["dynamics"],
     settings=DynamicsSettings(),
     conditions=CONDITIONS
     | {

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from deepdelta.config import Count, Distinct
 from deepdelta.errors import UserError
 from deepdelta.lab.tasks.fitting import CONDITIONS, AdamW, fit, part_of
-from deepdelta.lab.tasks.registry import SUMMARIES
 from deepdelta.lab.tasks.task import Progress, Task, Variant
 from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import ResidualConfig
@@ -164,8 +163,6 @@ def _tested(settings: RecallSettings, model: GPT, seed: int) -> dict[str, float]
 
 
 TASK = Task(
-    name="recall",
-    summary=SUMMARIES["recall"],
     settings=RecallSettings(),
     conditions=CONDITIONS
     | {

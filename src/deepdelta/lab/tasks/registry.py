@@ -1,6 +1,7 @@
 """The tasks by name. A task's module holds it as TASK and is imported when it is asked for."""
 
 import importlib
+from dataclasses import replace
 
 from deepdelta.errors import unknown, without_extra
 from deepdelta.lab.tasks.task import Task
@@ -29,8 +30,8 @@ def load_task(name: str) -> Task:
         raise unknown("task", name, SUMMARIES)
     try:
         task: Task = importlib.import_module(f"deepdelta.lab.tasks.{name}").TASK
+        return replace(task, name=name, summary=SUMMARIES[name])
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("deepdelta"):
             raise
         raise without_extra(f"runs of the task {name}", "lab", error) from None
-    return task

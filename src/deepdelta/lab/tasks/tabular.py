@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from deepdelta.config import Count
 from deepdelta.errors import UserError
 from deepdelta.lab.tasks.fitting import CONDITIONS, AdamW, fit, seeded, stream_of
-from deepdelta.lab.tasks.registry import SUMMARIES
 from deepdelta.lab.tasks.task import Progress, Task
 from deepdelta.nn import ResidualConfig
 from deepdelta.training.config import Positive
@@ -115,8 +114,6 @@ def run(settings: TabularSettings, seed: int, progress: Progress) -> dict[str, f
 
 
 TASK = Task(
-    name="tabular",
-    summary=SUMMARIES["tabular"],
     settings=TabularSettings(),
     conditions=CONDITIONS,
     baseline="additive",

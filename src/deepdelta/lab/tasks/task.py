@@ -29,13 +29,14 @@ class Task:
     """A task that `deepdelta task NAME` runs: every condition once per seed.
 
     Fields:
+        name, summary: those that the registry has.
         settings: the frozen dataclass of its settings; the instance holds the defaults.
         run: run(settings, seed, progress) -> metrics by name; the same twice for the same arguments.
         primary: the metric that conditions are compared in; `unit` says what it counts.
     """
 
-    name: str
-    summary: str
+    name: str = ""
+    summary: str = ""
     settings: Any
     conditions: Mapping[str, Variant]
     baseline: str

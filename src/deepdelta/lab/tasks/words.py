@@ -22,7 +22,6 @@ from deepdelta.config import Count
 from deepdelta.errors import UserError
 from deepdelta.lab.tasks.fitting import Recipe, fit
 from deepdelta.lab.tasks.groups import group, reflections
-from deepdelta.lab.tasks.registry import SUMMARIES
 from deepdelta.lab.tasks.task import Progress, Task, Variant
 from deepdelta.ops import delta_rewrite
 from deepdelta.training.config import Positive
@@ -252,8 +251,6 @@ def run(settings: WordsSettings, seed: int, progress: Progress) -> dict[str, flo
 
 
 TASK = Task(
-    name="words",
-    summary=SUMMARIES["words"],
     settings=WordsSettings(),
     conditions={
         "gate-0-1": Variant(summary="gates in [0, 1]", changes={"gate_range": "0-1"}),
