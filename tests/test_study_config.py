@@ -164,6 +164,12 @@ def test_unknown_studies() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        (
+            "seeds = [3, 1]",
+            "seeds = [3, 1]\nformat = 2",
+            "mine.toml has format 2, and this version reads 1",
+        ),
+        ("seeds = [3, 1]", "seeds = [3, 1]\nbudgets = ['time']\nsearch = {}", "compares on no seeds .* remove budgets"),
         ("seeds = [3, 1]", "sedes = [3, 1]", "mine.toml: unknown key 'sedes'; did you mean 'seeds'"),
         ("seeds = [3, 1]", "seeds = [1, 1]", r"seeds must be different numbers from 0 on.*got \[1, 1\]"),
         ("seeds = [3, 1]", "seeds = []", "seeds must be different numbers from 0 on, at least one"),

@@ -321,35 +321,35 @@ def test_the_line_of_progress_tells_records_and_the_loss_of_runs(copy: Path, fol
 
 
 def test_costs_belong_to_their_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepdelta.lab.experiments import collection
+    from deepdelta.lab.experiments import costs
 
     config = load_study(str(study_file(tmp_path, "additive", "ddl-1.5")))
     asked: list[str] = []
-    original = collection.measure_costs
+    original = costs.measure_costs
 
     def measure(*arguments: Any, baseline: str, **options: Any) -> Any:
         asked.append(baseline)
         return original(*arguments, baseline=baseline, **options)
 
-    monkeypatch.setattr(collection, "measure_costs", measure)
-    first = collection.measure(config, 256, tmp_path / "costs.json")
-    assert collection.measure(config, 256, tmp_path / "costs.json") == first and asked == ["additive"]
+    monkeypatch.setattr(costs, "measure_costs", measure)
+    first = costs.measure(config, 256, tmp_path / "costs.json")
+    assert costs.measure(config, 256, tmp_path / "costs.json") == first and asked == ["additive"]
     text = (tmp_path / "study.toml").read_text().replace('baseline = "additive"', 'baseline = "ddl-1.5"')
     write_text(tmp_path / "study.toml", text)
-    second = collection.measure(load_study(str(tmp_path / "study.toml")), 256, tmp_path / "costs.json")
+    second = costs.measure(load_study(str(tmp_path / "study.toml")), 256, tmp_path / "costs.json")
     assert asked == ["additive", "ddl-1.5"]
     assert first["additive"].speed_ratio == second["ddl-1.5"].speed_ratio == 1.0
     assert json.loads((tmp_path / "costs.json").read_text())["baseline"] == "ddl-1.5"
     # Another baseline, another vocabulary, another model of one condition: what rests on them is measured again.
-    collection.measure(load_study(str(tmp_path / "study.toml")), 300, tmp_path / "costs.json")
+    costs.measure(load_study(str(tmp_path / "study.toml")), 300, tmp_path / "costs.json")
     config = load_study(str(tmp_path / "study.toml"))
     deeper = merged(config.conditions["additive"].changes, {"model": {"layers": 2}})
     changed = replace(config.conditions["additive"], changes=deeper)
     wider = replace(config, conditions=config.conditions | {"additive": changed})
-    before = collection.measure(config, 256, tmp_path / "costs.json")
-    after = collection.measure(wider, 256, tmp_path / "costs.json")
+    before = costs.measure(config, 256, tmp_path / "costs.json")
+    after = costs.measure(wider, 256, tmp_path / "costs.json")
     assert after["ddl-1.5"] == before["ddl-1.5"] and after["additive"] != before["additive"] and len(asked) == 5
     # One that is left out for a while keeps what it had.
     alone = replace(wider, conditions={"ddl-1.5": wider.conditions["ddl-1.5"]})
-    assert collection.measure(alone, 256, tmp_path / "costs.json") == {"ddl-1.5": after["ddl-1.5"]}
-    assert collection.measure(wider, 256, tmp_path / "costs.json") == after and len(asked) == 5
+    assert costs.measure(alone, 256, tmp_path / "costs.json") == {"ddl-1.5": after["ddl-1.5"]}
+    assert costs.measure(wider, 256, tmp_path / "costs.json") == after and len(asked) == 5

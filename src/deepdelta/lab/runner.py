@@ -13,8 +13,9 @@ from deepdelta.errors import UserError, require
 from deepdelta.files import AnyPath, locked, write_text
 from deepdelta.lab.analysis.results import Corpus, StudyResults
 from deepdelta.lab.analysis.scaling import Scaling, scaling
-from deepdelta.lab.experiments.collection import collect, measure
+from deepdelta.lab.experiments.collection import collect
 from deepdelta.lab.experiments.config import Comparison, Search, Sizes, StudyConfig
+from deepdelta.lab.experiments.costs import measure
 from deepdelta.lab.experiments.plan import Plan, at_rates
 from deepdelta.lab.experiments.pool import Runner, running
 from deepdelta.lab.experiments.records import RecordFile
