@@ -87,7 +87,9 @@ def test_every_import_points_down(file: Path) -> None:
 @pytest.mark.parametrize("file", sorted((SOURCE / "lab/views").glob("*.py")), ids=lambda file: file.name)
 def test_views_read_what_the_analysis_found_and_compute_none_of_it(file: Path) -> None:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deepdelta.lab.analysis"):
+        if isinstance(node, ast.ImportFrom) and re.match(
+            r"deepdelta\.lab\.(analysis|audit|experiments)", node.module or ""
+        ):
             found = [getattr(importlib.import_module(node.module or ""), alias.name) for alias in node.names]
             assert not any(map(inspect.isroutine, found)), f"{node.module}: {[alias.name for alias in node.names]}"
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from deepdelta.errors import UserError
 from deepdelta.lab.analysis.statistics import load_scipy, paired
-from deepdelta.lab.audit.findings import Effect, Findings
+from deepdelta.lab.audit.findings import NOT_FINITE, Effect, Findings
 from deepdelta.lab.audit.shortcut import shortcut
 from deepdelta.lab.audit.tally import Sampler, Tally
 from deepdelta.models import GPT
@@ -102,7 +102,7 @@ def audit(
         changed = losses(f"{label}, {target or 'all sublayers'}", lambda inputs: intervening(model, replaced))
         changes = (changed - plain).tolist()
         if not np.isfinite(changes).all():
-            return Effect(intervention=label, change=None, remark="the loss is not finite")
+            return Effect(intervention=label, change=None, remark=NOT_FINITE)
         return Effect(intervention=label, change=paired(changes, least=2), remark=None)
 
     with _evaluating(model):

@@ -55,6 +55,9 @@ class DiscrepancyAudit:
     negative where the rewrites overshoot. None where every e_before is 0."""
 
 
+NOT_FINITE = "the loss is not finite"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Effect:
     """The change of the loss that an intervention makes, in nats per token: with it minus without."""

@@ -9,8 +9,7 @@ from rich.console import Console
 
 from deepdelta.errors import printable
 from deepdelta.files import write_text
-from deepdelta.lab.audit.audit import INTERVENTIONS
-from deepdelta.lab.audit.findings import AuditResults, Effect, Findings, GateAudit, Regimes, ResidualAudit
+from deepdelta.lab.audit.findings import NOT_FINITE, AuditResults, Effect, Findings, GateAudit, Regimes, ResidualAudit
 from deepdelta.lab.views import audit_figures as figures
 from deepdelta.lab.views.audit_figures import row_name
 from deepdelta.lab.views.page import SCRIPT, chart, write_page
@@ -181,7 +180,7 @@ def _shortcut(found: Findings) -> TextTable | None:
 def _effects(results: AuditResults) -> TextTable:
     found, config = results.findings, results.model.residual
     labels = [effect.intervention for effect in found.everywhere]
-    lacking = {label: reason for label in labels if (reason := INTERVENTIONS[label].lacking(config)) is not None}
+    lacking = {one.intervention: one.remark for one in found.everywhere if one.remark not in (None, NOT_FINITE)}
     notes = ["Loss with the part replaced minus loss as it is, nats per token, ± the 95 % t-interval over windows."]
     notes += [f"No '{label}': {reason}." for label, reason in lacking.items()]
     if config.rule == "two_gate":
