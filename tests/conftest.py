@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 _CACHE = tempfile.TemporaryDirectory(prefix="deepdelta-tests-")
 os.environ["DEEPDELTA_CACHE"] = _CACHE.name  # before any import reads it; subprocesses inherit it
+os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses: threads that wait for each other on shared cores only spin
 
 torch.set_num_threads(1)
 settings.register_profile(

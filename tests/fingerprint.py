@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def losses(residual: dict[str, Any], seed: int, backend: str, folder: Path) -> l
     return [float(row["loss"]).hex() for row in rows if "loss" in row]
 
 
-def measure(like: Path | None) -> list[dict[str, Any]]:
+def measure(like: Path | None, backends: Sequence[str]) -> list[dict[str, Any]]:
     """A row per preset, seed and backend: the preset's settings and its losses."""
     from deepdelta.config import to_plain
     from deepdelta.nn.presets import PRESETS
@@ -60,7 +61,7 @@ def measure(like: Path | None) -> list[dict[str, Any]]:
     rows = []
     for name, residual in chosen.items():
         for seed in SEEDS:
-            for backend in BACKENDS:
+            for backend in backends:
                 with tempfile.TemporaryDirectory() as folder:
                     found = losses(residual, seed, backend, Path(folder))
                 rows.append(
@@ -96,13 +97,14 @@ def main() -> int:
     measuring = commands.add_parser("measure")
     measuring.add_argument("file", type=Path)
     measuring.add_argument("--like", type=Path)
+    measuring.add_argument("--backend", choices=BACKENDS)
     comparing = commands.add_parser("compare")
     comparing.add_argument("base", type=Path)
     comparing.add_argument("here", type=Path)
     given = parser.parse_args()
     if given.command == "compare":
         return compare(given.base, given.here)
-    given.file.write_text(json.dumps(measure(given.like), indent=1), encoding="utf-8")
+    given.file.write_text(json.dumps(measure(given.like, BACKENDS if given.backend is None else [given.backend]), indent=1), encoding="utf-8")
     return 0
 
 
