@@ -104,7 +104,10 @@ def main() -> int:
     given = parser.parse_args()
     if given.command == "compare":
         return compare(given.base, given.here)
-    given.file.write_text(json.dumps(measure(given.like, BACKENDS if given.backend is None else [given.backend]), indent=1), encoding="utf-8")
+    given.file.write_text(
+        json.dumps(measure(given.like, BACKENDS if given.backend is None else [given.backend]), indent=1),
+        encoding="utf-8",
+    )
     return 0
 
 

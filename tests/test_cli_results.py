@@ -9,7 +9,7 @@ import pytest
 from deepdelta.cli import main
 from deepdelta.errors import require
 from deepdelta.files import HELD, locked
-from deepdelta.lab.bench import SUITES
+from deepdelta.lab.bench import QUESTIONS, SUITES
 from deepdelta.lab.experiments.config import load_study, named_studies
 from deepdelta.lab.tasks import load_task, named_tasks
 from tiny_runs import config, quietly, text_file
@@ -87,15 +87,16 @@ def listed(text: str) -> dict[str, str]:
 def test_what_there_is_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     questions = {name: load_study(name).question for name in named_studies()}
     summaries = {name: load_task(name).summary for name in named_tasks()}
-    for command, expected in (("study", questions), ("task", summaries)):
+    suites = {name: suite.question for name, suite in SUITES.items()} | {"gradients": QUESTIONS["gradients"]}
+    for command, kind, expected in (
+        ("study", "study", questions),
+        ("task", "task", summaries),
+        ("bench", "suite", suites),
+    ):
         main([command])
         assert listed(capsys.readouterr().out) == expected
         with pytest.raises(SystemExit):
             main([command, "absent"])
         said = capsys.readouterr().err
-        assert f"there is no {command} 'absent'." in said and listed(said) == expected
-    with pytest.raises(SystemExit):
-        main(["bench", "absent"])
-    found = listed(capsys.readouterr().err)
-    assert list(found) == [*SUITES, "gradients"]
-    assert all(found[name] == suite.question for name, suite in SUITES.items())
+        kind = {"bench": "suite"}.get(command, command)
+        assert f"there is no {kind} 'absent'." in said and listed(said) == expected

@@ -3,6 +3,8 @@
 import os
 import pwd
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +214,16 @@ def test_arguments_that_are_not_utf8(
         main(arguments)
     assert ended.value.code == 2 and os.listdir(tmp_path) == []
     assert "must be UTF-8" in capsys.readouterr().err
+
+
+def test_an_argument_that_the_locale_cannot_read(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONUTF8": "0", "LC_ALL": "C"}
+    done = subprocess.run(
+        [sys.executable, "-m", "deepdelta", "evaluate", "résumé"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "every argument must be in the locale's encoding, ascii, got" in done.stderr
+    assert "set PYTHONUTF8=1 for UTF-8." in done.stderr
 
 
 def test_a_run_folder_that_is_not_utf8(tmp_path: Path) -> None:

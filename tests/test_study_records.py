@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from deepdelta.lab import runner
 from deepdelta.lab.analysis import statistics
 from deepdelta.lab.analysis.comparison import Comparison
 from deepdelta.lab.analysis.results import StudyResults, Tuned, load_results
-from deepdelta.lab.experiments.config import StudyConfig, Tune, load_study
+from deepdelta.lab.experiments.config import StudyConfig, Tune
 from deepdelta.lab.experiments.plan import Plan, at_rates
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
@@ -27,7 +28,7 @@ from deepdelta.lab.measure.cost import Cost
 from deepdelta.lab.runner import run_study
 from deepdelta.training import RunDirectory, TrainConfig
 from deepdelta.training.optimizer import learning_rate
-from tiny_runs import RUNS, forget, quietly, record_anew, recorded, text_file, trained_here, without_curves
+from tiny_runs import RUNS, forget, quietly, record_anew, recorded, study_from, text_file, trained_here, without_curves
 
 STUDY = """
 name = "tiny"
@@ -69,13 +70,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return trained_here(monkeypatch)
 
 
-def study(folder: Path, *replacements: tuple[str, str], source: Path | None = None) -> StudyConfig:
-    text = STUDY.replace("SOURCE", str(source or text_file(folder / "text.txt")))
-    for old, new in replacements:
-        assert old in text
-        text = text.replace(old, new)
-    (folder / "study.toml").write_text(text)
-    return load_study(str(folder / "study.toml"))
+study = partial(study_from, STUDY)
 
 
 def plan_of(config: StudyConfig, out: Path) -> Plan:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from deepdelta.config import from_plain
 from deepdelta.data import batch, load_corpus, train_tail
 from deepdelta.lab import runner
 from deepdelta.lab.analysis.results import StudyResults, load_results
-from deepdelta.lab.experiments.config import START_SEED, StudyConfig, load_study
+from deepdelta.lab.experiments.config import START_SEED, StudyConfig
 from deepdelta.lab.experiments.plan import Plan
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
@@ -32,7 +33,7 @@ from tiny_runs import (
     quietly,
     recorded,
     rows,
-    text_file,
+    study_from,
     trained_here,
     without_curves,
 )
@@ -67,13 +68,7 @@ OTHERS = {f"{name}-seed{seed}" for name in ("plain", "retrofit") for seed in (0,
 Done = tuple[StudyConfig, Path, StudyResults]
 
 
-def study(folder: Path, *replacements: tuple[str, str], source: Path | None = None) -> StudyConfig:
-    text = STUDY.replace("SOURCE", str(source or text_file(folder / "text.txt")))
-    for old, new in replacements:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    (folder / "study.toml").write_text(text)
-    return load_study(str(folder / "study.toml"))
+study = partial(study_from, STUDY)
 
 
 @pytest.fixture

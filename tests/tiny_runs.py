@@ -23,6 +23,7 @@ from deepdelta.cli import main
 from deepdelta.config import from_plain, merged
 from deepdelta.lab.analysis.results import RunResult, StudyResults
 from deepdelta.lab.experiments import pool
+from deepdelta.lab.experiments.config import StudyConfig, load_study
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
 from deepdelta.lab.experiments.run import Run
 from deepdelta.training import RunDirectory, TrainConfig, train
@@ -52,6 +53,16 @@ def text_file(path: Path, words: int = 640) -> Path:
     draw = random.Random(1)
     path.write_text("".join(draw.choice(WORDS) + (" " if i % 8 else "\n") for i in range(words)), encoding="utf-8")
     return path
+
+
+def study_from(text: str, folder: Path, *replacements: tuple[str, str], source: Path | None = None) -> StudyConfig:
+    """The study of a file of this text, with replacements, each of what stands in it once."""
+    text = text.replace("SOURCE", str(source or text_file(folder / "text.txt")))
+    for old, new in replacements:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "study.toml").write_text(text)
+    return load_study(str(folder / "study.toml"))
 
 
 def settings(source: Path, **changes: Any) -> dict[str, Any]:

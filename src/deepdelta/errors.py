@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import re
+import sys
 from collections.abc import Iterable, Mapping
 
 # Control characters but tab and line break, line and paragraph separators, what turns the direction of text, halves of
@@ -39,6 +40,9 @@ def check_utf8(what: str, name: str) -> None:
         name.encode()
     except UnicodeEncodeError:
         shown = name.encode("utf-8", "backslashreplace").decode()
+        if (encoding := sys.getfilesystemencoding()) != "utf-8":
+            message = f"{what} must be in the locale's encoding, {encoding}, got '{shown}'; set PYTHONUTF8=1 for UTF-8."
+            raise UserError(message) from None
         raise UserError(f"{what} must be UTF-8, got '{shown}'; give another.") from None
 
 

@@ -98,8 +98,8 @@ class Task:
 class Bench:
     """Time a named suite: correctness first, then interleaved rounds; JSON, table and plot."""
 
-    name: Positional[str] = "bar"
-    """bar (the table of figures to reach), peers, growth, operator or gpu; gradients measures errors, no times."""
+    name: Positional[Annotated[str | None, arg(metavar="NAME")]] = None
+    """bar, peers, growth, operator, gpu or gradients; without one, the suites are listed."""
     out: Path | None = None
     """Where results.json, table.md, plot.svg and plot.html go; runs/bench-NAME by default."""
     rounds: int | None = None
@@ -111,9 +111,12 @@ class Bench:
 
     def __call__(self) -> None:
         # Here: importing what compares takes time that the other commands need not spend.
-        from deepdelta.lab.bench import GRADIENTS, load_suite, run_gradients, run_suite
+        from deepdelta.lab.bench import GRADIENTS, QUESTIONS, load_suite, run_gradients, run_suite
         from deepdelta.lab.bench.config import quick
 
+        if self.name is None:
+            print(f"Suites:\n{listing(QUESTIONS)}")
+            return
         out = self.out or Path("runs") / f"bench-{self.name}"
         command = shlex.join(["deepdelta", *sys.argv[1:]])
         if self.name == GRADIENTS:

@@ -3,6 +3,15 @@
 from deepdelta.lab.bench.gradients import run_gradients
 from deepdelta.lab.bench.results import BenchResults, load_results
 from deepdelta.lab.bench.runner import run_suite
-from deepdelta.lab.bench.suites import GRADIENTS, SUITES, load_suite
+from deepdelta.lab.bench.suites import GRADIENTS, QUESTIONS, SUITES, load_suite
 
-__all__ = ["GRADIENTS", "SUITES", "BenchResults", "load_results", "load_suite", "run_gradients", "run_suite"]
+__all__ = [
+    "GRADIENTS",
+    "QUESTIONS",
+    "SUITES",
+    "BenchResults",
+    "load_results",
+    "load_suite",
+    "run_gradients",
+    "run_suite",
+]
