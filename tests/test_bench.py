@@ -162,9 +162,9 @@ def test_bad_suites_are_named() -> None:
         replace(TRAINING, bars=(Bar(case="paper-cc", against="additive", measure="forward", at_least=1.0),))
     with pytest.raises(UserError, match="layers must be at least 1, got 0"):
         replace(TRAINING, layers=0)
-    with pytest.raises(UserError, match="give either residual or peer"):
-        Case(name="both", residual=PRESETS["paper-cc"], peer="hyper-connections")
-    with pytest.raises(UserError, match="peers have no decoding to time"):
+    with pytest.raises(UserError, match="give either residual or rival"):
+        Case(name="both", residual=PRESETS["paper-cc"], rival="hyper-connections")
+    with pytest.raises(UserError, match="rivals have no decoding to time"):
         replace(TRAINING, work="decoding", bars=())
     with pytest.raises(UserError, match="peak memory has at_most"):
         Bar(case="paper-cc", against="additive", measure="peak", at_least=1.0)
@@ -195,7 +195,7 @@ def test_a_wrong_backend_is_refused_before_anything_is_timed(
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_decoding_and_peers_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_decoding_and_rivals_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     group = next(group for group in TINY.groups if group.work == "decoding")
     assert len(list(checks.check(group, group.cases, CPU))) == 2
     plain = checks.DecodingCache.decode
@@ -215,35 +215,6 @@ def test_agreement_is_relative_and_never_hides_a_nan() -> None:
     assert agreement({**one, "rounding": torch.tensor([2e-9])}, one) == pytest.approx(1e-9 / 5e-5)
     assert agreement({**one, "rounding": torch.tensor([float("nan")])}, one) == float("inf")
     assert agreement({**one, "big": torch.tensor([float("inf"), 4.0])}, one) == float("inf")
-
-
-@pytest.mark.parametrize("case", [suites.HYPER, suites.MHC, *suites.X_TRANSFORMERS], ids=lambda case: case.name)
-def test_peers_are_the_same_gpt(case: Case) -> None:
-    """Causal where the peer is, every parameter trained, and all but the residual as in our GPT."""
-    group = replace(TRAINING, layers=2)
-    model = subjects.build_model(group, case, torch.device("cpu"))
-    ours = subjects.build_model(group, ADDITIVE, torch.device("cpu"))
-    count = {name: sum(p.numel() for p in m.parameters()) for name, m in (("peer", model), ("ours", ours))}
-    assert 0 <= count["peer"] - count["ours"] + 2 * 2 * 16
-    assert torch.equal(model.embedding.weight, ours.embedding.weight)  # type: ignore[arg-type]
-    shapes = [
-        sorted(str(tuple(p.shape)) for part in m.modules() if type(part).__name__ in ("Attention", "SwiGLU")
-               for p in part.parameters())
-        for m in (model, ours)
-    ]  # fmt: skip
-    assert shapes[0] == shapes[1]
-    ids = subjects.random_ids(group, torch.device("cpu"), 12)
-    model(ids[:, :-1], ids[:, 1:]).loss.backward()
-    # Static gates of some peers start where a gradient vanishes, but each is in the graph.
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
-    changed = ids.clone()
-    changed[:, 8:] = (changed[:, 8:] + 1) % 31
-    with torch.no_grad():
-        difference = (model(ids).logits - model(changed).logits).abs()
-    assert float(difference[:, 8:].max()) > 1e-3
-    # As published: the one takes means, the other a projection, over all tokens of a sequence.
-    sees_later_tokens = case.peer in ("x-transformers-mv-split", "x-transformers-orthogonal")
-    assert (float(difference[:, :8].max()) > 1e-5) == sees_later_tokens
 
 
 def test_bytes_and_flops_by_hand() -> None:

@@ -69,7 +69,7 @@ class Evaluate:
             raise UserError(f"{self.run} was imported without a corpus; import it again with --source.")
         corpus = load_corpus(config.data, progress=lambda text: print(printable(text), file=sys.stderr))
         directory.check_environment(corpus_facts(corpus), exact=False)
-        model = load(self.run).model.to(chosen.device)
+        model = directory.model().eval().to(chosen.device)
         total = corpus.validation.shape[0]
         with reporting(f"Evaluating {self.run}", total) as reporter:
             result = evaluate(
@@ -217,5 +217,6 @@ class Import:
 
 def _uses(run: Path) -> list[tuple[str | Path, ...]]:
     """What a run that holds a model and its corpus is for."""
-    text = [("deepdelta", "generate", run, "--prompt", "TEXT")] if load_tokenizer(run) is not None else []
+    writes = load_tokenizer(run) is not None and RunDirectory(run).config().model.rival is None
+    text = [("deepdelta", "generate", run, "--prompt", "TEXT")] if writes else []
     return [*text, ("deepdelta", "evaluate", run)]

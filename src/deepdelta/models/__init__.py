@@ -1,5 +1,19 @@
-"""Models built on the stream: GPT."""
+"""Models built on the stream: GPT, and the same with another residual."""
 
-from deepdelta.models.gpt import GPT, GPTConfig, GPTOutput, least_bytes, parameter_count, parameter_shapes
+from deepdelta.models.building import LanguageModel, language_model, least_bytes, parameter_count, parameter_shapes
+from deepdelta.models.gpt import GPT, GPTConfig, GPTOutput, Rival
+from deepdelta.models.rivals import RivalGPT, rival_problem
 
-__all__ = ["GPT", "GPTConfig", "GPTOutput", "least_bytes", "parameter_count", "parameter_shapes"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "GPTOutput",
+    "LanguageModel",
+    "Rival",
+    "RivalGPT",
+    "language_model",
+    "least_bytes",
+    "parameter_count",
+    "parameter_shapes",
+    "rival_problem",
+]

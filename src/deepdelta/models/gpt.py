@@ -5,9 +5,8 @@ Shapes: B batch, T tokens, V value channels, D model width.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
-from typing import Annotated, Any, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt, Interval, Le
@@ -31,6 +30,19 @@ LARGEST = 1 << 24
 """The largest size that a model may have in any one direction: products of such can be counted in 64 bits."""
 Size = Annotated[int, Ge(1), Le(LARGEST)]
 Spread = Annotated[float, Interval(ge=0, le=1e6)]
+Rival = Literal[
+    "hyper-connections",
+    "mhc",
+    "identity-hyper",
+    "dynamic-hyper",
+    "gated-multi",
+    "attention",
+    "block-attention",
+    "gru",
+    "orthogonal",
+    "mv-split",
+]
+"""Residuals of others that the same GPT can be built with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +78,8 @@ class GPTConfig(Settings):
     init_factor: Spread = 0.5
     """Matrices start N(0, (init_factor / sqrt(dim))^2), output projections further / sqrt(layers)."""
     residual: ResidualConfig = field(default_factory=lambda: PRESETS["ddl"])
+    rival: Rival | None = None
+    """Another residual in place of `residual`, which then has no effect: see `models.rivals`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,27 +152,6 @@ def layer_branches(config: GPTConfig, rotary: Rotary) -> tuple[nn.Module, nn.Mod
         out_std=out_std,
     )
     return attention, SwiGLU(config.dim, config.mlp_width, out_norm=config.out_norm, std=std, out_std=out_std)
-
-
-@cache
-def parameter_count(config: GPTConfig) -> int:
-    """Numbers that a GPT learns, counted without making them: the layers after the first are all of one size."""
-    one, two = (
-        sum(shape.numel() for shape in parameter_shapes(replace(config, layers=layers)).values()) for layers in (1, 2)
-    )
-    return one + (config.layers - 1) * (two - one)
-
-
-def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """The shapes of a GPT's parameters by name, without their numbers; memory and time are those of its modules."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
-
-
-def least_bytes(config: GPTConfig) -> int:
-    """Bytes that a GPT takes at least: its parameters and the table of its rotations."""
-    rotated = int(config.head_width * config.rope_fraction) // 2 * 2
-    return 4 * (parameter_count(config) + config.context * rotated)
 
 
 class Layer(nn.Module):

@@ -12,7 +12,7 @@ from deepdelta.data import DataConfig
 from deepdelta.errors import UserError
 from deepdelta.models import GPTConfig
 from deepdelta.nn import Backend, Plan, ResidualConfig
-from deepdelta.nn.presets import overlaid
+from deepdelta.nn.presets import PRESETS, overlaid
 
 Whole = Annotated[int, Interval(ge=0, le=LARGEST)]
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -84,7 +84,10 @@ class TrainConfig(Settings):
     @property
     def rate(self) -> float:
         """The peak learning rate."""
-        return tuned_rate(self.model.residual, self.model.dim) if self.lr is None else self.lr
+        if self.lr is not None:
+            return self.lr
+        # Nothing was chosen for rivals: what the plain residual takes.
+        return tuned_rate(self.model.residual if self.model.rival is None else PRESETS["additive"], self.model.dim)
 
     @property
     def warning(self) -> str | None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from deepdelta.data import Corpus, spread, window_count, windows
 from deepdelta.errors import UserError
 from deepdelta.limits import check_memory
-from deepdelta.models import GPT
+from deepdelta.models import LanguageModel
 
 
 def contexts(context: int, split: int, tokens: int | None) -> str:
@@ -46,7 +46,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT,
+    model: LanguageModel,
     corpus: Corpus,
     *,
     batch_size: int,

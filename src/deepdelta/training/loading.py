@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from deepdelta.data import Tokenizer
+from deepdelta.errors import UserError
 from deepdelta.files import AnyPath
 from deepdelta.models import GPT
 from deepdelta.training.rundir import RunDirectory
@@ -18,9 +19,15 @@ def load(run: AnyPath) -> Loaded:
     """The trained model of a run directory, in evaluation mode on the CPU, and its tokenizer.
 
     Raises:
-        UserError: `run` is not a run directory, or its checkpoint or its tokenizer is damaged.
+        UserError: `run` is not a run directory, its model has no delta residuals, or its checkpoint or tokenizer is
+            damaged.
     """
     directory = RunDirectory(run)
     model = directory.model()
+    if not isinstance(model, GPT):
+        raise UserError(
+            f"{directory.path} holds the rival '{model.config.rival}', which has no delta residuals; "
+            "`deepdelta evaluate` measures its loss."
+        )
     model.unused_published = directory.load_unused()
     return Loaded(model.eval(), directory.tokenizer())

@@ -22,8 +22,9 @@ from deepdelta.device import Device, choose_device, compiler_problem, keep_freed
 from deepdelta.errors import UserError
 from deepdelta.files import AnyPath, check_folder
 from deepdelta.limits import check_memory
-from deepdelta.models import GPT, least_bytes, parameter_count
+from deepdelta.models import GPT, LanguageModel, language_model, least_bytes, parameter_count
 from deepdelta.nn import use_backend, use_memory
+from deepdelta.nn.runtime import Chosen
 from deepdelta.progress import Reporter, duration, reporting, show
 from deepdelta.provenance import commit, machine, versions
 from deepdelta.training.config import TrainConfig
@@ -86,11 +87,10 @@ def train(
     config = resolve(config, corpus)
     say(corpus.description)
     check_size(config, chosen)
-    model = GPT(config.model, seed=config.seed).to(chosen.device)
+    model = language_model(config.model, config.seed).to(chosen.device)
     if init_from is not None:
         start_from(RunDirectory(init_from), model)
-    rewrites = use_backend(model, config.backend, compiled=config.compile)
-    use_memory(model, config.memory)
+    rewrites = set_runtime(model, config)
     if config.warning:
         say(config.warning)
     say(f"Rewrites by the backend '{rewrites.backend}' ({rewrites.reason}).")
@@ -132,14 +132,22 @@ def check_size(config: TrainConfig, chosen: Device) -> None:
     check_memory(state + 8 * logits, "a training step (the model's size, batch_size times context)", chosen.device)
 
 
-def start_from(run: RunDirectory, model: GPT) -> None:
+def set_runtime(model: LanguageModel, config: TrainConfig) -> Chosen:
+    """Let the model run as the settings say; what does its rewrites."""
+    if not isinstance(model, GPT):
+        return Chosen("reference", f"the rival '{model.config.rival}' is plain PyTorch")
+    use_memory(model, config.memory)
+    return use_backend(model, config.backend, compiled=config.compile)
+
+
+def start_from(run: RunDirectory, model: LanguageModel) -> None:
     """Load a run's weights into a new model: of the same settings, or the retrofit of the run's plain one.
 
     Raises:
         UserError: the weights do not fit.
     """
     absent: set[str] = set()
-    if model.config.residual.plain_start:
+    if isinstance(model, GPT) and model.config.residual.plain_start:
         there = run.config().model.residual
         if (there.rule, there.value_channels) == ("additive", 1):
             kept = [part for residual in model.residuals() for part in (residual.branch, residual.norm) if part]
@@ -201,7 +209,7 @@ class Trainer:
     """One run from its last checkpoint to its last step."""
 
     def __init__(
-        self, config: TrainConfig, run: RunDirectory, corpus: Corpus, chosen: Device, model: GPT, say: Say
+        self, config: TrainConfig, run: RunDirectory, corpus: Corpus, chosen: Device, model: LanguageModel, say: Say
     ) -> None:
         self.config, self.run, self.corpus, self.chosen, self.model, self.say = config, run, corpus, chosen, model, say
         self.optimizer = build_optimizer(model, config)

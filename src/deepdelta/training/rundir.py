@@ -24,7 +24,7 @@ from deepdelta.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from deepdelta.errors import UserError, check_utf8
 from deepdelta.files import FORMAT, AnyPath, check_format, read_object, sha256_of, write_json, write_text
 from deepdelta.limits import check_memory
-from deepdelta.models import GPT, least_bytes, parameter_count
+from deepdelta.models import LanguageModel, language_model, least_bytes, parameter_count
 from deepdelta.tensors import check_finite, load_tensors, save_tensors
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.metrics import damaged, last_row, read_rows
@@ -297,7 +297,7 @@ class RunDirectory:
         file = self.path / UNUSED
         return load_tensors(file, f"restore it, or import {self.path} anew")[0] if file.exists() else {}
 
-    def model(self) -> GPT:
+    def model(self) -> LanguageModel:
         """The model that the run's configuration describes, with the checkpoint's weights, on the CPU.
 
         Raises:
@@ -312,7 +312,7 @@ class RunDirectory:
                 f"and {parameter_count(config):,} numbers: it holds {len(checkpoint.weights):,} tensors of {held:,}."
             )
         check_memory(least_bytes(config), f"the model of {self.path}")
-        model = GPT(config)
+        model = language_model(config)
         self._load_weights(checkpoint, model)
         return model
 

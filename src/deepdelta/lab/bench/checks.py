@@ -4,7 +4,7 @@
   channels on one sequence, from parameters that are moved off their starting values; the truth is the reference in
   fp64, and the fused case may be ROUNDING times as far from it as the reference in the timed precision is;
 - the fused operator computes the values and all gradients of the reference, in fp64, on OPERATOR_TOKENS tokens;
-- peers give a finite loss and finite gradients;
+- rivals give a finite loss and finite gradients;
 - cached decoding gives the logits of the uncached reference model, likewise;
 - a compiled model computes what the uncompiled one does (checked when its group's turn comes: it is compiled once).
 """
@@ -48,7 +48,7 @@ def check(group: Group, cases: tuple[Case, ...], chosen: Device) -> Iterator[str
         elif group.work == "decoding":
             error = agreeing(where, *_decoding_errors(group, case, chosen))
             yield f"{where}: logits of the uncached reference within {error:.1e}"
-        elif case.peer is not None:
+        elif case.rival is not None:
             _refuse_not_finite(where, group, case, chosen)
             yield f"{where}: finite loss and gradients"
         elif case.backend == "fused":

@@ -8,19 +8,10 @@ from typing import Literal
 
 from deepdelta.config import Count, Settings
 from deepdelta.errors import UserError, nearest
+from deepdelta.models import Rival
 from deepdelta.nn import ResidualConfig
 
 Work = Literal["training", "memory", "prefill", "decoding", "operator"]
-Peer = Literal[
-    "hyper-connections",
-    "hyper-connections-mhc",
-    "x-transformers-hyper",
-    "x-transformers-gated-multi",
-    "x-transformers-gru",
-    "x-transformers-orthogonal",
-    "x-transformers-mv-split",
-    "x-transformers-attention",
-]
 MEASURES: dict[Work, tuple[str, ...]] = {
     "training": ("forward_backward", "step"),
     "memory": (),
@@ -33,16 +24,16 @@ MEASURES: dict[Work, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One way to do a group's work: a residual of this package with one of its backends, or a peer's residual."""
+    """One way to do a group's work: a residual of this package with one of its backends, or a rival."""
 
     name: str
     residual: ResidualConfig | None = None
     backend: Literal["reference", "fused"] = "reference"
-    peer: Peer | None = None
+    rival: Rival | None = None
 
     def __post_init__(self) -> None:
-        if (self.residual is None) == (self.peer is None):
-            raise UserError(f"case {self.name}: give either residual or peer.")
+        if (self.residual is None) == (self.rival is None):
+            raise UserError(f"case {self.name}: give either residual or rival.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +92,8 @@ class Group(Settings):
                 raise UserError(
                     f"group {self.name}: nothing measures '{bar.measure}'; {nearest(bar.measure, measures)}"
                 )
-        if self.work in ("operator", "decoding") and any(case.peer is not None for case in self.cases):
-            raise UserError(f"group {self.name}: peers have no {self.work} to time; leave them out.")
+        if self.work in ("operator", "decoding") and any(case.rival is not None for case in self.cases):
+            raise UserError(f"group {self.name}: rivals have no {self.work} to time; leave them out.")
         if self.work in ("memory", "decoding", "operator") and self.compiled:
             raise UserError(f"group {self.name}: {self.work} is measured uncompiled; set compiled=False.")
 

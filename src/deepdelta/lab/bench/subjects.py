@@ -14,10 +14,9 @@ from deepdelta.decoding import DecodingCache
 from deepdelta.device import Device, compiler_problem
 from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
 from deepdelta.lab.bench.config import Case, Group, Suite
-from deepdelta.lab.bench.peers import PeerGPT, peer_problem
 from deepdelta.lab.measure import flops
 from deepdelta.lab.measure.cost import Trial
-from deepdelta.models import GPT, GPTConfig
+from deepdelta.models import GPT, GPTConfig, language_model, rival_problem
 from deepdelta.nn import ResidualConfig, use_backend, use_memory
 from deepdelta.nn.parts.direction import normalisation
 from deepdelta.ops.step import NEEDS, fused_problem, fused_step, rewrite_step
@@ -50,8 +49,8 @@ def problem(group: Group, case: Case, suite: Suite) -> str | None:
     """Why a case cannot run here, or None where it can."""
     if group.compiled and (missing := compiler_problem(suite.device)):
         return missing
-    if case.peer is not None:
-        return peer_problem(case.peer)
+    if case.rival is not None:
+        return rival_problem(case.rival)
     if case.backend == "fused":
         return fused_problem(torch.device(suite.device), torch.float32)
     return None
@@ -59,8 +58,8 @@ def problem(group: Group, case: Case, suite: Suite) -> str | None:
 
 def code_of(case: Case, device: str) -> str:
     """What does the rewrites of a case: the label that every figure carries."""
-    if case.peer is not None:
-        return "peer"
+    if case.rival is not None:
+        return "rival"
     return {"reference": "PyTorch", "fused": f"fused ({NEEDS[device]})"}[case.backend]
 
 
@@ -72,14 +71,16 @@ def build(group: Group, case: Case, chosen: Device) -> Subject:
 
 def model_config(group: Group, case: Case) -> GPTConfig:
     sizes = {name: getattr(group, name) for name in ("vocab_size", "context", "layers", "heads", "dim")}
-    return GPTConfig(**sizes) if case.residual is None else GPTConfig(**sizes, residual=case.residual)
+    if case.residual is None:
+        return GPTConfig(**sizes, rival=case.rival)
+    return GPTConfig(**sizes, residual=case.residual)
 
 
 def build_model(group: Group, case: Case, device: torch.device) -> nn.Module:
     config = model_config(group, case)
-    if case.peer is not None:
-        return PeerGPT(config, case.peer, SEED).to(device)
-    model = GPT(config, SEED).to(device)
+    model = language_model(config, SEED).to(device)
+    if case.rival is not None:
+        return model
     use_backend(model, case.backend)
     # The default of training; the reference saves what plain PyTorch saves.
     use_memory(model, "replay" if case.backend == "fused" else "save")

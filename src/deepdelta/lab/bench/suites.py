@@ -6,7 +6,8 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from deepdelta.errors import unknown
-from deepdelta.lab.bench.config import Bar, Case, Group, Peer, Suite
+from deepdelta.lab.bench.config import Bar, Case, Group, Suite
+from deepdelta.models import Rival
 from deepdelta.nn import ResidualConfig
 from deepdelta.nn.presets import PRESETS
 
@@ -25,7 +26,7 @@ CONTROLS = (
     Case(name="write_only, fused", residual=replace(PRESETS["paper-cc"], rule="write_only"), backend="fused"),
     Case(name="additive_erase, fused", residual=replace(PRESETS["paper-cc"], rule="additive_erase"), backend="fused"),
 )
-HYPER, MHC, *X_TRANSFORMERS = (Case(name=peer, peer=peer) for peer in get_args(Peer))
+HYPER, MHC, *OTHERS = RIVALS = tuple(Case(name=rival, rival=rival) for rival in get_args(Rival))
 
 OURS = (ADDITIVE, ADDITIVE_FUSED, *SCALAR, *DDL)
 
@@ -125,7 +126,7 @@ PEERS = Suite(
             dim=256,
             layers=4,
             compiled=compiled,
-            cases=(*OURS, DDL_16, *CONTROLS, HYPER, MHC, *X_TRANSFORMERS),
+            cases=(*OURS, DDL_16, *CONTROLS, *RIVALS),
             baseline="additive",
         )
         for compiled in (False, True)

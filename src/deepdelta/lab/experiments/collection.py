@@ -84,8 +84,8 @@ def _condition(
     return ConditionResult(
         name=name,
         summary=config.conditions[name].summary,
-        rule=model.residual.rule,
-        value_channels=model.residual.value_channels,
+        rule=model.residual.rule if model.rival is None else model.rival,
+        value_channels=model.residual.value_channels if model.rival is None else 1,
         parameters=parameter_count(model),
         flops_per_token=float(training_flops_per_token(model).training),
         cost=cost,

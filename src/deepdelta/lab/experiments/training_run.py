@@ -213,13 +213,17 @@ class TrainingRun(Run):
             diverged=None if final else f"the loss was no longer finite at step {steps + 1}",
             seconds=max((row.get("seconds", 0.0) for row in rows), default=0.0),
             curve=curve(rows),
-            rewrites=self._rewrites() if final is not None and self.rewrite_tokens > 0 else (),
+            rewrites=self._rewrites() if final is not None and self._rewrites_wanted else (),
             commit=environment["commit"],
             versions=environment["versions"],
             machine=environment["machine"],
             threads=environment["threads"],
             finished=now(),
         )
+
+    @property
+    def _rewrites_wanted(self) -> bool:
+        return self.rewrite_tokens > 0 and self.settings.model.rival is None
 
     def _rewrites(self) -> tuple[RewriteSummary, ...]:
         chosen = spread(self.corpus.validation, context=self.settings.model.context, limit=self.rewrite_tokens)

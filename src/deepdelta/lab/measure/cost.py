@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from deepdelta.device import Device, choose_device, keep_freed_memory
 from deepdelta.errors import UserError, nearest
 from deepdelta.lab.measure.memory import peak_bytes
-from deepdelta.models import GPT
-from deepdelta.nn import use_backend, use_memory
+from deepdelta.models import language_model
 from deepdelta.training.config import TrainConfig
-from deepdelta.training.loop import check_size
+from deepdelta.training.loop import check_size, set_runtime
 from deepdelta.training.optimizer import build_optimizer
 from deepdelta.training.step import micro_losses, training_step
 
@@ -179,9 +178,8 @@ def trial(config: TrainConfig, vocab_size: int, chosen: Device) -> Trial:
     vocab_size = config.model.vocab_size or vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
     check_size(config, chosen)
-    model = GPT(config.model, seed=config.seed).to(chosen.device)
-    use_backend(model, config.backend, compiled=config.compile)
-    use_memory(model, config.memory)
+    model = language_model(config.model, config.seed).to(chosen.device)
+    set_runtime(model, config)
     shape = (config.accumulate * config.batch_size, config.model.context + 1)
     ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(config.seed))
     forward: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]

@@ -11,17 +11,23 @@ Conventions:
   masked half execute about half of the part "attention scores", for every condition alike.
 - Backward is twice forward, for both kinds: each operation has two operands, each needs a gradient, each gradient
   is as much work as the operation. What a fused kernel recomputes in backward is not counted.
+- Of a rival only the matrix operations are known, counted by torch as a forward pass runs them.
 - Work per step rather than per token (folding convolution weights, clipping, the optimiser) is not counted.
 
 Symbols: D width, V value channels, T context, r rank, K taps.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from deepdelta.errors import UserError
-from deepdelta.models import GPTConfig
+from deepdelta.models import GPTConfig, language_model
 from deepdelta.nn import ResidualConfig
+from deepdelta.nn.presets import PRESETS
 
 SOFTMAX = 5
 SILU = 2
@@ -76,6 +82,10 @@ def training_flops_per_token(config: GPTConfig) -> Flops:
     """
     if config.vocab_size is None:
         raise UserError("vocab_size must be set to count the operations of the head; set model.vocab_size.")
+    if config.rival is not None:
+        plain = replace(config, rival=None, residual=PRESETS["additive"])
+        rival = Work(matrix=(_counted(config) - _counted(plain)) // config.context)
+        return Flops({**training_flops_per_token(plain).parts, "rival": rival})
     residual, width = config.residual, config.dim
     norm = rms_norm(width)
     per_block = {
@@ -101,6 +111,15 @@ def training_flops_per_token(config: GPTConfig) -> Flops:
         "loss": Work(elementwise=SOFTMAX * config.vocab_size + 1),
     }
     return Flops({name: work * config.layers for name, work in per_block.items()} | once)
+
+
+@cache
+def _counted(config: GPTConfig) -> int:
+    """Matrix operations of a forward pass over one context, by torch's counter."""
+    ids = torch.zeros(1, config.context, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        language_model(config)(ids)
+    return int(counter.get_total_flops())
 
 
 def linear(inputs: int, outputs: int) -> Work:
