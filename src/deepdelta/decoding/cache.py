@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepdelta.decoding.history import FoldedTokens, History, Remembering
-from deepdelta.decoding.step import decoding_step
+from deepdelta.decoding.step import one_token_map
 from deepdelta.errors import UserError
 from deepdelta.ids import Ids, id_list
 from deepdelta.models.attention import KeyValues, Slots
@@ -91,11 +91,8 @@ class DecodingCache:
         maps = [*(one.input_map() for one in residuals), model.head()]
         self._input_maps = [one._replace(compression=self._decoding(one.compression)) for one in maps]
         first, *others = self._input_maps
-        steps = [
-            decoding_step(before, after, batch, weight.device, weight.dtype)
-            for before, after in zip(residuals, others, strict=True)
-        ]
-        self._one_token_maps = [first, *(one._replace(one_token=s) for one, s in zip(others, steps, strict=True))]
+        pairs = zip(residuals, others, strict=True)
+        self._one_token_maps = [first, *(one_token_map(*pair, batch, weight.device, weight.dtype) for pair in pairs)]
 
     @torch.no_grad()
     def decode(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:

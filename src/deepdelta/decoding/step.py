@@ -2,28 +2,27 @@
 
 import torch
 
-from deepdelta.nn.input_map import InputMap
+from deepdelta.nn.input_map import InputMap, InputWeights
 from deepdelta.nn.parts.direction import normalisation
 from deepdelta.nn.residual import DeltaResidual
 from deepdelta.ops.step.decoding import DTYPES, DecodingStep
 
 
-def decoding_step(
+def one_token_map(
     residual: DeltaResidual, following: InputMap, rows: int, device: torch.device, dtype: torch.dtype
-) -> DecodingStep | None:
-    """The rewrite of `residual`, with the opening of `following` where a fused step can do it, for N rows of one token.
+) -> InputMap:
+    """`following` with the rewrite of `residual` in its call, where a fused step can do it for N rows of one token.
 
-    None where the residual does not have the backend 'fused', on another device or dtype than the CPU's fp32 and fp64,
-    and for settings other than: rank 1 with a linear gate and, where the rule has a target, a linear one; or the plain
-    residual x + h. Those go through the residual itself, whose parts any setting may change.
+    As it is where the residual does not have the backend 'fused', on another device or dtype than the CPU's fp32 and
+    fp64, and for settings other than: rank 1 with a linear gate and, where the rule has a target, a linear one; or the
+    plain residual x + h. Those go through the residual itself, whose parts any setting may change.
     """
-    config = residual.config
+    config, maps, weights = residual.config, residual.linear_maps(), following.weights()
     plain = config.rule == "additive" and config.value_channels == 1
-    maps = residual.linear_maps()
     if not residual.runtime.fused or not (plain or maps) or device.type != "cpu" or dtype not in DTYPES:
-        return None
-    weights = following.weights()
-    return DecodingStep(
+        return following
+    opening = weights or InputWeights()
+    step = DecodingStep(
         rows,
         config.value_channels,
         residual.dim,
@@ -32,8 +31,9 @@ def decoding_step(
         gates=0 if maps is None or residual.gate is None else residual.gate.outputs,
         erases=config.erases,
         normalise=normalisation(config, residual.dim),
-        compression=None if weights is None else weights.compression,
-        norm_weight=None if weights is None else weights.weight,
-        norm_eps=0.0 if weights is None else weights.eps,
+        compression=opening.compression,
+        norm_weight=opening.weight,
+        norm_eps=opening.eps,
         opens=weights is not None,
     )
+    return following._replace(one_token=step)
