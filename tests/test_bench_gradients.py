@@ -88,7 +88,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert {"torch", "numba", "deepdelta"} <= set(found["versions"]) and found["machine"]["cores"]
     assert len(found["rows"]) == 2 * 6
     table = (out / "table.md").read_text()
-    assert "QUICK RUN" in table and table.count("| ddl, fused | fp32 | replay |") == 2
+    assert "QUICK RUN" in table and table.count("| paper-cc, fused | fp32 | replay |") == 2
     printed = capsys.readouterr().out
     assert "As training starts" in printed and max(map(len, printed.splitlines())) <= 80
 
