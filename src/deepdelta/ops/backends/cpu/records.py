@@ -87,7 +87,8 @@ class Kernel:
                 words.append(value)
             else:
                 dtype, shape = dtypes[kind], tuple([by_axis[axis] for axis in axes])
-                if value is None or value.dtype != dtype or value.shape != shape or not _plain(value):
+                there = isinstance(value, Tensor) and value.is_contiguous() and value.is_cpu
+                if not there or value.dtype != dtype or value.shape != shape:
                     raise TypeError(f"{name} must be {dtype} {shape}, contiguous on the CPU, got {_told(value)}")
                 words.append(value.data_ptr())
         run(self._loop(stored, values), self._table.pack(*words), team)
@@ -122,10 +123,6 @@ def _size(values: tuple[Any, ...], places: list[tuple[int, int]]) -> int:
         if values[place] is not None:
             return int(values[place].shape[axis])
     return 0
-
-
-def _plain(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.is_cpu
 
 
 def _told(value: Tensor | None) -> str:
