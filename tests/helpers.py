@@ -181,6 +181,8 @@ def target_values(
         bias = p["target.map.bias"][i * channels : (i + 1) * channels] if "target.map.bias" in p else 0.0
         if config.target == "linear":
             v = c @ weight.T
+        elif config.target == "affine":
+            v = p["target.level"][i * channels : (i + 1) * channels] * (1 + c @ weight.T)
         elif config.target == "scaled_sigmoid":
             v = config.target_scale / (1 + (-(x_in @ weight.T + bias)).exp())
         elif config.target == "linear_input":

@@ -22,6 +22,7 @@ SETTINGS = {
     "paper-scalar": PRESETS["paper-scalar"],
     "token": ResidualConfig(rule="write_only", compression="token", compression_sharing="block"),
     "erase_only": ResidualConfig(rule="erase_only", compression="channel_conv"),
+    "affine": ResidualConfig(target="affine"),
     "two_gate": ResidualConfig(rule="two_gate"),
     "pooled": ResidualConfig(direction="pooled", target="branch", gate="two_layer", rank=2),
 }

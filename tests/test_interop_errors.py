@@ -190,6 +190,7 @@ def model(**residual: Any) -> GPT:
         ("direction_norm", {"direction_norm": "operator"}),
         ("target", {"target": "linear"}),
         ("target", {"target": "magnitude"}),
+        ("target", {"target": "affine"}),
         ("gate", {"gate": "constant"}),
         ("gate_per_channel", {"gate_per_channel": True}),
         ("gate_hidden_bias", {"gate": "two_layer", "gate_hidden_bias": True}),

@@ -147,12 +147,12 @@ def test_settings_that_others_make_irrelevant_change_nothing(combination):
 def test_how_many_are_legal():
     """Counted by hand: V = 1 has one expansion and two compressions, V = 3 two by three; three gates.
 
-    delta and write_only: six targets along the branch, one along a pooled direction, ranks 1 and 2; erase_only: the
-    branch alone, its six targets without meaning; the three rules that write h: rank 1 alone.
+    delta and write_only: seven targets along the branch, one along a pooled direction, ranks 1 and 2; erase_only: the
+    branch alone, its seven targets without meaning; the three rules that write h: rank 1 alone.
     """
     shapes_and_gates = 3 * (2 + 2 * 3)
-    expected = shapes_and_gates * (2 * (6 + 1) * 2 + 6 * 2 + 3 * 6)
-    assert sum(1 for _ in legal(AXES)) == expected == 1392
+    expected = shapes_and_gates * (2 * (7 + 1) * 2 + 7 * 2 + 3 * 7)
+    assert sum(1 for _ in legal(AXES)) == expected == 1608
 
 
 def check_refusals(axes: Mapping[str, tuple[Any, ...]]) -> set[str]:

@@ -33,7 +33,7 @@ TRIGGERS: dict[str, list[dict[str, Any]]] = {
     ],
     "direction='pooled' with a target other than 'branch'": [
         {"direction": "pooled", "target": target}
-        for target in ("linear", "scaled_sigmoid", "linear_input", "constant", "magnitude")
+        for target in ("linear", "affine", "scaled_sigmoid", "linear_input", "constant", "magnitude")
     ],
     "direction='pooled' with rule='erase_only'": [{"direction": "pooled", "rule": "erase_only"}],
     "direction_norm other than 'unit' with a rule that writes the branch output": [

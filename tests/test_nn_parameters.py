@@ -63,6 +63,7 @@ PARTS: list[tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = [
     ({"target": "constant"}, {"target.map.weight": ()}),
     ({"target": "scaled_sigmoid"}, {"target.map.bias": (V,)}),
     ({"target": "linear_input"}, {"target.map.bias": (V,)}),
+    ({"target": "affine"}, {"target.level": (V,)}),
     ({"target": "magnitude"}, {}),
     ({"compression": "token"}, {"compression.weight": (V, D, 4), "compression.read": (V,)}),
     (
@@ -197,6 +198,13 @@ def test_erase_gates_start_at_their_own_setting():
     for rule in ("additive_erase", "two_gate"):
         bias = parameters(rule=rule, gate_init=1.5, erase_init=0.4)["erase_gate.outer.bias"]
         assert float(2 * torch.sigmoid(bias.detach())) == pytest.approx(0.4, rel=1e-5)
+
+
+def test_an_affine_target_starts_at_its_setting():
+    """v0 at `target_init`, and W as that of `linear`: same name, same seed."""
+    affine, linear = parameters(target="affine", target_init=-0.25, seed=3), parameters(seed=3)
+    assert affine["target.level"].tolist() == [-0.25] * V
+    assert torch.equal(affine["target.map.weight"], linear["target.map.weight"])
 
 
 @pytest.mark.parametrize("compression", ["channel", "channel_conv", "token"])

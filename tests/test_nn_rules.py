@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepdelta import DeltaResidual, DeltaStream, ResidualConfig, UserError
+from deepdelta import DeltaResidual, DeltaStream, ResidualConfig, UserError, use_backend
 from helpers import compressed, dense_residual, expanded, gradients, near, perturb, randn
 
 RULES = ["delta", "write_only", "erase_only", "additive", "additive_erase", "two_gate"]
@@ -51,10 +51,15 @@ def test_rules(rule, channels):
 
 KINDS: list[dict[str, Any]] = [
     *({"direction_norm": norm, "rule": rule} for norm in ("operator", "bounded", "free") for rule in RULES[:3]),
-    *({"target": target} for target in ("linear", "scaled_sigmoid", "linear_input", "constant", "magnitude", "branch")),
+    *(
+        {"target": target}
+        for target in ("linear", "affine", "scaled_sigmoid", "linear_input", "constant", "magnitude", "branch")
+    ),
     {"target": "scaled_sigmoid", "target_scale": 1.5, "value_channels": 1},
     {"target": "constant", "target_value": -0.7, "value_channels": 1},
     {"target": "magnitude", "direction_norm": "bounded", "rank": 2},
+    {"target": "affine", "rank": 2, "rule": "write_only"},
+    {"target": "affine", "gate": "two_layer"},
     *({"direction": "pooled", "target": "branch", "direction_pool": pool} for pool in ("mean", "flatten", "attention")),
     {"direction": "pooled", "target": "branch", "direction_pool": "attention", "direction_norm": "operator", "rank": 2},
     {"direction": "pooled", "target": "branch", "value_channels": 1},
@@ -87,6 +92,15 @@ KINDS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())))
 def test_kinds_of_parts(options):
     same_as_dense(residual_of(**{"value_channels": 3, **options}))
+
+
+@pytest.mark.parametrize("rule", ["delta", "write_only"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_fused_step_takes_an_affine_target(channels, rule):
+    pytest.importorskip("numba")
+    residual = residual_of(rule=rule, value_channels=channels, target="affine")
+    assert use_backend(residual, "fused").backend == "fused" and residual.linear_maps() is not None
+    same_as_dense(residual)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])

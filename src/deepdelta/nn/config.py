@@ -13,7 +13,7 @@ Rule = Literal["delta", "write_only", "erase_only", "additive", "additive_erase"
 Direction = Literal["branch", "pooled"]
 Pool = Literal["mean", "flatten", "attention"]
 DirectionNorm = Literal["unit", "operator", "bounded", "free"]
-Target = Literal["linear", "scaled_sigmoid", "linear_input", "constant", "magnitude", "branch"]
+Target = Literal["linear", "affine", "scaled_sigmoid", "linear_input", "constant", "magnitude", "branch"]
 Gate = Literal["linear", "two_layer", "constant"]
 Expansion = Literal["repeat", "embedding_conv"]
 Compression = Literal["channel", "channel_conv", "token"]
@@ -53,8 +53,10 @@ class ResidualConfig(Settings):
     direction_eps: Epsilon = 1e-5
     """eps of `unit` and `operator`; the derivative at h = 0 is 1 / eps."""
     target: Target = "linear"
-    """linear: W c; scaled_sigmoid: scale * sigmoid(W x_in + b); linear_input: W x_in + b; constant; magnitude:
-    |h| (1 + W c); branch: W h (v1, where F supplies the target)."""
+    """linear: W c; affine: v0 (1 + W c), v0 learned; scaled_sigmoid: scale * sigmoid(W x_in + b); linear_input:
+    W x_in + b; constant; magnitude: |h| (1 + W c); branch: W h (v1, where F supplies the target)."""
+    target_init: Number = 0.5
+    """v0 of `affine` at the start, the same for every value channel."""
     target_scale: Number = 4.0
     """The scale of `scaled_sigmoid`."""
     target_value: Number = 2.0
@@ -138,6 +140,16 @@ class ResidualConfig(Settings):
     def uses_target(self) -> bool:
         """Whether the rule has a target v."""
         return self.rule in ("delta", "write_only")
+
+    @property
+    def linear_gating(self) -> bool:
+        """Whether the gate's logit and the target, where the rule has one, are one linear map of c."""
+        return (
+            (self.rank, self.direction, self.gate) == (1, "branch", "linear")
+            and (self.target in ("linear", "affine") or not self.uses_target)
+            and self.direction_norm != "free"
+            and not self.writes_branch
+        )
 
     @property
     def target_carries_branch(self) -> bool:

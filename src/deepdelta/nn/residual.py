@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deepdelta.errors import UserError
 from deepdelta.nn.activation_memory import MemoryPlan, attach, attached, detached, standing_in
@@ -262,11 +261,8 @@ class DeltaResidual(nn.Module):
         is not plainly ours.
         """
         config, gate, target = self.config, self.gate, self.target
-        if (
-            (config.rank, config.direction, config.gate) != (1, "branch", "linear")
-            or (config.uses_target and config.target != "linear")
-            or config.direction_norm == "free"
-            or not (plain(self.direction, BranchDirection) and plain(gate, Gate) and plain(gate.outer, Linear))
+        if not config.linear_gating or not (
+            plain(self.direction, BranchDirection) and plain(gate, Gate) and plain(gate.outer, Linear)
         ):
             return None
         weight, bias = gate.outer.weight, gate.outer.bias
@@ -275,7 +271,8 @@ class DeltaResidual(nn.Module):
             return weight, bias
         if not (plain(target, Target) and plain(target.map, Linear)):
             return None
-        return torch.cat((weight, target.map.weight)), F.pad(bias, (0, config.value_channels))
+        target_weight, target_bias = target.linear_map()
+        return torch.cat((weight, target_weight)), torch.cat((bias, target_bias))
 
     def _target_step(self, h_D: Tensor, beta: Tensor, target: Tensor | None) -> "Step":
         """delta, write_only, erase_only: w = beta v or nothing, b = beta or nothing, along k = s h."""

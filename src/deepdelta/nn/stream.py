@@ -34,6 +34,7 @@ class ResidualOptions(TypedDict, total=False):
     direction_norm: config.DirectionNorm
     direction_eps: float
     target: config.Target
+    target_init: float
     target_scale: float
     target_value: float
     gate: config.Gate

@@ -200,6 +200,9 @@ def target(config: ResidualConfig, width: int) -> Work:
         if config.target == "constant":
             return Work()
         work = linear(width, outputs)
+        if config.target == "affine" and not config.linear_gating:
+            # 1 +, and times v0.
+            work += Work(elementwise=2 * outputs)
         if config.target in ("scaled_sigmoid", "magnitude"):
             # Sigmoid and scale; 1 + and, unless written along h, times |h|.
             work += Work(elementwise=(1 if config.target_carries_branch else 2) * outputs)

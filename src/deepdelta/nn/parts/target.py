@@ -5,16 +5,20 @@ output.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.linear import Linear
+from deepdelta.nn.linear import Initialised, Linear
 from deepdelta.ops import accumulation_dtype
 
 
-class Target(nn.Module):
-    """v, (..., r, V): linear W c; scaled_sigmoid s sigmoid(W x_in + b); linear_input W x_in + b; constant;
-    magnitude |h| (1 + W c), or 1 + W c where that is written along h; branch W h."""
+class Target(Initialised):
+    """v, (..., r, V): linear W c; affine v0 (1 + W c); scaled_sigmoid s sigmoid(W x_in + b); linear_input W x_in + b;
+    constant; magnitude |h| (1 + W c), or 1 + W c where that is written along h; branch W h.
+
+    v0 (r V), `level`, is learned. Unlike in v0 + W c, what the map adds is relative to v0: tokens deviate from v0 by
+    the same share whatever its size, and W learns in proportion to it.
+    """
 
     def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
         super().__init__()
@@ -24,6 +28,18 @@ class Target(nn.Module):
         if self.kind != "constant":
             biased = self.kind in ("scaled_sigmoid", "linear_input")
             self.map = Linear(dim, self.rank * self.channels, std=std, bias=0.0 if biased else None)
+        self.level_start = config.target_init
+        self.level = nn.Parameter(torch.empty(self.rank * self.channels)) if self.kind == "affine" else None
+
+    def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
+        parameter.fill_(self.level_start)
+
+    def linear_map(self) -> tuple[Tensor, Tensor]:
+        """Weights (r V, D) and biases (r V) of v as a linear map of c, for `linear` and `affine`."""
+        weight = self.map.weight
+        if self.level is None:
+            return weight, weight.new_zeros(len(weight))
+        return self.level.unsqueeze(-1) * weight, self.level
 
     def forward(
         self, x_in_D: Tensor | None, c_D: Tensor, h_D: Tensor, vectors: tuple[Tensor, ...]
@@ -32,9 +48,10 @@ class Target(nn.Module):
         if self.kind == "constant":
             shape = (*c_D.shape[:-1], self.channels)
             return (torch.full(shape, self.value, dtype=c_D.dtype, device=c_D.device),) * self.rank
-        source = {"linear": c_D, "magnitude": c_D, "branch": h_D}.get(self.kind, x_in_D)
+        source = {"linear": c_D, "affine": c_D, "magnitude": c_D, "branch": h_D}.get(self.kind, x_in_D)
         assert source is not None, "a reading that drops x_in goes with targets that do not need it"
-        v_rV: tuple[Tensor, ...] = self.map(source).chunk(self.rank, dim=-1)
+        v = self.map(source)
+        v_rV: tuple[Tensor, ...] = (v if self.level is None else self.level * (1 + v)).chunk(self.rank, dim=-1)
         if self.kind == "scaled_sigmoid":
             return tuple(self.scale * torch.sigmoid(v) for v in v_rV)
         if self.along_h:
