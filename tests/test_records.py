@@ -17,6 +17,8 @@ from deepdelta.lab.analysis.tasks import TaskResults
 from deepdelta.lab.audit.findings import AuditResults
 from deepdelta.lab.bench import BenchResults, gradients
 from deepdelta.lab.bench.tables import markdown as bench_markdown
+from deepdelta.lab.experiments import costs
+from deepdelta.lab.experiments.config import load_study
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
 from deepdelta.lab.experiments.search import SearchResults
@@ -177,3 +179,13 @@ def test_the_committed_tables_are_those_of_the_stored_analysis():
         else:
             text = study_markdown(load_results(stored))
         assert text == file.read_text(encoding="utf-8"), folder.name
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.rglob("costs.json")), ids=lambda file: file.parent.name)
+def test_the_committed_costs_are_not_measured_again(file, monkeypatch):
+    """Their conditions are those of the study files, whatever settings came later."""
+    monkeypatch.setattr(costs, "measure_costs", lambda *given, **options: pytest.fail("measured again"))
+    name, *size = file.parent.relative_to(RESULTS).parts
+    study = load_study(name.removesuffix("-tinyshakespeare"))
+    config = study.sized(size[0]) if size else study
+    assert set(costs.measure(config, 256, file)) == set(config.conditions)

@@ -1,11 +1,9 @@
 """What the conditions of a study cost, measured once and kept beside its records."""
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deepdelta.config import from_plain, to_plain
+from deepdelta.config import Plain, from_plain, to_plain
 from deepdelta.files import read_object, write_json
 from deepdelta.lab.experiments.config import StudyConfig
 from deepdelta.lab.measure.cost import Cost, measure_costs
@@ -18,10 +16,10 @@ COSTLY = ("model", "batch_size", "accumulate", "device", "precision", "backend",
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What conditions cost, and a hash of what each was when that was measured."""
+    """What conditions cost, and the settings that each had when that was measured."""
 
     baseline: str
-    made_of: dict[str, str]
+    made_of: dict[str, Plain]
     costs: dict[str, Cost]
 
 
@@ -36,9 +34,11 @@ def measure(config: StudyConfig, vocab_size: int, file: Path) -> dict[str, Cost]
     known: dict[str, Cost] = {}
     if file.exists():
         there = from_plain(Costs, read_object(file, "delete it to measure costs again"), where=str(file))
-        if there.baseline == config.baseline and there.made_of.get(there.baseline) == made_of[config.baseline]:
-            made_of = there.made_of | made_of
-            known = {name: cost for name, cost in there.costs.items() if there.made_of.get(name) == made_of.get(name)}
+        # A setting that came later has its default there.
+        then = {name: _made_of(from_plain(TrainConfig, one), vocab_size) for name, one in there.made_of.items()}
+        if there.baseline == config.baseline and then.get(there.baseline) == made_of[config.baseline]:
+            made_of = then | made_of
+            known = {name: cost for name, cost in there.costs.items() if then.get(name) == made_of.get(name)}
     if missing := [name for name in config.conditions if name not in known]:
         settings = {
             name: replace(plans[name], threads=plans[name].threads or 1)
@@ -57,8 +57,8 @@ def measure(config: StudyConfig, vocab_size: int, file: Path) -> dict[str, Cost]
     return {name: known[name] for name in config.conditions}
 
 
-def _made_of(plan: TrainConfig, vocab_size: int) -> str:
-    """SHA-256 of what decides the cost of a training step."""
+def _made_of(plan: TrainConfig, vocab_size: int) -> Plain:
+    """What decides the cost of a training step."""
     plain = {key: value for key, value in to_plain(plan).items() if key in COSTLY}
     plain["model"]["vocab_size"] = plain["model"]["vocab_size"] or vocab_size
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return plain
