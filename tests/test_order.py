@@ -26,6 +26,7 @@ decoding
 data interop
 training
 retrofitting selfcheck
+explorer
 lab.measure
 lab.analysis
 lab.audit

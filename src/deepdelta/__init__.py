@@ -6,6 +6,7 @@ from deepdelta import interruption as interruption  # first, for what importing 
 from deepdelta import interop, ops
 from deepdelta.decoding import generate
 from deepdelta.errors import UserError
+from deepdelta.explorer import explore
 from deepdelta.models import GPT, GPTConfig
 from deepdelta.nn import (
     DeltaResidual,
@@ -47,6 +48,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "__version__",
+    "explore",
     "generate",
     "interop",
     "intervening",

@@ -13,6 +13,7 @@ from tyro.conf import subcommand
 
 from deepdelta.cli.comparisons import Bench, Study, Task
 from deepdelta.cli.doctor import Doctor
+from deepdelta.cli.explore import Explore
 from deepdelta.cli.runs import Audit, Evaluate, Generate, Import, Train
 from deepdelta.errors import UserError, check_utf8, nearest
 from deepdelta.files import read_object
@@ -25,6 +26,7 @@ COMMANDS = {
     "evaluate": Evaluate,
     "generate": Generate,
     "audit": Audit,
+    "explore": Explore,
     "study": Study,
     "task": Task,
     "import": Import,
