@@ -1,6 +1,7 @@
 # make study   set up, then train the quick study and write its report
 # make test    set up, then run the whole test suite on all cores
 # make matrix  set up, then try all 29,298 combinations of the residual's settings (about 20 minutes)
+# make test-browser   the pages that people look at, in a real browser (Debian's chromium, and npm for axe-core)
 # make docs    set up, then build the pages of docs/ as a site into build/site
 # make check   lint, format and types, without running anything
 # make fingerprint BASE=COMMIT   losses of 20 steps of every preset here and at that commit, bit for bit
@@ -11,14 +12,27 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 EXTRAS_study := study,fast
 EXTRAS_test := test
 EXTRAS_docs := docs
+EXTRAS_browser := browser
+AXE := axe-core@4.14.1
 
-.PHONY: study test docs matrix check fingerprint fresh-clone clean
+.PHONY: study test test-browser docs matrix check fingerprint fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
 
 test: .venv/test.stamp .venv/torchvision.stamp
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# The pages in Debian's Chromium, with axe-core for what people with other senses need.
+test-browser: .venv/test.stamp .venv/browser.stamp build/axe/package/axe.min.js
+	@command -v chromium > /dev/null || { echo "Chromium is needed to see the pages: sudo apt-get install -y chromium"; exit 2; }
+	$(BIN)/python -m pytest tests/test_browser.py -m browser
+
+build/axe/package/axe.min.js: Makefile
+	@command -v npm > /dev/null || { echo "npm is needed to fetch axe-core: sudo apt-get install -y npm"; exit 2; }
+	mkdir -p build/axe
+	cd build/axe && npm pack --silent --ignore-scripts $(AXE) && tar -xzf axe-core-*.tgz
+	@touch $@
 
 docs: .venv/docs.stamp
 	$(BIN)/mkdocs build --strict --quiet

@@ -29,7 +29,7 @@ const path = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(
 
 // Axes in an SVG of its viewBox's size; returns the maps from values to positions.
 function axes(target, { x, y, ticksX, ticksY, labelX, labelY }) {
-  const { width, height } = target.viewBox.baseVal;
+  const [, , width, height] = target.getAttribute("viewBox").split(" ").map(Number);
   const [left, right, top, bottom] = [44, 12, 10, labelX ? 38 : 22];
   const at = (value, [low, high], from, to) => from + ((value - low) / (high - low)) * (to - from);
   const px = (value) => at(value, x, left, width - right);
@@ -53,6 +53,9 @@ function axes(target, { x, y, ticksX, ticksY, labelX, labelY }) {
   target.append(drawing);
   return { px, py, drawing, line: (points, attributes) => drawing.append(svg("path", { d: path(points.map(([a, b]) => [px(a), py(b)])), fill: "none", ...attributes })) };
 }
+
+// Wide pictures are drawn for the width they get, so that their text stays legible.
+const across = () => (innerWidth < 700 ? 340 : 460);
 
 const ticks = (limit) => (limit <= 1.6 ? [-1, 0, 1] : limit <= 3.2 ? [-2, -1, 0, 1, 2] : [-4, -2, 0, 2, 4].filter((t) => Math.abs(t) <= limit));
 

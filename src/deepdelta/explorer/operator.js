@@ -29,7 +29,7 @@ function control(parent, { id, label, min, max, step, read, write, name }) {
   return (visible = true) => {
     for (const row of rows) row.hidden = !visible;
     slider.value = read();
-    if (document.activeElement !== number) number.value = Number(read().toFixed(2));
+    if (document.activeElement !== number) number.value = Number(read().toFixed(6));
   };
 }
 

@@ -26,6 +26,7 @@ function drawSpectrum(layers, values) {
 
 function drawTime(layer, steps) {
   const s = strength(layer);
+  for (const id of ["path", "refinement"]) element(id).setAttribute("viewBox", `0 0 ${across()} ${across() === 340 ? 230 : 270}`);
   const step = refined(s, steps);
   const low = Math.max(-4, Math.min(-1.1, 1.08 * (1 - s), 1.08 * (1 - s / steps)));
   const euler = Array.from({ length: steps + 1 }, (_, i) => [i / steps, (1 - s / steps) ** i]);

@@ -5,10 +5,11 @@ const DATA = embedded("data");
 const RUNS = DATA.runs;
 const IDS = RUNS[0].ids;
 const LAST = Math.max(...RUNS.map((run) => run.rewrites.length));
-const state = { token: IDS.length - 1, step: 1 };
+const state = { token: Math.max(0, IDS.length - 2), step: 1 };
 
 const spelled = (text) => (text === "" ? "∅" : text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥"));
-const textOf = (run, id) => spelled(run.texts[id] ?? `#${id}`);
+// Bytes that are no character of their own are shown as their number.
+const textOf = (run, id) => (run.texts[id] === "\ufffd" ? `#${id}` : spelled(run.texts[id]));
 const share = (p) => (p < 0.0995 ? `${(100 * p).toFixed(1)} %` : `${Math.round(100 * p)} %`);
 const list = (values) => values.map((x) => shown(x, 3)).join(", ");
 

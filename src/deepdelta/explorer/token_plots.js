@@ -6,7 +6,7 @@ const shade = (i) => ({ opacity: 1 - 0.2 * Math.min(i, 3), "stroke-dasharray": C
 
 // A strip over all rewrites with lines of numbers, one per channel; `series` are lists of [place, value].
 function strip(id, { title, series, range, ticksY, last, steps, current, colour, pick, mark }) {
-  const target = svg("svg", { id, class: "strip", role: "img", viewBox: `0 0 460 ${last ? 126 : 110}`, "aria-label": `${title} over the rewrites.` });
+  const target = svg("svg", { id, class: "strip", role: "img", viewBox: `0 0 ${across()} ${last ? 126 : 110}`, "aria-label": `${title} over the rewrites.` });
   const every = Math.max(1, Math.ceil(steps / 12));
   const ticksX = Array.from({ length: steps }, (_, i) => i + 1).filter((i) => (i - 1) % every === 0);
   const { px, drawing, line, py } = axes(target, { x: [0.4, steps + 0.6], y: range, ticksX, ticksY, labelX: last ? "rewrite" : "", labelY: title });
@@ -18,8 +18,8 @@ function strip(id, { title, series, range, ticksY, last, steps, current, colour,
   if (mark !== undefined) line([[0, mark], [steps + 1, mark]], { stroke: "var(--before)", "stroke-dasharray": "3 4" });
   target.addEventListener("click", (event) => {
     const box = target.getBoundingClientRect();
-    const x = ((event.clientX - box.left) / box.width) * 460;
-    pick(Math.round(0.4 + ((x - 44) / (460 - 56)) * (steps + 0.2)));
+    const x = ((event.clientX - box.left) / box.width) * across();
+    pick(Math.round(0.4 + ((x - 44) / (across() - 56)) * (steps + 0.2)));
   });
   return target;
 }
@@ -50,7 +50,7 @@ function depthPictures(r, run, token, current, pick) {
 function rewritePicture(r, { read, after, target }) {
   const rows = read.length;
   const limit = roundUp(Math.max(1e-6, ...[...read, ...after, ...(target ?? [])].map(Math.abs)));
-  const picture = svg("svg", { id: `rewrite-${r}`, role: "img", viewBox: `0 0 460 ${56 + 30 * rows}`, "aria-label": `Along k, per value channel: ${read.map((x, j) => `channel ${j + 1} from ${shown(x, 3)} to ${shown(after[j], 3)}${target ? `, target ${shown(target[j], 3)}` : ""}`).join("; ")}.` });
+  const picture = svg("svg", { id: `rewrite-${r}`, role: "img", viewBox: `0 0 ${across()} ${56 + 30 * rows}`, "aria-label": `Along k, per value channel: ${read.map((x, j) => `channel ${j + 1} from ${shown(x, 3)} to ${shown(after[j], 3)}${target ? `, target ${shown(target[j], 3)}` : ""}`).join("; ")}.` });
   const { px, py, drawing } = axes(picture, { x: [-1.04 * limit, 1.04 * limit], y: [rows + 0.6, 0.4], ticksX: [-limit, -limit / 2, 0, limit / 2, limit], ticksY: read.map((_, j) => j + 1), labelX: "along k", labelY: "channel" });
   read.forEach((x, j) => {
     const y = py(j + 1);
