@@ -329,13 +329,17 @@ def test_a_token_is_followed_by_the_arrow_keys_with_the_numbers_of_the_file(
                 assert f"{rewrite['beta'][token][0]:.3f}" in page.inner_text(f"#says-{r}")
                 names = [n for n in ("read", "target", "erased", "written") if rewrite[n] is not None]
                 rows = page.locator(f"#run-{r} .records tbody tr").all()
-                assert len(rows) == len(rewrite["read"][token])
-                for j, row in enumerate(rows):
-                    shown = [number(text).real for text in row.locator("td").all_inner_texts()]
-                    assert shown[: len(names)] == pytest.approx([rewrite[n][token][j] for n in names], abs=5.1e-5)
-                    assert shown[-2:] == pytest.approx(
-                        [rewrite[n][token][j] for n in ("state_norm", "state_norm_after")], abs=5.1e-5
-                    )
+                assert len(rows) == len(names) + 4
+                table = [[number(text).real for text in row.locator("td").all_inner_texts()] for row in rows]
+                for name, shown in zip(names, table, strict=False):
+                    assert shown == pytest.approx(rewrite[name][token], abs=5.1e-5)
+                assert table[-2] == pytest.approx(rewrite["state_norm"][token], abs=5.1e-5)
+                assert table[-1] == pytest.approx(rewrite["state_norm_after"][token], abs=5.1e-5)
+                # what the rewrite left along k, from the error law's own words
+                erased = rewrite["erased"][token] if rewrite["erased"] else [0.0] * len(table[0])
+                sums = zip(rewrite["read"][token], rewrite["written"][token], erased, strict=True)
+                left = [x + rewrite["norm"][token] ** 2 * (w - e) for x, w, e in sums]
+                assert table[-4] == pytest.approx(left, abs=5.1e-5)
                 chances = page.locator(f"#run-{r} .lens div:nth-child(2) li span:last-child").all_inner_texts()
                 top = run["lens"][step][token]["top"]
                 assert [float(re.sub("[^0-9.]", "", text)) for text in chances] == pytest.approx(

@@ -81,10 +81,13 @@ def test_paths_of_every_command_may_lie_in_the_home_directory(monkeypatch: pytes
         for field, hint in get_type_hints(kind).items():
             if hint is Path or (isinstance(hint, UnionType) and set(get_args(hint)) == {Path, NoneType}):
                 given = words.get(name, "")
-                if f"{name} {field}" in ("evaluate run", "generate run", "audit run", "import folder"):
+                if f"{name} {field}" == "explore run":
+                    typed_words = ["~/file"]
+                elif f"{name} {field}" in ("evaluate run", "generate run", "audit run", "import folder"):
                     typed_words = given.replace("r", "~/file", 1).split()
                 else:
-                    typed_words = [*given.replace(f"--{field} r", "").split(), f"--{field.replace('_', '-')}=~/file"]
+                    option = {"beside": "with"}.get(field, field.replace("_", "-"))
+                    typed_words = [*given.replace(f"--{field} r", "").split(), f"--{option}=~/file"]
                 assert getattr(parse([name, *typed_words]), field) == tmp_path / "file", typed_words
                 checked.add(f"{name} {field}")
     assert checked >= {"train run", "train config", "train init_from", "import folder", "import run", "study out"}

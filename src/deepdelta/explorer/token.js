@@ -40,15 +40,12 @@ function lensSentence(run, before, after, next) {
 }
 
 function records(rewrite, token) {
-  const columns = [["read kᵀX", "read"], ["target v", "target"], ["erased", "erased"], ["written", "written"]];
   const values = (name) => rewrite[name]?.[token];
   const after = values("read").map((x, j) => x + rewrite.norm[token] ** 2 * (values("written")[j] - (values("erased")?.[j] ?? 0)));
-  const used = columns.filter(([, name]) => values(name));
-  const head = ["channel", ...used.map(([title]) => title), "kᵀX′", "cos(k, X)", "‖X‖", "‖X′‖"];
-  const rows = after.map((x, j) => [...used.map(([, name]) => values(name)[j]), x, values("cosine")[j], values("state_norm")[j], values("state_norm_after")[j]]);
+  const rows = [["read kᵀX", values("read")], ["target v", values("target")], ["erased", values("erased")], ["written", values("written")], ["kᵀX′ after", after], ["cos(k, X)", values("cosine")], ["‖X‖ before", values("state_norm")], ["‖X′‖ after", values("state_norm_after")]];
   const table = html("table", { class: "records" },
-    html("thead", {}, html("tr", {}, ...head.map((title) => html("th", { scope: "col" }, title)))),
-    html("tbody", {}, ...rows.map((row, j) => html("tr", {}, html("th", { scope: "row" }, String(j + 1)), ...row.map((x) => html("td", {}, shown(x, 4)))))));
+    html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "channel"), ...after.map((_, j) => html("th", { scope: "col" }, String(j + 1))))),
+    html("tbody", {}, ...rows.filter(([, numbers]) => numbers).map(([title, numbers]) => html("tr", {}, html("th", { scope: "row" }, title), ...numbers.map((x) => html("td", {}, shown(x, 4)))))));
   return { after, table };
 }
 
@@ -86,6 +83,9 @@ function go(step, token) {
     if (i === state.token) button.setAttribute("aria-current", "true");
     else button.removeAttribute("aria-current");
   });
+  const [box, chip] = [element("tokens"), element("tokens").children[state.token]];
+  const place = chip.offsetTop - box.offsetTop;
+  if (place < box.scrollTop || place + chip.offsetHeight > box.scrollTop + box.clientHeight) box.scrollTop = place - box.clientHeight / 2;
   RUNS.forEach((_, r) => article(r));
 }
 

@@ -124,7 +124,7 @@ def _lens(
     lens = []
     following = [*input_ids[0].tolist()[1:], None]
     known = tokenizer.vocab_size if isinstance(tokenizer, Tokenizer) else None
-    for part in torch.cat(states).split(AT_ONCE):
+    for part in torch.split(torch.cat(states), AT_ONCE):
         replace: Callable[..., Any] = lambda module, args, part=part: (part.to(args[0].dtype),)  # noqa: E731
         hook = stream.readout.register_forward_pre_hook(replace)
         try:
