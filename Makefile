@@ -2,6 +2,7 @@
 # make test    set up, then run the whole test suite on all cores
 # make matrix  set up, then try all 29,298 combinations of the residual's settings (about 20 minutes)
 # make test-browser   the pages that people look at, in a real browser (Debian's chromium, and npm for axe-core)
+# make figures   the pictures of docs/images, from real output (two small runs, Debian's chromium)
 # make docs    set up, then build the pages of docs/ as a site into build/site
 # make check   lint, format and types, without running anything
 # make fingerprint BASE=COMMIT   losses of 20 steps of every preset here and at that commit, bit for bit
@@ -15,7 +16,7 @@ EXTRAS_docs := docs
 EXTRAS_browser := browser
 AXE := axe-core@4.14.1
 
-.PHONY: study test test-browser docs matrix check fingerprint fresh-clone clean
+.PHONY: study test test-browser figures docs matrix check fingerprint fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
@@ -33,6 +34,9 @@ build/axe/package/axe.min.js: Makefile
 	mkdir -p build/axe
 	cd build/axe && npm pack --silent --ignore-scripts $(AXE) && tar -xzf axe-core-*.tgz
 	@touch $@
+
+figures: .venv/study.stamp .venv/browser.stamp
+	$(BIN)/python docs/site/figures.py
 
 docs: .venv/docs.stamp
 	$(BIN)/mkdocs build --strict --quiet

@@ -68,10 +68,13 @@ def linked(markdown: str, path: str, source: str) -> str:
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     from mkdocs.structure.files import File
 
+    from deepdelta.explorer import operator_page
+
     results = sorted(str(one.relative_to(ROOT)) for one in (ROOT / "results").glob("**/*") if one.is_file())
     wanted = [one for one in results if one.endswith((".md", ".svg", "results.json", "audit.json", "scaling.json"))]
     for path in [*PAGES, *wanted]:
         files.append(File.generated(config, PAGES.get(path, path), abs_src_path=str(ROOT / path)))
+    files.append(File.generated(config, "operator.html", content=operator_page()))
     return files
 
 

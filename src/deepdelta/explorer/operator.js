@@ -2,7 +2,7 @@
 // The explorer's state, its controls and its numbers.
 
 const PRESETS = embedded("data").presets;
-const state = { dim: 2, layers: [], selected: 0, channels: 4, steps: 4, turn: 35, tilt: 22, preset: null };
+const state = { dim: 2, layers: [], selected: 0, channels: 4, steps: 4, turn: -35, tilt: 20, preset: null };
 const fresh = () => ({ beta: 1, angle: 90 * (state.layers.length % 2) + 30, height: 25, length: 1, v: 0 });
 const solved = () => state.layers.map((layer) => ({ beta: layer.beta, v: layer.v, k: vector(state.dim, layer) }));
 
