@@ -16,7 +16,7 @@ EXTRAS_docs := docs
 EXTRAS_browser := browser
 AXE := axe-core@4.14.1
 
-.PHONY: study test test-browser figures docs matrix check fingerprint fresh-clone clean
+.PHONY: study test test-browser chromium figures docs matrix check fingerprint fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
@@ -25,9 +25,11 @@ test: .venv/test.stamp .venv/torchvision.stamp
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # The pages in Debian's Chromium, with axe-core for what people with other senses need.
-test-browser: .venv/test.stamp .venv/browser.stamp build/axe/package/axe.min.js
-	@command -v chromium > /dev/null || { echo "Chromium is needed to see the pages: sudo apt-get install -y chromium"; exit 2; }
+test-browser: chromium .venv/test.stamp .venv/browser.stamp build/axe/package/axe.min.js
 	$(BIN)/python -m pytest tests/test_browser.py -m browser
+
+chromium:
+	@command -v chromium > /dev/null || { echo "Chromium is needed to see the pages: sudo apt-get install -y chromium"; exit 2; }
 
 build/axe/package/axe.min.js: Makefile
 	@command -v npm > /dev/null || { echo "npm is needed to fetch axe-core: sudo apt-get install -y npm"; exit 2; }
@@ -35,7 +37,7 @@ build/axe/package/axe.min.js: Makefile
 	cd build/axe && npm pack --silent --ignore-scripts $(AXE) && tar -xzf axe-core-*.tgz
 	@touch $@
 
-figures: .venv/study.stamp .venv/browser.stamp
+figures: chromium .venv/study.stamp .venv/browser.stamp
 	$(BIN)/python docs/site/figures.py
 
 docs: .venv/docs.stamp

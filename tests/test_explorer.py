@@ -207,7 +207,7 @@ def test_a_page_holds_text_as_text_and_its_numbers_lie_beside_it(tmp_path: Path)
 def test_runs_are_explored_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = text_file(tmp_path / "text.txt")
     for name, rule in (("one", "delta"), ("two", "write_only")):
-        quietly(config(source, steps=1, model={"residual": {"rule": rule}}), tmp_path / name)
+        quietly(config(source, steps=1, backend="reference", model={"residual": {"rule": rule}}), tmp_path / name)
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     main(["explore", one, "--prompt", "state", "--with", two])
     assert capsys.readouterr().out.endswith(f"Next: read {one}/explore.html\n")
@@ -217,7 +217,7 @@ def test_runs_are_explored_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     for words, message in [
         ([one], "give --prompt TEXT"),
         (["--prompt", "a"], "--prompt and --with belong to a run"),
-        ([one, "--prompt", "a" * 17], "the prompt must have at most 16 tokens"),
+        ([one, "--prompt", "a" * 17], "the model's context is 16 tokens, got 17"),
         ([one, "--prompt", ""], "the prompt must hold at least one token, got none"),
         ([str(tmp_path), "--prompt", "a"], "is not a run directory"),
     ]:

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deepdelta.explorer.page import assemble, asset
 from deepdelta.files import parse
@@ -20,23 +19,8 @@ def operator_page() -> str:
     return assemble("The operator of a delta residual", "operator.html", data, scripts)
 
 
-def direction(dim: int, angle: float, height: float, length: float) -> Tensor:
-    """k of spherical coordinates in degrees, fp64."""
-    a, h = math.radians(angle), math.radians(height) if dim == 3 else 0.0
-    unit = [math.cos(h) * math.cos(a), math.cos(h) * math.sin(a), math.sin(h)]
-    return length * torch.tensor(unit[:dim], dtype=torch.float64)
-
-
 def _measured(preset: dict[str, Any]) -> dict[str, Any]:
-    product = DeltaOperator.compose(
-        [
-            DeltaOperator(
-                direction(preset["dim"], layer["angle"], layer["height"], layer["length"]),
-                torch.tensor(layer["beta"], dtype=torch.float64),
-            )
-            for layer in preset["layers"]
-        ]
-    )
+    product = DeltaOperator.compose([_operator(preset["dim"], layer) for layer in preset["layers"]])
     eigenvalues = [(value.real, value.imag) for value in map(complex, product.eigenvalues().tolist())]
     return {
         "eigenvalues": sorted(eigenvalues),
@@ -44,3 +28,10 @@ def _measured(preset: dict[str, Any]) -> dict[str, Any]:
         "determinant": product.determinant().item(),
         "lifted": product.determinant(preset["channels"]).item(),
     }
+
+
+def _operator(dim: int, layer: dict[str, Any]) -> DeltaOperator:
+    """Of a layer whose k is given by spherical coordinates in degrees; fp64."""
+    a, h = math.radians(layer["angle"]), math.radians(layer["height"]) if dim == 3 else 0.0
+    unit = torch.tensor([math.cos(h) * math.cos(a), math.cos(h) * math.sin(a), math.sin(h)][:dim], dtype=torch.float64)
+    return DeltaOperator(layer["length"] * unit, torch.tensor(layer["beta"], dtype=torch.float64))

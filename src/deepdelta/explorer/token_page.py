@@ -50,10 +50,6 @@ def explore_runs(runs: Sequence[Path], prompt: str, out: Path) -> Path:
                 f"{run} keeps no tokenizer, so no text can be followed; deepdelta.explore takes one beside the model."
             )
         config = RunDirectory(run).config().model
-        if (count := len(tokenizer.encode(prompt))) > config.context:
-            raise UserError(
-                f"the prompt must have at most {config.context} tokens for {run}, got {count}: give a shorter one."
-            )
         rule, channels = config.residual.rule, config.residual.value_channels
         what = f"rule {rule}, V = {channels}, {config.layers} layers, width {config.dim}"
         traces.append({"name": str(run), "what": what, **trace(model, tokenizer, prompt)})
