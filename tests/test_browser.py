@@ -244,6 +244,13 @@ def views(page: Any, name: str) -> Iterator[str]:
         for preset in page.evaluate("PRESETS.map((preset) => preset.id)"):
             page.click(f"#preset-{preset}")
             yield preset
+        extreme = "{ beta: 2, angle: -179, height: -89, length: 1.5, v: -1.49 }"
+        for dim in (2, 3):
+            page.evaluate(
+                f"state.layers = Array.from({{ length: 6 }}, (_, i) => ({{ ...{extreme}, angle: 25 * i - 179 }}))"
+            )
+            page.evaluate(f"Object.assign(state, {{ dim: {dim}, channels: 8, steps: 64, selected: 5 }}); update()")
+            yield f"extreme in {dim} dimensions"
     else:
         for step in (1, 3, 6):
             page.evaluate(f"go({step}, {step * 4})")

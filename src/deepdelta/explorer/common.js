@@ -17,7 +17,7 @@ const svg = (name, attributes = {}, ...children) => filled(document.createElemen
 const embedded = (id) => JSON.parse(element(id).textContent);
 
 function shown(x, digits = 6) {
-  const text = x.toFixed(digits);
+  const text = Math.abs(x) < 1e6 ? x.toFixed(digits) : x.toExponential(6);
   return (Number(text) === 0 ? (0).toFixed(digits) : text).replace("-", "−");
 }
 const shownComplex = ([re, im]) =>
@@ -30,7 +30,7 @@ const path = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(
 // Axes in an SVG of its viewBox's size; returns the maps from values to positions.
 function axes(target, { x, y, ticksX, ticksY, labelX, labelY }) {
   const [, , width, height] = target.getAttribute("viewBox").split(" ").map(Number);
-  const [left, right, top, bottom] = [44, 12, 10, labelX ? 38 : 22];
+  const [left, right, top, bottom] = [54, 12, 10, labelX ? 38 : 22];
   const at = (value, [low, high], from, to) => from + ((value - low) / (high - low)) * (to - from);
   const px = (value) => at(value, x, left, width - right);
   const py = (value) => at(value, y, height - bottom, top);
@@ -57,7 +57,8 @@ function axes(target, { x, y, ticksX, ticksY, labelX, labelY }) {
 // Wide pictures are drawn for the width they get, so that their text stays legible.
 const across = () => (innerWidth < 700 ? 340 : 460);
 
-const ticks = (limit) => (limit <= 1.6 ? [-1, 0, 1] : limit <= 3.2 ? [-2, -1, 0, 1, 2] : [-4, -2, 0, 2, 4].filter((t) => Math.abs(t) <= limit));
+const roundUp = (x) => { const unit = 10 ** Math.floor(Math.log10(x)); return [1, 2, 5, 10].map((f) => f * unit).find((y) => y >= x); };
+const ticks = (limit) => [-2, -1, 0, 1, 2].map((i) => i * Math.max(1, roundUp(limit / 2.2))).filter((t) => Math.abs(t) <= limit);
 
 function legend(id, entries) {
   element(id).replaceChildren(...entries.map(([mark, text]) => html("li", {}, svg("svg", { viewBox: "0 0 26 12", "aria-hidden": "true" }, mark), text)));

@@ -9,7 +9,7 @@ from torch import nn
 from deepdelta.errors import UserError, printable
 from deepdelta.explorer.page import assemble
 from deepdelta.explorer.trace import Coding, trace
-from deepdelta.files import AnyPath, write_json, write_text
+from deepdelta.files import FORMAT, AnyPath, write_json, write_text
 from deepdelta.training import RunDirectory, load
 from deepdelta.version import __version__
 
@@ -63,7 +63,7 @@ def _write(prompt: str, traces: list[dict[str, Any]], out: Path) -> Path:
     page = assemble(
         "One token through depth", "token.html", _printable(data), ("common.js", "token_plots.js", "token.js")
     )
-    write_json(out.with_suffix(".json"), data)
+    write_json(out.with_suffix(".json"), {"format": FORMAT, **data})
     write_text(out, page)
     return out
 

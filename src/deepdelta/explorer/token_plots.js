@@ -19,12 +19,10 @@ function strip(id, { title, series, range, ticksY, last, steps, current, colour,
   target.addEventListener("click", (event) => {
     const box = target.getBoundingClientRect();
     const x = ((event.clientX - box.left) / box.width) * across();
-    pick(Math.round(0.4 + ((x - 44) / (across() - 56)) * (steps + 0.2)));
+    pick(Math.round(0.4 + ((x - 54) / (across() - 66)) * (steps + 0.2)));
   });
   return target;
 }
-
-const roundUp = (x) => { const unit = 10 ** Math.floor(Math.log10(x)); return [1, 2, 5, 10].map((f) => f * unit).find((y) => y >= x); };
 
 function depthPictures(r, run, token, current, pick) {
   const steps = run.rewrites.length;
