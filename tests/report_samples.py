@@ -132,7 +132,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         self.loads += [
-            f"{tag} {key}={values[key]}" for key in ("src", "href", "srcset", "data", "action") if key in values
+            f"{tag} {key}={values[key]}"
+            for key in ("src", "href", "srcset", "data", "action")
+            if key in values and (tag, values[key]) != ("a", "operator.html")  # a link beside it, which loads nothing
         ]
         self.ids += [values["id"] or ""] if "id" in values else []
         if values.get("http-equiv") == "Content-Security-Policy":

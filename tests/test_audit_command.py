@@ -66,7 +66,7 @@ def test_a_trained_run(capsys: pytest.CaptureFixture[str], run: Path, source: Pa
     main(["audit", str(run), "--tokens", "70", "--batch-size", "3", *FAST])
     said = capsys.readouterr()
     results = audited(run / "audit")
-    written = ["audit.html", "audit.json", "plotly.min.js", "table.md"]
+    written = ["audit.html", "audit.json", "operator.html", "plotly.min.js", "table.md"]
     assert sorted(path.name for path in (run / "audit").iterdir()) == written
     # Four windows of 16 tokens, evenly spread over the validation split.
     directory = RunDirectory(run)

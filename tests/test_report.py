@@ -218,7 +218,8 @@ def test_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
     write_report(study(), path)
     assert path.read_text(encoding="utf-8") == render_page(study())
     script = path.with_name("plotly.min.js")
-    assert sorted(path.parent.iterdir()) == [script, path]
+    assert sorted(path.parent.iterdir()) == [path.with_name("operator.html"), script, path]
+    assert '<a href="operator.html">' in render_page(study())
     assert script.read_text(encoding="utf-8") in render_page(study(), self_contained=True)
     script.write_text("older", encoding="utf-8")
     write_report(study(), path)

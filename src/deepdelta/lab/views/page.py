@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deepdelta.errors import printable, without_extra
+from deepdelta.explorer import operator_page
 from deepdelta.files import AnyPath, write_text
 from deepdelta.lab.analysis.results import ConditionResult, StudyResults
 from deepdelta.lab.views import figures
@@ -15,6 +16,8 @@ from deepdelta.lab.views.tables import si
 
 SCRIPT = "plotly.min.js"
 """The file beside pages that draws their pictures."""
+OPERATOR = "operator.html"
+"""The page beside them on which the operator is moved by hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +90,14 @@ def render(template: str, script: str | None, **values: Any) -> str:
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["si"] = si
-    return environment.get_template(template).render(script=script, plotly=plotly, **values)
+    return environment.get_template(template).render(script=script, plotly=plotly, operator=OPERATOR, **values)
 
 
 def write_page(path: Path, text: str, *, self_contained: bool) -> None:
-    """Write the page atomically, and SCRIPT beside it if it needs it and it is not there yet."""
+    """Write the page atomically, and beside it what it needs: OPERATOR, and SCRIPT if it is not there yet."""
     write_text(path, text)
+    if not self_contained:
+        write_text(path.with_name(OPERATOR), operator_page())
     if not self_contained and not ((beside := path.with_name(SCRIPT)).exists() and beside.read_text() == _plotly()):
         write_text(beside, _plotly())
 
