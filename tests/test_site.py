@@ -18,15 +18,15 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def load_hooks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site" / "hooks.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"site_{name}", ROOT / "docs" / "site" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-hooks = load_hooks()
+hooks = load("hooks")
 TWO = "# A\n\ntext\n\n| a |\n| --- |\n| 1 |\n\n## The second, too\n\n| b |\n| --- |\n| 2 |\n"
 
 
@@ -34,6 +34,12 @@ def test_every_page_stands_in_the_navigation_once() -> None:
     named = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2], re.M)
     pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").glob("**/*.md")]
     assert sorted(named) == sorted([*pages, *hooks.PAGES.values(), "results/README.md"])
+
+
+def test_pictures_are_few_and_small_and_the_moving_one_is_as_it_is_made() -> None:
+    images = list((ROOT / "docs" / "images").iterdir())
+    assert len(images) <= 12 and sum(image.stat().st_size for image in images) <= 2_000_000
+    assert load("animation").picture() == (ROOT / "docs" / "images" / "operator.svg").read_text(encoding="utf-8")
 
 
 def test_a_table_is_found_by_its_heading() -> None:
