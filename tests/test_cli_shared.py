@@ -59,8 +59,8 @@ def test_threads_are_the_run_s_own_unless_given(
 
 def test_every_command_that_computes_in_its_own_process_takes_threads() -> None:
     own = {name for name, kind in COMMANDS.items() if "threads" in {one.name for one in dataclasses.fields(kind)}}
-    # train has them among its settings, import computes nothing, the runs of a task have one thread each.
-    assert own == set(COMMANDS) - {"train", "import", "task"}
+    # train has them among its settings, import and plan compute nothing, the runs of a task have one thread each.
+    assert own == set(COMMANDS) - {"train", "import", "plan", "task"}
 
 
 def test_threads_of_a_study_are_those_of_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepdelta import PRESETS, UserError
-from deepdelta.lab.measure.flops import training_flops_per_token
 from deepdelta.models import GPT, GPTConfig
+from deepdelta.models.flops import training_flops_per_token
 from deepdelta.nn import ResidualConfig
 
 aten = torch.ops.aten

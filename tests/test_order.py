@@ -25,7 +25,7 @@ models
 decoding
 data interop
 training
-retrofitting selfcheck
+retrofitting selfcheck planning
 explorer
 lab.measure
 lab.analysis

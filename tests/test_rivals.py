@@ -12,8 +12,8 @@ from deepdelta.cli import main
 from deepdelta.config import from_plain
 from deepdelta.errors import UserError
 from deepdelta.lab.analysis.results import load_results
-from deepdelta.lab.measure.flops import training_flops_per_token
 from deepdelta.models import GPT, GPTConfig, Rival, RivalGPT, language_model, parameter_count, rivals
+from deepdelta.models.flops import training_flops_per_token
 from deepdelta.nn import initialise
 from deepdelta.nn.presets import PRESETS
 from deepdelta.training import TrainConfig, train

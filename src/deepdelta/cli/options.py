@@ -14,12 +14,14 @@ from tyro.conf import subcommand
 from deepdelta.cli.comparisons import Bench, Study, Task
 from deepdelta.cli.doctor import Doctor
 from deepdelta.cli.explore import Explore
+from deepdelta.cli.plan import Plan
 from deepdelta.cli.runs import Audit, Evaluate, Generate, Import, Train
 from deepdelta.errors import UserError, check_utf8, nearest
 from deepdelta.files import read_object
 from deepdelta.nn.config import Rule
 from deepdelta.training import TrainConfig
 from deepdelta.training.config import run_settings
+from deepdelta.training.recipes import recipe
 
 COMMANDS = {
     "train": Train,
@@ -30,6 +32,7 @@ COMMANDS = {
     "study": Study,
     "task": Task,
     "import": Import,
+    "plan": Plan,
     "doctor": Doctor,
     "bench": Bench,
 }
@@ -90,10 +93,12 @@ def _value_of(option: str, given: list[str]) -> str | None:
 
 
 def _settings(given: list[str]) -> TrainConfig:
-    """What the settings are before the options: those of --config, the residual that of --preset or of a typed rule."""
-    file, preset, rule = (_value_of(option, given) for option in ("--config", "--preset", "--model.residual.rule"))
+    """What the settings are before the options: those of --recipe, over them those of --config, the residual that of
+    --preset or of a typed rule."""
+    options = ("--recipe", "--config", "--preset", "--model.residual.rule")
+    named, file, preset, rule = (_value_of(option, given) for option in options)
     typed = {"preset": preset, "rule": rule if rule in get_args(Rule) else None}
     residual = {name: value for name, value in typed.items() if value is not None}
     layer = {"model": {"residual": residual}} if residual else {}
     below = {} if file is None else read_object(_home(Path(file)), "mend it, or give another --config")
-    return run_settings(below, layer, where=file or "")
+    return run_settings({} if named is None else recipe(named), below, layer, where=file or "")

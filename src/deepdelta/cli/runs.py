@@ -27,6 +27,9 @@ class Train:
 
     run: Path
     """The run directory, made if absent; the same command continues it, with more --steps extends it."""
+    recipe: str | None = None
+    """Settings of a whole run by name, small or medium as the authors have them, large, xl, 3b, 7b; what is given by
+    file or option beside it wins."""
     config: Path | None = None
     """A TOML or JSON file with settings; options given beside it win."""
     preset: str | None = None

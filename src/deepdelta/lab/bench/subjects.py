@@ -14,9 +14,8 @@ from deepdelta.decoding import DecodingCache
 from deepdelta.device import Device, compiler_problem
 from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
 from deepdelta.lab.bench.config import Case, Group, Suite
-from deepdelta.lab.measure import flops
 from deepdelta.lab.measure.cost import Trial
-from deepdelta.models import GPT, GPTConfig, language_model, rival_problem
+from deepdelta.models import GPT, GPTConfig, flops, language_model, rival_problem
 from deepdelta.nn import ResidualConfig, use_backend, use_memory
 from deepdelta.nn.parts.direction import normalisation
 from deepdelta.ops.step import NEEDS, fused_problem, fused_step, rewrite_step

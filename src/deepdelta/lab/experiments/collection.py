@@ -19,8 +19,8 @@ from deepdelta.lab.analysis.results import Corpus as CorpusResult
 from deepdelta.lab.experiments.config import Comparison
 from deepdelta.lab.experiments.record import RunRecord, merged_rewrites
 from deepdelta.lab.measure.cost import Cost
-from deepdelta.lab.measure.flops import training_flops_per_token
 from deepdelta.models import parameter_count
+from deepdelta.models.flops import training_flops_per_token
 from deepdelta.provenance import now, provenance
 
 Records = Mapping[tuple[str, int, BudgetName], RunRecord]

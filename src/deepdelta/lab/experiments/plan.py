@@ -13,7 +13,7 @@ from deepdelta.lab.experiments.config import Comparison, Search, StudyConfig
 from deepdelta.lab.experiments.records import RecordFile
 from deepdelta.lab.experiments.training_run import TrainingRun
 from deepdelta.lab.measure.cost import Cost
-from deepdelta.lab.measure.flops import training_flops_per_token
+from deepdelta.models.flops import training_flops_per_token
 from deepdelta.training import TrainConfig
 
 Key = TypeVar("Key")

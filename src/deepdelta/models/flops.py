@@ -25,7 +25,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepdelta.errors import UserError
-from deepdelta.models import GPTConfig, language_model
+from deepdelta.models.building import language_model
+from deepdelta.models.gpt import GPTConfig
 from deepdelta.nn import ResidualConfig
 from deepdelta.nn.presets import PRESETS
 
