@@ -10,6 +10,7 @@ import torch
 
 from deepdelta import GPT, PRESETS, GPTConfig, UserError
 from deepdelta.cli import main
+from deepdelta.cli.options import parse
 from deepdelta.lab.measure.memory import peak_bytes
 from deepdelta.models import parameter_count
 from deepdelta.models.flops import training_flops_per_token
@@ -151,6 +152,15 @@ def test_recipes_are_those_of_the_page_and_runs() -> None:
         assert (config.tokens_per_step, config.lr, config.warmup) == (480 * 1024, 1e-3, 2000)
 
 
+def test_a_run_takes_a_recipe_and_what_is_given_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("warmup = 9")
+    words = f"train --run r --recipe small --preset code-tc --config {tmp_path / 'a.toml'} --steps 70"
+    settings = parse(words.split()).settings
+    assert settings == run_settings(recipe("small"), {"preset": "code-tc", "warmup": 9, "steps": 70}, where="")
+    with pytest.raises(UserError, match="did you mean 'small'"):
+        parse("train --run r --recipe smal".split())
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--recipe", "medium", "--preset", "code-cc", "--gpus", "8", "--gpu", "h100"])
     shown = capsys.readouterr().out
@@ -159,7 +169,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     for words, told in {
         "--recipe mediun": "did you mean 'medium'?",
         "--gpu h101": "did you mean 'h100'?",
-        "--preset code-cd": "did you mean 'code-cc'?",
+        "--preset ddk": "did you mean 'ddl'?",
         "--gpus 7": "gpus must divide the 480 sequences of a step, got 7",
         "--recipe 7b": "give more gpus",
     }.items():

@@ -31,7 +31,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "7b": _recipe(32, 32),
     }
 )
-"""`small` (124M) and `medium` (353M) are the authors'; the others, from 774M to 6.6B, go on from these, with nothing
+"""`small` (124M) and `medium` (353M) are the authors'; the others, from 772M to 6.6B, go on from these, with nothing
 published of them."""
 
 
