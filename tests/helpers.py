@@ -207,6 +207,13 @@ def dense_residual(
     x_in = compressed(config, p if shared is None else shared, state)
     c = normed(config, p, x_in)
     h = branch(c)
+    if rule == "channels":
+        factors = 1 + torch.tanh(c @ p["channels.map.weight"].T)
+        k, w = factors[..., :-1], math.sqrt(config.value_channels) * factors[..., -1:]
+        k = k / (k * k).sum(-1, keepdim=True).sqrt()
+        b = gate_values(config, p, c, "gate", config.gate_init)[0][..., :1]
+        matrix_VV = torch.eye(k.shape[-1], dtype=k.dtype) - b[..., None] * outer(k, k)
+        return matrix_VV @ state + outer(k, w * h)
     if rule in ("additive", "additive_erase", "two_gate"):
         size = ((h * h).sum(-1, keepdim=True) + config.direction_eps**2).sqrt()
         k = h / size

@@ -54,6 +54,7 @@ VARIANTS: dict[str, ResidualConfig] = {
     "pooled-flat-rank-2": ResidualConfig(direction="pooled", target="branch", direction_pool="flatten", rank=2),
     "per-channel": ResidualConfig(gate_per_channel=True, norm="none", value_channels=3),
     "operator": ResidualConfig(direction_norm="operator"),
+    "channels": ResidualConfig(rule="channels", value_channels=3),
     "affine": ResidualConfig(target="affine"),
     "bounded": ResidualConfig(direction_norm="bounded", target="magnitude"),
     "free": ResidualConfig(direction_norm="free"),

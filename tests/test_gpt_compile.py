@@ -46,10 +46,11 @@ def step(run: Callable[..., Any], model: GPT) -> list[Tensor]:
         PRESETS["ddl"],
         PRESETS["additive"],
         ResidualConfig(target="affine"),
+        ResidualConfig(rule="channels"),
         ResidualConfig(compression="token", rule="two_gate", compression_sharing="block"),
         ResidualConfig(direction="pooled", target="branch", direction_pool="attention", rank=2, gate="two_layer"),
     ],
-    ids=["ddl", "additive", "affine", "token-two_gate-shared", "pooled-rank2"],
+    ids=["ddl", "additive", "affine", "channels", "token-two_gate-shared", "pooled-rank2"],
 )
 def test_compiled_equals_eager_in_values_and_gradients(residual):
     model = model_of(residual)

@@ -49,6 +49,17 @@ TRIGGERS: dict[str, list[dict[str, Any]]] = {
         {"plain_start": True, "rule": "additive_erase", "compression_init": "random", "compression": kind}
         for kind in ("channel_conv", "token")
     ],
+    "value_channels=1 with rule='channels'": [{"rule": "channels", "value_channels": 1}],
+    "rule='channels' with rank > 1, direction='pooled', direction_norm other than 'unit' or gate_per_channel=True": [
+        {"rule": "channels", **options}
+        for options in (
+            {"rank": 2},
+            {"direction": "pooled"},
+            {"direction": "pooled", "target": "branch"},
+            {"direction_norm": "free"},
+            {"gate_per_channel": True},
+        )
+    ],
     "gate_per_channel=True with gate='constant'": [{"gate_per_channel": True, "gate": "constant"}],
 }
 
@@ -112,7 +123,7 @@ def test_ranges(name, low, high):
 
 
 USED_BY = {
-    "gate_init": ("delta", "write_only", "erase_only", "two_gate"),
+    "gate_init": ("delta", "write_only", "erase_only", "two_gate", "channels"),
     "erase_init": ("additive_erase", "two_gate"),
 }
 

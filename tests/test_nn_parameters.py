@@ -25,6 +25,7 @@ BY_RULE: dict[str, dict[str, tuple[int, ...]]] = {
     "additive": {"write.map.weight": (V, D)},
     "additive_erase": {**ERASE, "write.map.weight": (V, D)},
     "two_gate": {**GATE, **ERASE, "write.map.weight": (V, D)},
+    "channels": {**GATE, "gate.opening": (1,), "channels.map.weight": (V + 1, D)},
 }
 COMMON = {"norm.weight": (D,), "compression.weight": (V, D)}
 
@@ -37,7 +38,7 @@ def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", BY_RULE)
 def test_a_rule_creates_only_what_it_uses(rule):
     assert shapes(parameters(rule=rule)) == {**COMMON, **BY_RULE[rule]}
 

@@ -81,6 +81,8 @@ KINDS: list[dict[str, Any]] = [
     {"compression": "token"},
     {"compression": "token", "compression_kernel": 1, "rule": "write_only"},
     {"compression": "token", "compression_kernel": 9, "compression_init": "random"},
+    *({"rule": "channels", "gate": gate, "gate_init": 0.7} for gate in ("linear", "two_layer", "constant")),
+    {"rule": "channels", "compression": "token", "compression_init": "random"},
     {"norm": "none"},
     {"norm": "none", "rule": "two_gate", "value_channels": 1},
     {"norm_eps": 0.5},
@@ -125,6 +127,13 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     options["compression_kernel"] = draw(st.integers(1, 4))
     for flag in ("gate_per_channel", "gate_hidden_bias", "compression_causal"):
         options[flag] = draw(st.booleans())
+    # Else most would be refused.
+    if options["rule"] not in RULES[:2]:
+        options["direction"] = "branch"
+    if options["direction"] == "pooled":
+        options["target"] = "branch"
+    if options["rule"] not in RULES[:3]:
+        options |= {"rank": 1, "direction_norm": "unit"}
     try:
         ResidualConfig(**options)
     except UserError:

@@ -168,7 +168,7 @@ def compression(config: ResidualConfig, width: int) -> Work:
 
 def direction(config: ResidualConfig, width: int) -> Work:
     """r vectors (branch output, its maps, or the MLP of the pooled state), and the scale that each is given."""
-    if config.rule == "additive":
+    if config.rule in ("additive", "channels"):
         return Work()
     # |a|^2, then 1 / sqrt(|a|^2 + offset), and for `operator` its square.
     scalars = {"unit": 3, "operator": 4, "bounded": 3}
@@ -195,7 +195,7 @@ def pooled(config: ResidualConfig, width: int) -> Work:
 
 
 def target(config: ResidualConfig, width: int) -> Work:
-    """v of the rules that have one, or w_h = 1 + W c of those that write the branch output."""
+    """v of the rules that have one, or w_h = 1 + W c of those that write the branch output; k and w of channels."""
     outputs = config.rank * config.value_channels
     if config.uses_target:
         if config.target == "constant":
@@ -210,6 +210,10 @@ def target(config: ResidualConfig, width: int) -> Work:
         if config.target == "magnitude" and not config.target_carries_branch:
             work += Work(elementwise=2 * width + 2) * config.rank
         return work
+    if config.rule == "channels":
+        # 1 + tanh of V + 1 numbers; sqrt(V) w; |u|^2, its root, and u / |u|.
+        channels = config.value_channels
+        return linear(width, channels + 1) + Work(elementwise=2 * (channels + 1) + 1 + 3 * channels + 1)
     if config.rule == "two_gate" or (config.writes_branch and config.value_channels > 1):
         return linear(width, outputs) + Work(elementwise=outputs)
     return Work()
@@ -219,7 +223,7 @@ def gates(config: ResidualConfig, width: int) -> Work:
     """2 sigmoid(g(c)) for r gates (twice for two_gate), g linear or two layers with tanh; times what opens it."""
     if config.rule == "additive":
         return Work()
-    opening = Work(elementwise=gate_outputs(config)) if config.plain_start else Work()
+    opening = Work(elementwise=gate_outputs(config)) if config.starts_plain else Work()
     if config.gate == "constant":
         return opening
     outputs, hidden = config.rank * gate_outputs(config), config.gate_hidden
@@ -243,6 +247,9 @@ def rewrite(config: ResidualConfig, width: int) -> Work:
     # At V = 1 both are done element by element.
     read_or_outer = Work(elementwise=2 * width) if channels == 1 else Work(matrix=2 * channels * width)
     work = read_or_outer
+    if config.rule == "channels":
+        # k^T X; w h - b (k^T X).
+        return work + read_or_outer + Work(elementwise=3 * width)
     if config.erases:
         # b s^2; w - b (k^T X).
         work += read_or_outer + Work(elementwise=1 + gate + 2 * channels)

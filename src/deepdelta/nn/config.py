@@ -9,7 +9,7 @@ from annotated_types import Interval
 from deepdelta.config import Settings
 from deepdelta.errors import UserError
 
-Rule = Literal["delta", "write_only", "erase_only", "additive", "additive_erase", "two_gate"]
+Rule = Literal["delta", "write_only", "erase_only", "additive", "additive_erase", "two_gate", "channels"]
 Direction = Literal["branch", "pooled"]
 Pool = Literal["mean", "flatten", "attention"]
 DirectionNorm = Literal["unit", "operator", "bounded", "free"]
@@ -36,7 +36,8 @@ class ResidualConfig(Settings):
     """
 
     rule: Rule = "delta"
-    """delta | write_only | erase_only | additive | additive_erase | two_gate (docs/method.md#rules)."""
+    """delta | write_only | erase_only | additive | additive_erase | two_gate (docs/method.md#rules) | channels
+    (docs/method.md#across-value-channels)."""
     value_channels: Annotated[int, Interval(ge=1, le=4096)] = None  # type: ignore[assignment]  # __post_init__ puts the rule's own
     """V, the number of width-D vectors that a token's state holds; 4, and 1 with rule additive, unless it is given."""
     rank: Annotated[int, Interval(ge=1, le=64)] = 1
@@ -76,7 +77,7 @@ class ResidualConfig(Settings):
     `gate_init`."""
     plain_start: bool = False
     """additive_erase starts as the plain residual X + h, exactly: its erase gate is multiplied by a learned number that
-    starts at 0, W of w_h = 1 + W c starts at 0, and the weights of `channel` add up to 1 but differ."""
+    starts at 0, W of w_h = 1 + W c starts at 0, and the weights of the compression add up to 1 but differ."""
     expansion: Expansion = "repeat"
     """repeat: every value channel is the embedding; embedding_conv: causal depthwise convolution over tokens."""
     expansion_kernel: Taps = 4
@@ -129,12 +130,17 @@ class ResidualConfig(Settings):
     @property
     def erases(self) -> bool:
         """Whether the rule has an erase term b."""
-        return self.rule in ("delta", "erase_only", "additive_erase", "two_gate")
+        return self.rule in ("delta", "erase_only", "additive_erase", "two_gate", "channels")
 
     @property
     def writes_branch(self) -> bool:
         """Whether the rule writes h itself, with its size (w = |h| w_h), rather than a target along k."""
-        return self.rule in ("additive", "additive_erase", "two_gate")
+        return self.rule in ("additive", "additive_erase", "two_gate", "channels")
+
+    @property
+    def starts_plain(self) -> bool:
+        """Whether the rule starts as X + h, its gate closed and its value channels weighed in pairs that differ."""
+        return self.plain_start or self.rule == "channels"
 
     @property
     def uses_target(self) -> bool:
@@ -176,6 +182,19 @@ class Illegal:
 
 
 ILLEGAL: tuple[Illegal, ...] = (
+    Illegal(
+        "value_channels=1 with rule='channels'",
+        "one value channel has no others to be read with: k would be 1 whatever its weights; use more value_channels.",
+        lambda c: c.value_channels == 1 and c.rule == "channels",
+    ),
+    Illegal(
+        "rule='channels' with rank > 1, direction='pooled', direction_norm other than 'unit' or gate_per_channel=True",
+        "its one k is made of c, has unit norm and one gate; leave these four settings at their defaults.",
+        lambda c: (
+            c.rule == "channels"
+            and (c.rank > 1 or c.direction == "pooled" or c.direction_norm != "unit" or c.gate_per_channel)
+        ),
+    ),
     Illegal(
         "value_channels=1 with expansion='embedding_conv'",
         "one value channel has nothing to expand; use expansion='repeat', or more value_channels.",

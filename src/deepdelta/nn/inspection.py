@@ -52,9 +52,10 @@ class Intervention:
     | erase_only | b = g | b = 0: X' = X | refused: it has none |
     | additive | refused: it has none | refused: it has none | w = 0: X' = X |
     | additive_erase | b = g; h is written as before | b = 0 | w = 0 |
+    | channels | b = g; w h is written as before | b = 0 | w = 0 |
     | two_gate | b = g; the gate of the write is left alone | b = 0 | w = 0 |
 
-    The clamped gate stands for the whole gate, `plain_start`'s learned factor included, for every token and value
+    The clamped gate stands for the whole gate, a learned factor that opens it included, for every token and value
     channel. With a direction of norm n != 1, gate=1 leaves 1 - n^2 of what is read, as it does in the rule itself.
 
     Raises:
@@ -121,8 +122,8 @@ def _replaced(intervention: Intervention, config: ResidualConfig, step: Step) ->
     if gate is not None and config.writes_branch:
         assert step.erase is not None
         erase = torch.full_like(step.erase, gate)
-        # In additive_erase the one gate there is.
-        beta = erase if config.rule == "additive_erase" else step.beta
+        # But in two_gate the one gate there is.
+        beta = step.beta if config.rule == "two_gate" else erase
         step = step._replace(erase=erase, beta=beta)
     elif gate is not None:
         assert step.beta is not None

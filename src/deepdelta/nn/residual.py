@@ -21,17 +21,20 @@ from deepdelta.nn.linear import Linear, RMSNorm, precise_linear
 from deepdelta.nn.parts.compression import build_compression
 from deepdelta.nn.parts.direction import BranchDirection, build_direction, normalisation
 from deepdelta.nn.parts.gate import Gate
-from deepdelta.nn.parts.target import BranchWrite, Target
+from deepdelta.nn.parts.target import BranchWrite, ChannelWrite, Target
 from deepdelta.nn.plain import plain
 from deepdelta.ops import read_along, rewrite
 from deepdelta.ops.step import Gating, Normalise, Rewritten, fused_step, remake, rewrite_along, scale_of
 
 
 class RewriteRecord(NamedTuple):
-    """One rewrite seen from inside; detached, in fp32 or wider; None where the rule has no such thing."""
+    """One rewrite seen from inside; detached, in fp32 or wider; None where the rule has no such thing.
+
+    With rule `channels` it is that of the transposed state: V and D change places, and k is made of itself.
+    """
 
     beta: Tensor | None
-    """The gate of the write (of the erase for erase_only and additive_erase), (..., 1) or (..., V)."""
+    """The gate of the write (of the erase for erase_only, additive_erase and channels), (..., 1) or (..., V)."""
     erase: Tensor | None
     """The erase coefficient b, (..., 1) or (..., V)."""
     read: Tensor
@@ -87,8 +90,9 @@ class DeltaResidual(nn.Module):
         self.gate = Gate(config, dim, std, config.gate_init) if config.has_gate else None
         self.erase_gate = Gate(config, dim, std, config.erase_init) if config.has_erase_gate else None
         self.target = Target(config, dim, std) if config.uses_target else None
-        weighs_branch = config.writes_branch and (config.rule == "two_gate" or config.value_channels > 1)
-        self.write = BranchWrite(config, dim, std) if weighs_branch else None
+        self.channels = ChannelWrite(config, dim) if config.rule == "channels" else None
+        several = config.rule in ("additive", "additive_erase") and config.value_channels > 1
+        self.write = BranchWrite(config, dim, std) if several or config.rule == "two_gate" else None
         self.branch: nn.Module | None = None
 
     def compression_part(self) -> nn.Module:
@@ -187,7 +191,8 @@ class DeltaResidual(nn.Module):
         for step in steps:
             with standing_in(saved, state_VD):
                 if runtime.runs_fused:
-                    new_VD, c_D, remakes = _fused(state_VD, step, weights if step is steps[-1] else None)
+                    opening = weights if step is steps[-1] else None
+                    new_VD, c_D, remakes = _fused(state_VD, step.along(state_VD), opening)
                 else:
                     new_VD, remakes = self._reference(state_VD, step)
             if saved is not None:
@@ -203,10 +208,15 @@ class DeltaResidual(nn.Module):
         """X' and what makes X' of X and X of X'."""
         if self.runtime.intervention is not None:
             step = self.runtime.intervention(step)
-        new_VD, read_V, scale = rewritten = rewrite_along(state_VD, step.h, step.write, step.erase, step.normalise)
+        along = step.along(state_VD)
+        new_VD, read_V, scale = rewritten = rewrite_along(state_VD, along.h, along.write, along.erase, along.normalise)
         if self.runtime.recorder is not None:
-            self.runtime.recorder(_record(state_VD, step, rewritten, self.config.direction_eps))
-        bare = step.detached
+            seen_VD = state_VD
+            if step.across:
+                seen_VD = state_VD.mT
+                rewritten = rewrite_along(seen_VD, step.h, step.write, step.erase, step.normalise)
+            self.runtime.recorder(_record(seen_VD, step, rewritten, self.config.direction_eps))
+        bare = along.detached
         return new_VD, lambda: (partial(_redo, bare()), partial(_undo, bare(), detached(scale), detached(read_V)))
 
     def _checked(self, h: Tensor, given: StreamState) -> Tensor:
@@ -238,6 +248,10 @@ class DeltaResidual(nn.Module):
             if not self.runtime.runs_fused:
                 return [self._target_step(h_D, gating.beta(), gating.target())]
             return [Step(h_D, 0.0, None, normalisation(config, self.dim), None, None, gating)]
+        if self.channels is not None:
+            assert self.gate is not None
+            (k_V, w), b = self.channels(c_D), self.gate(c_D)[0]
+            return [Step(k_V, w * h_D.to(w.dtype), b, Normalise(None, 0), b, None, across=True)]
         if config.writes_branch:
             write: Tensor | float = 1.0 if self.write is None else self.write(c_D)
             if self.erase_gate is None:
@@ -293,6 +307,17 @@ class Step(NamedTuple):
     """v on the scale of the write: 1 + W c where |h| (1 + W c) is written along h."""
     gating: Gating | None = None
     """What a fused step is to make write and erase of."""
+    across: bool = False
+    """Whether it rewrites the transposed state: h is k, (..., V), and write w h, (..., D)."""
+
+    def along(self, state_VD: Tensor) -> "Step":
+        """The step itself; one across value channels as the write of k along its row w h - b k^T X, (..., D)."""
+        if not self.across:
+            return self
+        row_D = self.write if isinstance(self.write, Tensor) else torch.full_like(state_VD[..., 0, :], self.write)
+        if self.erase is not None:
+            row_D = row_D - self.erase * read_along(state_VD.mT, self.h)
+        return Step(row_D, self.h, None, self.normalise, None, None)
 
     def detached(self) -> "Step":
         """What is needed to do it again, without its graph."""

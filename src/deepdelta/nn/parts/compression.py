@@ -28,8 +28,8 @@ class Squeeze(nn.Module):
 class ChannelCompression(Initialised):
     """x_in = sum_j C[j, :] * X[j, :], one weight per value channel and feature, starting at the mean (C = 1/V).
 
-    With `plain_start` in pairs of value channels, feature by feature, 0.5/V and 1.5/V: on channels that are equal it is
-    the mean all the same, but each has gradients of its own, without which they would stay equal.
+    Where the rule starts plain, in pairs of value channels, feature by feature, 0.5/V and 1.5/V: on channels that are
+    equal it is the mean all the same, but each has gradients of its own, without which they would stay equal.
     """
 
     weight_decay_exempt = True
@@ -37,7 +37,7 @@ class ChannelCompression(Initialised):
     def __init__(self, config: ResidualConfig, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.value_channels, dim))
-        self.paired = config.plain_start
+        self.paired = config.starts_plain
 
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
         parameter.fill_(1 / parameter.shape[0])
@@ -57,20 +57,25 @@ class ChannelCompression(Initialised):
 
 class ConvolutionCompression(Initialised):
     """What the two convolutional forms share: weights (D, ...) that start as the identity or at random, and a read
-    vector r in R^V (start 1/V) that sums the V outputs."""
+    vector r in R^V that sums the V outputs. It starts at 1/V; where the rule starts plain and the weights as the
+    identity in pairs of 0.5/V and 1.5/V (as `ChannelCompression` does)."""
 
     weight_decay_exempt = True
 
     def __init__(self, config: ResidualConfig, shape: tuple[int, ...], identity_tap: int, std: float) -> None:
         super().__init__()
         self.identity_tap = None if config.compression_init == "random" else identity_tap
-        self.std = std
+        self.std, self.paired = std, config.starts_plain and self.identity_tap is not None
         self.weight = nn.Parameter(torch.empty(shape))
         self.read = nn.Parameter(torch.empty(config.value_channels))
 
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
         if name == "read":
             parameter.fill_(1 / parameter.shape[0])
+            if self.paired:
+                half = parameter.shape[0] // 2
+                parameter[:half] *= 0.5
+                parameter[half : 2 * half] *= 1.5
         elif self.identity_tap is None:
             parameter.normal_(0.0, self.std, generator=generator)
         else:

@@ -22,7 +22,7 @@ def gate_logit(beta: float) -> float:
 class Gate(Initialised):
     """beta = 2 sigmoid(g(c)): g linear, or two layers with tanh between; or a constant. Logits in fp32 or wider.
 
-    With `plain_start` a 2 sigmoid(g(c)), the learned number a starting at 0.
+    Where the rule starts plain, a 2 sigmoid(g(c)), the learned number a starting at 0.
     """
 
     weight_decay_exempt = True
@@ -40,7 +40,7 @@ class Gate(Initialised):
         elif config.gate == "linear":
             self.outer = Linear(dim, self.outputs, std=std, bias=bias, precise=True)
         self.kind = config.gate
-        self.opening = nn.Parameter(torch.empty(1)) if config.plain_start else None
+        self.opening = nn.Parameter(torch.empty(1)) if config.starts_plain else None
 
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
         parameter.zero_()

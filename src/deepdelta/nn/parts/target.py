@@ -1,11 +1,14 @@
-"""Where the target v comes from (docs/method.md#target), and the write of the rules that carry h itself.
+"""Where the target v comes from (docs/method.md#target), and the writes of the rules that carry h itself.
 
 Shapes: V value channels, D compute width, r rank; x_in the branch's input before the norm, c after it, h the branch
 output.
 """
 
+import math
+
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.linear import Initialised, Linear
@@ -76,3 +79,21 @@ class BranchWrite(nn.Module):
 
     def forward(self, c_D: Tensor) -> Tensor:
         return 1 + self.map(c_D)  # type: ignore[no-any-return]
+
+
+class ChannelWrite(nn.Module):
+    """k (..., V) and w (..., 1) of the rule `channels` (docs/method.md#across-value-channels).
+
+    k = u / max(|u|, eps) of u = 1 + tanh(W_k c), w = sqrt(V) (1 + tanh(W_w c)), in fp32 or wider; W_k and W_w, the last
+    row of the map, start at 0, so that k w = 1. Below eps k is u / eps: 0 at u = 0, with the derivative 1 / eps.
+    """
+
+    def __init__(self, config: ResidualConfig, dim: int) -> None:
+        super().__init__()
+        self.channels, self.eps = config.value_channels, config.direction_eps
+        self.map = Linear(dim, self.channels + 1, std=0.0, precise=True)
+
+    def forward(self, c_D: Tensor) -> tuple[Tensor, Tensor]:
+        factors = 1 + torch.tanh(self.map(c_D))
+        k_V = F.normalize(factors[..., : self.channels], dim=-1, eps=self.eps)
+        return k_V, math.sqrt(self.channels) * factors[..., self.channels :]
