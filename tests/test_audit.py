@@ -233,6 +233,23 @@ def test_every_number_against_a_dense_recomputation(options: dict[str, Any], mon
     assert trace == pytest.approx(product.diagonal(dim1=-2, dim2=-1).sum().item(), rel=1e-5)
 
 
+def test_across_value_channels_the_shortcut_is_v_by_v(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepdelta.lab.audit.audit.INTERVENTIONS", {})
+    model, product = gpt(rule="channels"), torch.eye(V, dtype=torch.float64)
+    found = audit(model, WINDOWS, batch_size=2, sample=10**6)
+    for one, (name, (state, _, new)) in zip(found.residuals, captured(model).items(), strict=True):
+        assert one.changed == pytest.approx(rms((new - state).flatten(1).norm(dim=1) / state.flatten(1).norm(dim=1)))
+        residual = model.get_submodule(name)
+        x_in = (residual.compression.weight * state).sum(-2)
+        c = x_in / (x_in.square().mean(-1, keepdim=True) + 1e-5).sqrt() * residual.norm.weight
+        u = 1 + torch.tanh(c @ residual.channels.map.weight[:V].T)
+        b = residual.gate.opening * 2 * torch.sigmoid(c @ residual.gate.outer.weight.T + residual.gate.outer.bias)
+        product = (torch.eye(V).double() - b[..., None] * outer(u, u) / u.square().sum(-1)[:, None, None]) @ product
+    assert found.shortcut is not None and found.shortcut.nontrivial == V
+    smallest = torch.linalg.svdvals(product.detach())[..., -1].median().item()
+    assert found.shortcut.depth[-1].smallest_singular_value == pytest.approx(smallest, rel=1e-5)
+
+
 def test_the_sample_is_evenly_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 30 tokens 7: those at i * 30 // 7, in the order of the text, whatever the batches."""
     monkeypatch.setattr("deepdelta.lab.audit.audit.INTERVENTIONS", {})

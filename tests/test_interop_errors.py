@@ -185,6 +185,7 @@ def model(**residual: Any) -> GPT:
     [
         ("rule", {"rule": "additive"}),
         ("rule", {"rule": "write_only"}),
+        ("rule", {"rule": "channels"}),
         ("rank", {"rank": 2}),
         ("direction", {"direction": "pooled", "target": "branch"}),
         ("direction_norm", {"direction_norm": "operator"}),

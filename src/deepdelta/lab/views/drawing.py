@@ -17,7 +17,10 @@ DASHES = ("solid", "6px,2px", "2px,2px", "9px,3px,2px,3px", "12px,3px")
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'  # the page's: plotly.js measures text with it
 MARK, CLEAR = "rgba(128,136,148,0.55)", "rgba(0,0,0,0)"
 ERASING = ("keep", "erase", "reflect")
-REGIMES = {"delta": ("skip", "overwrite", "reflect"), "erase_only": ERASING, "additive_erase": ERASING}
+REGIMES = {
+    "delta": ("skip", "overwrite", "reflect"),
+    **dict.fromkeys(("erase_only", "additive_erase", "channels"), ERASING),
+}
 """What a gate of exactly 0, 1 and 2 does under a rule that erases; a gate of `write_only` just scales the write."""
 
 
