@@ -87,6 +87,7 @@ def test_unknown_keys_inside_dictionaries_and_tuples() -> None:
         ({"compile": 1}, "^compile: .*valid boolean, got 1"),
         ({"lr": "fast"}, "^lr: .*valid number, got 'fast'"),
         ({"device": "gpu"}, "^device: .*'auto', 'cpu', 'cuda' or 'mps', got 'gpu'"),
+        ({"model": {"residual": {"gate": "lineer"}}}, "gate: .*got 'lineer'; did you mean 'linear'?"),
         ({"betas": [0.9]}, "^betas.1: .*required"),
         ({"model": 3}, "^model: .*object, got 3"),
         ({"model": {"residual": {"rule": "delt"}}}, "^model.residual.rule: .*'delta'.*got 'delt'"),

@@ -180,6 +180,7 @@ def test_names_copies_and_members() -> None:
     twin.load_state_dict(chain.state_dict())
     assert torch.equal(twin(state), chain(state))
     assert type(chain[1:3]) is Chain and len(chain) == 8
+    assert stream.chain([])(state) is state
     # Chains within a chain are given the extra arguments too.
     nested = nn.Sequential(stream.chain([stream.chain([first, second]), first]))[0].double()
     torch.testing.assert_close(nested(state, 0.5), first(second(first(state, 0.5), 0.5), 0.5), rtol=0, atol=1e-12)

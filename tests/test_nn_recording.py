@@ -167,6 +167,17 @@ def test_nothing_is_recorded_outside_even_after_an_error():
     assert len(calls) == 3
 
 
+def test_of_contexts_within_one_another_the_innermost_records():
+    module, state, outer, inner = Pair(), randn(2, V, D).float(), [], []
+    with recording(module, lambda name, record: outer.append(name)):
+        with recording(module.inner, lambda name, record: inner.append(name)):
+            module(state)
+        assert (outer, inner) == (["first"], ["0", "0"])
+        module(state)
+    module(state)
+    assert (outer, inner) == (["first", "first", "inner.0", "inner.0"], ["0", "0"])
+
+
 class Operations(TorchDispatchMode):
     """The name of every operation that runs, forward and backward."""
 

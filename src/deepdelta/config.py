@@ -7,6 +7,7 @@ nearest valid one, a wrong type with the path of the field.
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -122,6 +123,9 @@ def _told(cls: Any, error: ErrorDetails) -> str:
         message, path = _demand(path[last], hint, error, came), path[:last]
     elif not isinstance(came, dict):
         message += f", got {_short(came)}"
+        if error["type"] == "literal_error":  # the message names them all
+            hint = nearest(str(came), re.findall("'([^']*)'", error["ctx"]["expected"]))
+            message += f"; {hint}" if hint.startswith("did") else ""
     return ": ".join(filter(None, (".".join(path), message)))
 
 

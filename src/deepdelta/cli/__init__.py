@@ -1,4 +1,4 @@
-"""The command `deepdelta`: the only room that knows every other."""
+"""The command `deepdelta`: the only package that knows every other."""
 
 import io
 import sys

@@ -35,7 +35,8 @@ def advance(state: Tensor, links: Sequence[Link], head: InputMap | None = None) 
         UserError: a module returns no tensor.
     """
     given = StreamState(state)
-    for link, next_link in zip(links, [*links[1:], None], strict=True):
+    for number, link in enumerate(links):
+        next_link = links[number + 1] if number + 1 < len(links) else None
         residual, kwargs = link.module, link.kwargs or {}
         if not plain(residual, DeltaResidual):
             given = StreamState(_tensor(residual, residual(given.state, *link.args, **kwargs)))

@@ -20,7 +20,7 @@ def recording(module: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Within the context, every delta residual in `module` hands each of its rewrites to `recorder`.
 
     Outside it nothing is computed or kept. Under torch.compile the residuals are compiled anew on entry, since the
-    recorded values are additional outputs of the same operation.
+    recorded values are additional outputs of the same operation. Of contexts within one another the innermost records.
 
     Args:
         module: any module that holds residuals made by `DeltaStream.wrap`.
@@ -28,13 +28,14 @@ def recording(module: nn.Module, recorder: Recorder) -> Iterator[None]:
             application.
     """
     residuals = _residuals(module)
+    before = {name: residual.runtime.recorder for name, residual in residuals.items()}
     for name, residual in residuals.items():
         residual.runtime = residual.runtime._replace(recorder=partial(recorder, name))
     try:
         yield
     finally:
-        for residual in residuals.values():
-            residual.runtime = residual.runtime._replace(recorder=None)
+        for name, residual in residuals.items():
+            residual.runtime = residual.runtime._replace(recorder=before[name])
 
 
 def _residuals(module: nn.Module) -> dict[str, DeltaResidual]:
