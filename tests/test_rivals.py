@@ -157,7 +157,7 @@ def test_more_tokens_than_the_context_are_refused() -> None:
 
 
 def test_a_rival_is_trained_evaluated_and_refused_where_rewrites_are_needed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unchecked: None
 ) -> None:
     run, text = tmp_path / "run", tmp_path / "text.txt"
     text.write_text("def f(x):\n    return x + 1\n" * 400, encoding="utf-8")
@@ -187,7 +187,7 @@ def test_a_resumed_rival_ends_where_the_uninterrupted_one_does(tmp_path: Path) -
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_study_compares_with_rivals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_compares_with_rivals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
     """By name beside our own residuals: parameters matched, cost measured, no rewrites summarised."""
     file = tmp_path / "study.toml"
     source = text_file(tmp_path / "text.txt")

@@ -286,7 +286,7 @@ def test_a_run_on_a_folder(tmp_path):
         ({"train_images": [50, 50]}, "train_images must be different values"),
         ({"train_images": [1]}, "train_images must be at least 2"),
         ({"train_images": [1797]}, "at most the 1078 images that are not for testing, got 1797"),
-        ({"test_share": float("nan")}, "test_share must leave images on both sides, got nan"),
+        ({"test_share": float("nan")}, "test_share must be finite, got nan"),
         ({"image_size": 0}, "image_size must be at least 1"),
         ({"patch": 3}, "whole numbers of patches"),
         ({"dephts": [2]}, "did you mean 'depths'"),

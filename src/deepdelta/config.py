@@ -132,15 +132,17 @@ def _told(cls: Any, error: ErrorDetails) -> str:
 def _demand(name: str, hint: Any, error: ErrorDetails, came: Any) -> str:
     """'gate_init must lie in [0, 2], got 3.0.'"""
     kind, context, told = error["type"], error.get("ctx", {}), [*_inner(hint)]
-    reason = "".join(f" ({text})" for text in told if isinstance(text, str))
     whole = next((one for one in told if isinstance(one, Interval) and kind in RANGES[:4]), None)
+    # Too large is its own reason.
+    large = kind == "less_than_equal" and whole is None
+    reason = "" if large else "".join(f" ({text})" for text in told if isinstance(text, str))
     if kind == "literal_error":
         choices = [choice for choice in told if isinstance(choice, str)]
         return f"{name} must be one of {', '.join(choices)}, got {came!r}; {nearest(str(came), choices)}"
     if whole is not None:
         low = f"({whole.gt:g}" if whole.ge is None else f"[{whole.ge:g}"
         high = f"{whole.lt:g})" if whole.le is None else f"{whole.le:g}]"
-        message = f"lie in {low}, {high}"
+        message = f"{'be None or ' if type(None) in told else ''}lie in {low}, {high}"
     elif kind in RANGES[:4]:
         words = {"gt": "be greater than", "ge": "be at least", "lt": "be less than", "le": "be at most"}
         message = next(
@@ -150,7 +152,8 @@ def _demand(name: str, hint: Any, error: ErrorDetails, came: Any) -> str:
         message = {"finite_number": "be finite"}.get(kind, error["msg"])
     else:
         return f"{name}: {error['msg']}, got {_short(came)}"
-    return f"{name} must {message}{reason}, got {_short([*came] if kind == 'distinct' else came)}."
+    shown = f"{came:,}" if large else _short(came)
+    return f"{name} must {message}{reason}, got {list(came) if kind == 'distinct' else shown}."
 
 
 def _inner(hint: Any) -> Iterator[Any]:

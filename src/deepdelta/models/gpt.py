@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from annotated_types import Ge, Gt, Interval, Le
 from jaxtyping import Float, Int
-from pydantic import ConfigDict
+from pydantic import FiniteFloat
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -50,8 +50,6 @@ class GPTConfig(Settings):
     """Sizes and settings of the GPT; the additive baseline is rule 'additive' at V = 1 with compression 'channel',
     everything else equal."""
 
-    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
-
     vocab_size: Size | None = None
     """Rows of the embedding; None takes the corpus's vocabulary."""
     context: Size = 256
@@ -64,7 +62,7 @@ class GPTConfig(Settings):
     """D, the model width."""
     mlp_dim: Size | None = None
     """Hidden width of the MLP; None: floor(8/3 dim)."""
-    rope_base: Annotated[float, Gt(0)] = 10000.0
+    rope_base: Annotated[FiniteFloat, Gt(0)] = 10000.0
     rope_fraction: Annotated[float, Interval(ge=0, le=1)] = 1.0
     """Share of each head's features that is rotated."""
     qk_norm: bool = True
