@@ -70,6 +70,8 @@ class Group(Settings):
     context: Count = 256
     """Tokens per sequence; decoding starts with none and adds them one at a time."""
     vocab_size: Count = 512
+    threads: Count | None = None
+    """CPU threads of this group; None: those of the run."""
     compiled: bool = False
     """torch.compile with its default backend."""
     bars: tuple[Bar, ...] = ()

@@ -56,6 +56,8 @@ class Row:
     """Most memory of allocated tensors in a training step; None where it was not seen."""
     peak_ratio: float | None = None
     """peak_bytes divided by the baseline's."""
+    moved: float | None = None
+    """Numbers that the residual reads and writes per token and sublayer, forward, uncompiled, in units of d."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,7 @@ def run_suite(
             with reporting(f"Bench {suite.name}", total) as reporter:
                 done = 0
                 for group in suite.groups:
+                    torch.set_num_threads(group.threads or threads)
                     result, found = _measure(group, skipped[group.name], rounds, chosen, reporter, done)
                     groups.append(result)
                     checks += found
@@ -167,7 +168,7 @@ def _measure(
             peaks[case.name] = subject.peak()
         # What is measured for memory alone makes room for the next.
         subjects[case.name] = subject if MEASURES[group.work] else Subject(
-            stages=(), tokens=subject.tokens, parameters=subject.parameters
+            stages=(), tokens=subject.tokens, parameters=subject.parameters, moved=subject.moved
         )  # fmt: skip
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in subjects}
     prepared = done + len(group.cases) * _preparation(group)
@@ -206,6 +207,7 @@ def _row(
         timings=timings,
         peak_bytes=peaks.get(name),
         peak_ratio=peaks[name] / peaks[group.baseline] if name in peaks else None,
+        moved=subject.moved,
     )
 
 

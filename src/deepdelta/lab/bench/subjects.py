@@ -4,7 +4,7 @@ Shapes: N tokens, V value channels, D width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,7 +15,9 @@ from deepdelta.device import Device, compiler_problem
 from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
 from deepdelta.lab.bench.config import Case, Group, Suite
 from deepdelta.lab.measure.cost import Trial
+from deepdelta.lab.measure.traffic import numbers_per_token
 from deepdelta.models import GPT, GPTConfig, flops, language_model, rival_problem
+from deepdelta.models.attention import Attention, SwiGLU
 from deepdelta.nn import ResidualConfig, use_backend, use_memory
 from deepdelta.nn.parts.direction import normalisation
 from deepdelta.ops.step import NEEDS, fused_problem, fused_step, rewrite_step
@@ -40,6 +42,8 @@ class Subject:
     bytes_per_token: tuple[int, ...] = ()
     """Bytes that each measure must move at least, by formula."""
     flops_per_token: tuple[int, ...] = ()
+    moved: float | None = None
+    """Numbers that the residual moves per token and sublayer, forward, in units of d; None where it is not seen."""
     verify: Callable[[], float] | None = None
     """The relative error of a compiled model against the uncompiled one; None where nothing is compiled."""
 
@@ -115,8 +119,21 @@ def training(group: Group, case: Case, chosen: Device) -> Subject:
         tokens=group.batch * group.context,
         parameters=_count(model),
         peak=trial.peak_bytes if seen else None,
+        moved=None if group.compiled or group.layers < 2 else moved(group, case, chosen.device),
         verify=verify if group.compiled else None,
     )
+
+
+def moved(group: Group, case: Case, device: torch.device) -> float:
+    """Numbers that a case's residual reads and writes per token and sublayer, forward, in units of the width."""
+    numbers = numbers_per_token(
+        lambda layers: build_model(replace(group, layers=layers, bars=()), case, device),
+        (Attention, SwiGLU),
+        vocab_size=group.vocab_size,
+        layers=group.layers,
+        tokens=min(group.context, 64) // 2 * 2,
+    )
+    return numbers / group.dim
 
 
 def prefill(group: Group, case: Case, chosen: Device) -> Subject:

@@ -80,6 +80,11 @@ def _group(result: GroupResult) -> TextTable:
             "triad moves the bytes that the rewrite must move, so a ratio is the share of the bound that memory sets; "
             "bytes and operations are counted by formula."
         )
+    if any(row.moved is not None for row in result.rows):
+        notes.append(
+            "moved / d: numbers that the residual's operations read and write per token and sublayer, forward, in "
+            "units of d, without what the branches do."
+        )
     notes += [f"{name}: skipped, {reason}." for name, reason in result.skipped.items()]
     return TextTable(
         title=group.name,
@@ -105,6 +110,8 @@ def _row(result: GroupResult, row: Row) -> dict[str, str]:
     if any(one.peak_bytes is not None for one in result.rows):
         found["peak MiB"] = ABSENT if row.peak_bytes is None else f"{row.peak_bytes / MIB:,.0f}"
         found["peak ratio"] = ABSENT if row.peak_ratio is None else f"{row.peak_ratio:.3f}"
+    if any(one.moved is not None for one in result.rows):
+        found["moved / d"] = ABSENT if row.moved is None else f"{row.moved:.1f}"
     return found if result.group.work == "operator" else found | {"parameters": f"{row.parameters:,}"}
 
 
