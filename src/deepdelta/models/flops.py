@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from deepdelta.errors import UserError
 from deepdelta.models.building import language_model
@@ -117,6 +116,8 @@ def training_flops_per_token(config: GPTConfig) -> Flops:
 @cache
 def _counted(config: GPTConfig) -> int:
     """Matrix operations of a forward pass over one context, by torch's counter."""
+    from torch.utils.flop_counter import FlopCounterMode  # not above: it imports Triton
+
     ids = torch.zeros(1, config.context, dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         language_model(config)(ids)
