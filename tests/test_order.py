@@ -125,6 +125,13 @@ def test_the_list_is_that_of_the_package() -> None:
 
 SLOW = "torch._dynamo torch._inductor sympy numba llvmlite triton scipy plotly matplotlib transformers torchvision"
 """What takes long to import and a first call does not need."""
+FUSED = """
+import torch, deepdelta
+stream = deepdelta.DeltaStream(4, 2, seed=0)
+residual = stream.wrap(torch.nn.Linear(4, 4))
+deepdelta.use_backend(residual, "fused")
+residual(stream.expand(torch.ones(1, 4))).sum().backward()
+"""
 
 
 @pytest.mark.parametrize(
@@ -132,10 +139,11 @@ SLOW = "torch._dynamo torch._inductor sympy numba llvmlite triton scipy plotly m
     [
         ("import deepdelta", f"{SLOW} deepdelta.lab tyro"),
         ("from deepdelta.cli import main; main(['--help'])", f"{SLOW} deepdelta.lab"),
+        (FUSED, "torch._dynamo torch._inductor sympy triton"),
     ],
-    ids=["package", "help"],
+    ids=["package", "help", "fused"],
 )
-def test_what_neither_the_package_nor_help_imports(code: str, names: str) -> None:
+def test_what_a_first_call_does_not_import(code: str, names: str) -> None:
     tell = f"print('found:', [name for name in {names.split()} if name in sys.modules])"
     told = f"import atexit, sys; atexit.register(lambda: {tell})"
     done = subprocess.run([sys.executable, "-c", f"{told}\n{code}"], capture_output=True, text=True, check=True)

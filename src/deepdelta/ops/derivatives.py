@@ -8,11 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
-from torch.library import Library
 
 from deepdelta.errors import UserError
-
-_LIBRARY = Library("deepdelta", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def transformed() -> bool:
@@ -27,22 +24,15 @@ def check_plain(*tensors: Tensor) -> None:
         UserError: with what to use instead.
     """
     if transformed() or (not torch.compiler.is_compiling() and any(map(_has_tangent, tensors))):
-        _refuse()
-
-
-def once(backward: Any) -> None:
-    """Let the operator of a backward pass refuse to be differentiated or batched itself."""
-    backward.register_autograd(_refuse)
-    backward.register_vmap(_refuse)
-    # The batches of torch.autograd.grad(is_grads_batched=True), which are not torch.func's.
-    _LIBRARY.impl(backward._name, _refuse, "Batched")  # type: ignore[no-untyped-call]
+        refuse()
 
 
 def _has_tangent(tensor: Tensor) -> bool:
     return unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
-def _refuse(*_: Any) -> NoReturn:
+def refuse(*_: Any) -> NoReturn:
+    """Raise what the user is told."""
     raise UserError(
         "fused code has first derivatives by backward(), not second ones, forward-mode ones or torch.func transforms "
         '(grad, vmap, jvp, hessian); for these choose use_backend(module, "reference").'

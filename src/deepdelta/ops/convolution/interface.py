@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deepdelta.ops.derivatives import check_plain, once
+from deepdelta.ops.derivatives import check_plain
+from deepdelta.ops.operators import differentiable, operator
 from deepdelta.ops.precision import accumulation_dtype
 
 
@@ -44,27 +45,32 @@ def _code() -> Any:
     return importlib.import_module("deepdelta.ops.backends.cpu.convolution")
 
 
-@torch.library.custom_op("deepdelta::convolve_tokens", mutates_args=(), device_types="cpu")
-def convolve(x: Tensor, weight: Tensor, outputs: int) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, outputs: int) -> Tensor:
     y = x.new_empty(*x.shape[:2], outputs, x.shape[3])
     _code().forward(x, weight, y)
     return y
 
 
-@torch.library.custom_op("deepdelta::convolve_tokens_backward", mutates_args=(), device_types="cpu")
-def convolve_backward(x: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+def _convolve_backward(x: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
     d_x = torch.empty_like(x)
     return d_x, _code().backward(x, weight, d_y, d_x)
 
 
-@convolve.register_fake
-def _(x, weight, outputs):  # type: ignore[no-untyped-def]
+def _fake(x: Tensor, weight: Tensor, outputs: int) -> Tensor:
     return x.new_empty(*x.shape[:2], outputs, x.shape[3])
 
 
-@convolve_backward.register_fake
-def _(x, weight, d_y):  # type: ignore[no-untyped-def]
+def _backward_fake(x: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
+
+
+convolve = operator("convolve_tokens", "(Tensor x, Tensor weight, SymInt outputs) -> Tensor", _convolve, _fake)
+convolve_backward = operator(
+    "convolve_tokens_backward",
+    "(Tensor x, Tensor weight, Tensor d_y) -> (Tensor, Tensor)",
+    _convolve_backward,
+    _backward_fake,
+)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -75,5 +81,4 @@ def _gradients(ctx, d_y):  # type: ignore[no-untyped-def]
     return *convolve_backward(*ctx.saved_tensors, d_y.contiguous()), None
 
 
-convolve.register_autograd(_gradients, setup_context=_save)
-once(convolve_backward)
+differentiable(convolve, _gradients, _save, convolve_backward)

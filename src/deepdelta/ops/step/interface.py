@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deepdelta.errors import UserError
-from deepdelta.ops.derivatives import check_plain, once
+from deepdelta.ops.derivatives import check_plain
+from deepdelta.ops.operators import differentiable, operator
 from deepdelta.ops.precision import accumulation_dtype
 from deepdelta.ops.step.arguments import Given, Gradients, Incoming, Known, Made, Replayed, schema
 from deepdelta.ops.step.reference import Gating, Normalise
@@ -170,8 +171,7 @@ def _with_coefficients(given: Given, made: Made) -> Given:
     return given._replace(write=made.made_write, erase=made.beta if given.erases else None)
 
 
-@torch.library.custom_op("deepdelta::step", mutates_args=(), schema=schema(f"({'Tensor, ' * 7}Tensor)", Given))
-def step(*values: Any) -> Any:
+def _step(*values: Any) -> Any:
     made = _allocated(Given(*values))
     given = _with_coefficients(Given(*values), made)
     present = made._replace(
@@ -193,8 +193,7 @@ def _all_there(gradients: Gradients) -> list[Tensor]:
     return [gradients.d_write.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
-@torch.library.custom_op("deepdelta::step_backward", mutates_args=(), schema=schema("Tensor[]", Given, Known, Incoming))
-def step_backward(*values: Any) -> Any:
+def _step_backward(*values: Any) -> Any:
     given, known, incoming = _split(values)
     known = known._replace(
         read=None if given.erase is None else known.read, beta=None if given.gating is None else known.beta
@@ -208,14 +207,16 @@ def _split(values: tuple[Any, ...]) -> tuple[Given, Known, Incoming]:
     return Given(*values[:given]), Known(*values[given : given + known]), Incoming(*values[given + known :])
 
 
-@step.register_fake
-def _(*values: Any) -> Any:
+def _step_fake(*values: Any) -> Any:
     return tuple(_allocated(Given(*values)))
 
 
-@step_backward.register_fake
-def _(*values: Any) -> Any:
+def _backward_fake(*values: Any) -> Any:
     return _all_there(_gradients_allocated(_split(values)[0]))
+
+
+step = operator("step", schema(f"({'Tensor, ' * 7}Tensor)", Given), _step, _step_fake)
+step_backward = operator("step_backward", schema("Tensor[]", Given, Known, Incoming), _step_backward, _backward_fake)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -235,5 +236,4 @@ def _gradients(ctx: Any, d_new: Tensor, d_c: Tensor, *_: Any) -> tuple[Tensor | 
     return tuple(getattr(found, f"d_{name}") if needed else None for name, needed in each)
 
 
-step.register_autograd(_gradients, setup_context=_save)
-once(step_backward)
+differentiable(step, _gradients, _save, step_backward)
