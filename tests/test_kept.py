@@ -1,6 +1,8 @@
 """What numba keeps on disk: no place for it, a place that others can write, files that were cut short."""
 
 import os
+import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,12 @@ import torch
 from numba.core import caching
 
 from deepdelta import GPT, PRESETS, GPTConfig, UserError, use_backend
+from deepdelta.ops.backends.cpu import kernels
+from deepdelta.ops.backends.cpu.records import Kernel
 from deepdelta.ops.backends.cpu.team import compiled, loop, run
-from deepdelta.ops.step import fused_problem
+from deepdelta.ops.step import Normalise, fused_problem
+from deepdelta.ops.step.arguments import Replayed
+from deepdelta.ops.step.decoding import DecodingStep
 
 
 @pytest.fixture
@@ -112,3 +118,42 @@ def test_files_that_were_cut_short_are_made_anew(folder: Path, suffix: str, size
     both_right()
     assert {path: path.stat().st_size for path in whole} == whole
     assert sum(both_right().cache_hits.values()) == 1  # kept again
+
+
+class AtOnce(threading.Timer):
+    """A timer whose time has come when it is started."""
+
+    def start(self) -> None:
+        self.function()
+
+
+class Never(threading.Timer):
+    def start(self) -> None: ...
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("timer", [AtOnce, Never])
+def test_long_compilation_is_said_once_on_stderr(
+    timer: type[threading.Timer], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(threading, "Timer", timer)
+
+    ones, made = torch.ones(1, 1, 2), torch.empty(1, 1, 2)
+    double = Kernel(kernels.replay, "N", Replayed)
+    for _ in range(2):
+        double(Replayed(state=ones, h=ones[:, 0], coefficient=ones[..., 0], new=made))
+    assert made.tolist() == [[[2, 2]]]
+    step = DecodingStep(
+        *(1, 1, 2, torch.float32), maps=None, gates=0, erases=False, normalise=Normalise(None, 0), compression=None,
+        norm_weight=None, norm_eps=0.0, opens=False,
+    )  # fmt: skip
+    assert step(ones, ones[0], ones[0])[0].tolist() == [[[2, 2]]]
+    out, err = capsys.readouterr()
+    assert out == ""
+    if timer is Never:
+        assert err == ""
+        return
+    for line, what in zip(err.splitlines(), ["the loop 'replay'"] * 2 + ["the decoding of a token"] * 2, strict=True):
+        assert re.fullmatch(
+            rf"compil(ing|ed) {what} (for this machine, once: later processes load it|in [0-9.]+ s)", line
+        )

@@ -48,6 +48,7 @@ class DecodingStep:
     ) -> None:
         assert dtype in DTYPES and (maps is None or normalise.offset is not None)
         # Imported here: numba is an extra.
+        from deepdelta.ops.backends.cpu.kept import announced
         from deepdelta.ops.backends.cpu.kernels import decode
 
         one = np.float64(1) if dtype == torch.float64 else np.float32(1)
@@ -83,16 +84,23 @@ class DecodingStep:
         assert {*arguments, *changing} == set(names)
         self._arguments = [arguments.get(name) for name in names]
         self._places = [names.index(name) for name in changing]
+        # Compiled here, if it is not yet, and said: not within the first token.
+        with announced("the decoding of a token"), torch.no_grad():
+            self(torch.zeros(self._state_shape, dtype=dtype), *torch.zeros(2, *self._vector_shape, dtype=dtype))
 
     def __call__(self, state: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
-        state, h, c = (tensor.to(self.dtype).contiguous() for tensor in (state, h, c))
+        # Written out, and dtypes compared by hand: every microsecond here is one per residual and token.
+        dtype, vectors, arguments = self.dtype, self._vector_shape, self._arguments.copy()
+        if state.dtype is not dtype or h.dtype is not dtype or c.dtype is not dtype:
+            state, h, c = state.to(dtype), h.to(dtype), c.to(dtype)
+        state, h, c = state.contiguous(), h.contiguous(), c.contiguous()
         new, c_new = torch.empty_like(state), torch.empty_like(c) if self.opens else None
-        states = (tensor.numpy().reshape(self._state_shape) for tensor in (state, new))
-        vectors = (None if tensor is None else tensor.numpy().reshape(self._vector_shape) for tensor in (h, c, c_new))
-        (state_, new_), (h_, c_, c_new_) = states, vectors
-        arguments = self._arguments.copy()
-        for place, array in zip(self._places, (state_, h_, c_, new_, c_new_), strict=True):
-            arguments[place] = array
+        at_state, at_h, at_c, at_new, at_c_new = self._places
+        arguments[at_state] = state.numpy().reshape(self._state_shape)
+        arguments[at_h] = h.numpy().reshape(vectors)
+        arguments[at_c] = c.numpy().reshape(vectors)
+        arguments[at_new] = new.numpy().reshape(self._state_shape)
+        arguments[at_c_new] = None if c_new is None else c_new.numpy().reshape(vectors)
         self._kernel(*arguments)
         return new, c_new
 

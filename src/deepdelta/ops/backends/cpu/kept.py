@@ -7,7 +7,11 @@ import inspect
 import os
 import pickle
 import stat
-from collections.abc import Callable
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,9 @@ from numba.core.caching import FunctionCache
 from deepdelta.errors import UserError
 
 MEND = "set NUMBA_CACHE_DIR to a folder of your own that nobody else can write"
+
+PATIENCE = 2.0
+"""Seconds of compiling that need no word."""
 
 # What reading a pickle raises that was cut short or overwritten; pickle, by its documentation, keeps no closed list.
 DAMAGED = (pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, ImportError)
@@ -63,3 +70,26 @@ def prepare(function: Callable[..., Any]) -> None:
         return  # numba makes what is missing
     except DAMAGED:
         cache.flush()
+
+
+@contextmanager
+def announced(what: str) -> Iterator[None]:
+    """Within, code is compiled: said on stderr when it takes longer than PATIENCE, and then how long it took.
+
+    On stderr whatever that is: results of a command are on stdout.
+    """
+    began, said = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        said.set()
+        print(f"compiling {what} for this machine, once: later processes load it", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(PATIENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if said.is_set():
+        print(f"compiled {what} in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 from torch import Tensor
 
+from deepdelta.ops.backends.cpu.kept import announced
 from deepdelta.ops.backends.cpu.numbers import kinds
 from deepdelta.ops.backends.cpu.team import loop, part, run, threads
 from deepdelta.ops.precision import accumulation_dtype
@@ -113,7 +114,8 @@ class Kernel:
             items = at[1]
             call(name, items * thread // count, items * (thread + 1) // count, one(1), arguments(at, thread, layout))
 
-        self._loops[key] = loop(share, module)
+        with announced(f"the loop '{self._function.__name__.strip('_')}'"):
+            self._loops[key] = loop(share, module)
         return self._loops[key]
 
 
