@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from deepdelta.lab.experiments.plan import Plan, at_rates
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
 from deepdelta.lab.experiments.training_run import CURVE_POINTS, canonical, curve
-from deepdelta.lab.experiments.tuning import choose
+from deepdelta.lab.experiments.tuning import beyond, choose
 from deepdelta.lab.measure.cost import Cost
 from deepdelta.lab.runner import run_study
+from deepdelta.lab.views.study import tuning_table
+from deepdelta.lab.views.tables import ABSENT
 from deepdelta.training import RunDirectory, TrainConfig
 from deepdelta.training.optimizer import learning_rate
 from tiny_runs import RUNS, forget, quietly, record_anew, recorded, study_from, text_file, trained_here, without_curves
@@ -67,6 +71,7 @@ CELLS = 3 * 2 + 3 * 2 + 2 * 2 * 2  # tuning; at equal tokens; of the two others 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(runner, "measure", lambda *_: costs())
+    monkeypatch.setattr(runner, "EXTENSIONS", 0)
     return trained_here(monkeypatch)
 
 
@@ -99,6 +104,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyResul
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(runner, "measure", lambda *_: costs())
+        monkeypatch.setattr(runner, "EXTENSIONS", 0)
         names = trained_here(monkeypatch)
         results = run_study(study(folder), folder / "out", workers=2, command="deepdelta study")
     return folder, results, names
@@ -324,12 +330,50 @@ def test_tuning_sees_no_byte_of_the_validation_part(tmp_path: Path, launched: li
     assert losses[0] == losses[1] and losses[0][-1][2] is not None
 
 
+def test_a_grid_grows_where_its_end_is_best_at_most_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = {"plain": 4e-3, "delta": 1.0, "write": 2e-2}
+
+    class Loss:
+        @contextmanager
+        def running(self, *_: Any) -> Iterator[Any]:
+            yield self
+
+        def make(self, claimed: Any, phase: str) -> dict[str, Any]:
+            found = {}
+            for run in claimed.missing:
+                made.append(run.name)
+                where: dict[str, Any] = {"kind": "training", "experiment": "e", "condition": run.condition, "seed": 7}
+                what: dict[str, Any] = {"commit": None, "versions": {}, "machine": {}, "threads": 1, "finished": "now"}
+                loss = abs(math.log(run.settings.lr / best[run.condition]))
+                found[run.name] = RunRecord(
+                    name=run.name, settings={}, metrics={"validation_loss": loss}, seconds=1.0, **where, **what
+                )
+            return found
+
+    made: list[str] = []
+    monkeypatch.setattr(runner, "measure", lambda *_: costs())
+    monkeypatch.setattr(runner, "_running", Loss().running)
+    config = dataclasses.replace(study(tmp_path), tune=Tune(lr=(1e-2, 2e-2), seeds=(7,)))
+    found = runner._tuned(plan_of(config, tmp_path / "out"), tmp_path / "out", None)[1]
+    assert {name: (one.lr, one.grid, one.edge) for name, one in found.items()} == {
+        "plain": (5e-3, (2.5e-3, 5e-3, 1e-2, 2e-2), False),
+        "delta": (8e-2, (1e-2, 2e-2, 4e-2, 8e-2), True),
+        "write": (2e-2, (1e-2, 2e-2, 4e-2), False),
+    }
+    assert len(made) == len(set(made)) == 3 * 2 + 3 + 2
+    shown = [row[:3] for row in tuning_table(found).rows]  # type: ignore[union-attr]
+    assert shown == [("plain", "0.005", "0.4700"), ("delta", "0.08 (edge)", ABSENT), ("write", "0.02", ABSENT)]
+
+
 def test_the_lowest_mean_loss_is_chosen_and_edges_are_flagged() -> None:
     tune = Tune(lr=(4.0, 1.0, 2.0), seeds=(5, 6))
     inner = choose(tune, {1.0: [1.0, 3.0], 2.0: [2.0, 1.5], 4.0: [0.1, None]}, "c")
     assert (inner.lr, inner.edge, inner.grid, inner.losses) == (2.0, False, (1.0, 2.0, 4.0), (2.0, 1.75, None))
     assert choose(tune, {1.0: [1.0, 1.0], 2.0: [2.0, 1.5], 4.0: [3.0, 3.0]}, "c").edge
     assert choose(tune, {1.0: [2.0, 2.0], 2.0: [2.0, 1.5], 4.0: [1.0, 1.0]}, "c").edge
+    assert beyond(inner) is None
+    low = choose(tune, {1.0: [1.0, 1.0], 2.0: [2.0, 1.5], 4.0: [3.0, 3.0]}, "c")
+    assert beyond(low) == 0.5 and beyond(dataclasses.replace(low, lr=4.0, grid=(1.0, 3.0, 4.0))) == 5.33
     with pytest.raises(UserError, match=r"c diverged at every learning rate of tune.lr \[1.0, 2.0, 4.0\]"):
         choose(tune, {1.0: [None, 1.0], 2.0: [None, None], 4.0: [None, None]}, "c")
 

@@ -11,17 +11,18 @@ from deepdelta.data import check_context, load_corpus, train_tail
 from deepdelta.device import choose_device, usable_cores
 from deepdelta.errors import UserError, require
 from deepdelta.files import AnyPath, locked, write_text
-from deepdelta.lab.analysis.results import Corpus, StudyResults
+from deepdelta.lab.analysis.results import Corpus, StudyResults, Tuned
 from deepdelta.lab.analysis.scaling import Scaling, scaling
 from deepdelta.lab.experiments.collection import collect
 from deepdelta.lab.experiments.config import Comparison, Search, Sizes, StudyConfig
 from deepdelta.lab.experiments.costs import measure
 from deepdelta.lab.experiments.plan import Plan, at_rates
 from deepdelta.lab.experiments.pool import Runner, running
+from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import RecordFile
 from deepdelta.lab.experiments.search import RungResult, SearchResults, rank
 from deepdelta.lab.experiments.training_run import TrainingRun, claim, starts
-from deepdelta.lab.experiments.tuning import chosen
+from deepdelta.lab.experiments.tuning import EXTENSIONS, beyond, chosen
 from deepdelta.lab.measure.cost import Cost
 from deepdelta.lab.views import (
     detail_tables,
@@ -71,13 +72,9 @@ def run_study(
     """All conditions and seeds; writes results.json and report.html and prints the tables."""
     out, started = Path(out), now()
     plan = _plan(study, out, workers)
-    tuning = plan.tuning()
-    claimed = claim(tuning.values())
-    costs = _costs(plan, out)
-    planned = plan.runs(study, costs)
-    with _running(plan, costs, [*tuning.values(), *planned.values()], workers) as runner:
-        tuned = chosen(study.tune, tuning, runner.make(claimed, "tuning"))
-        planned = at_rates(planned, tuned)
+    costs, tuned = _tuned(plan, out, workers)
+    planned = at_rates(plan.runs(study, costs), tuned)
+    with _running(plan, costs, planned.values(), workers) as runner:
         records = runner.make(claim(planned.values()), "runs")
     if not study.keep_checkpoints:
         for run in starts(planned.values()):
@@ -119,11 +116,7 @@ def run_search(study: Search, out: AnyPath, *, workers: int | None = None, comma
     """Rung after rung on the training part's tail; then search.json and its table."""
     out = Path(out)
     plan = _plan(study, out, workers)
-    tuning = plan.tuning()
-    claimed = claim(tuning.values())
-    costs = _costs(plan, out)
-    with _running(plan, costs, tuning.values(), workers) as runner:
-        tuned = chosen(study.tune, tuning, runner.make(claimed, "tuning"))
+    costs, tuned = _tuned(plan, out, workers)
     left, rungs = study.candidates, list[RungResult]()
     for number in range(len(study.search.rungs)):
         planned = plan.rung(study, number, (study.baseline, *left), tuned)
@@ -168,9 +161,27 @@ def _plan(study: StudyConfig, out: Path, workers: int | None) -> Plan:
     return Plan(study, corpus, tail, records)
 
 
-def _costs(plan: Plan, out: Path) -> dict[str, Cost]:
+def _tuned(plan: Plan, out: Path, workers: int | None) -> tuple[dict[str, Cost], dict[str, Tuned]]:
+    """What conditions cost, and every condition's rate; where it is at an end of its grid, that grows by a step."""
+    tuning, tune = plan.tuning(), plan.study.tune
+    claimed = claim(tuning.values())
     model = plan.study.train_config(plan.study.baseline, plan.study.seeds[0]).model
-    return measure(plan.study, model.vocab_size or plan.corpus.vocab_size, out / "costs.json")
+    costs = measure(plan.study, model.vocab_size or plan.corpus.vocab_size, out / "costs.json")
+    if tune is None:
+        return costs, {}
+    new, records = tuning, dict[str, RunRecord]()
+    for extension in range(EXTENSIONS + 1):
+        with _running(plan, costs, new.values(), workers) as runner:
+            records |= runner.make(claimed, "tuning")
+        tuned = chosen(tune, tuning, records)
+        further = {name: rate for name, one in tuned.items() if (rate := beyond(one)) is not None}
+        if not further or extension == EXTENSIONS:
+            break
+        show("At the end of its grid, which grows by a step: " + ", ".join(f"{n} to {r:g}" for n, r in further.items()))
+        new = plan.tuning(further)
+        tuning |= new
+        claimed = claim(new.values())
+    return costs, tuned
 
 
 @contextmanager

@@ -70,13 +70,14 @@ class Plan:
         run = self.run(f"{study.baseline}+start", study.baseline, study.start_config(seed))
         return replace(run, begins_others=True)
 
-    def tuning(self) -> dict[tuple[str, float, int], TrainingRun]:
-        """The runs that tune, by condition, rate and seed."""
+    def tuning(self, further: Mapping[str, float] | None = None) -> dict[tuple[str, float, int], TrainingRun]:
+        """The runs that tune, by condition, rate and seed: the study's grid, or these further rates by condition."""
         tune = self.study.tune
         if tune is None:
             return {}
+        pairs = itertools.product(self.study.conditions, tune.lr) if further is None else further.items()
         found = {}
-        for seed, condition, rate in itertools.product(tune.seeds, self.study.conditions, tune.lr):
+        for seed, (condition, rate) in itertools.product(tune.seeds, pairs):
             settings = self._settings(condition, seed)
             settings = replace(settings.stretched(tune.steps or settings.steps), lr=rate)
             found[condition, rate, seed] = self.choosing(f"{condition}+tune-lr{rate}", condition, settings)

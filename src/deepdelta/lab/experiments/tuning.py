@@ -9,6 +9,9 @@ from deepdelta.lab.experiments.config import Tune
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.run import Run
 
+EXTENSIONS = 2
+"""Steps by which a grid grows where its best rate is at an end."""
+
 
 def choose(tune: Tune, losses: Mapping[float, list[float | None]], condition: str) -> Tuned:
     """The rate with the lowest mean loss over the tuning seeds; a rate at which any seed diverged is out.
@@ -19,7 +22,7 @@ def choose(tune: Tune, losses: Mapping[float, list[float | None]], condition: st
     Raises:
         UserError: every rate diverged.
     """
-    grid = tuple(sorted(tune.lr))
+    grid = tuple(sorted(losses))
     means = [
         math.fsum(math.inf if loss is None else loss for loss in losses[rate]) / len(losses[rate]) for rate in grid
     ]
@@ -33,6 +36,15 @@ def choose(tune: Tune, losses: Mapping[float, list[float | None]], condition: st
         losses=tuple(mean if math.isfinite(mean) else None for mean in means),
         seeds=tune.seeds,
     )
+
+
+def beyond(tuned: Tuned) -> float | None:
+    """The rate that follows the best one where that is at an end of the grid, at its neighbour's ratio; else None."""
+    if not tuned.edge:
+        return None
+    best = tuned.grid.index(tuned.lr)
+    neighbour = tuned.grid[1] if best == 0 else tuned.grid[-2]
+    return float(f"{tuned.lr * tuned.lr / neighbour:.3g}")
 
 
 def chosen(

@@ -137,7 +137,7 @@ def tuning_table(tuned: Mapping[str, Tuned], notes_of_study: Sequence[str] = ())
     """The learning rate of every condition and what it was chosen from; None where nothing was tuned."""
     if not tuned:
         return None
-    first = next(iter(tuned.values()))
+    first, grid = next(iter(tuned.values())), sorted({rate for tune in tuned.values() for rate in tune.grid})
     notes = [
         f"Losses on the last tenth of the training part, seeds {', '.join(map(str, first.seeds))}, which no "
         "result rests on."
@@ -147,12 +147,16 @@ def tuning_table(tuned: Mapping[str, Tuned], notes_of_study: Sequence[str] = ())
     columns = (
         Column("condition", "What was tuned."),
         Column("chosen", "The learning rate of its reported runs."),
-        *(Column(f"lr {rate:g}", f"Mean loss at the rate {rate:g}.") for rate in first.grid),
+        *(Column(f"lr {rate:g}", f"Mean loss at the rate {rate:g}.") for rate in grid),
     )
-    rows = tuple(
-        (name, rate_text(tune), *("diverged" if x is None else f"{x:.4f}" for x in tune.losses))
-        for name, tune in tuned.items()
-    )
+
+    def loss(tune: Tuned, rate: float) -> str:
+        if rate not in tune.grid:
+            return ABSENT
+        found = tune.losses[tune.grid.index(rate)]
+        return "diverged" if found is None else f"{found:.4f}"
+
+    rows = tuple((name, rate_text(tune), *(loss(tune, rate) for rate in grid)) for name, tune in tuned.items())
     return TextTable(title="Choice of the learning rate", columns=columns, rows=rows, notes=(*notes, *notes_of_study))
 
 
