@@ -28,6 +28,7 @@ PAGES = {
 SENTENCES = {name: " ".join(text.split()) for name, text in PAGES.items()}
 SIZED = ("additive", "additive-convolution", "delta-token-random")
 TEXTS = ("headline", "headline-tinyshakespeare")
+CODE = ("", "-tinyshakespeare")
 
 # Compared after looking, which is why they stand in no study: the condition and what it is compared with.
 AFTERWARDS = [
@@ -35,6 +36,7 @@ AFTERWARDS = [
     ("headline-tinyshakespeare", "delta-token-random", "additive-convolution"),
     ("larger", "delta-token-random", "normed-convolution"),
     ("larger", "delta-token-random", "additive-convolution"),
+    *((f"code-form{text}", one, "normed-code-quiet") for text in CODE for one in ("code-cc-low-gate", "constant-half")),
     *((f"sizes/{size}", "delta-token-random", "additive-convolution") for size in ("small", "medium", "large")),
 ]
 # Every comparison of a residual with the same without its erase beside a write, at the length of a whole study.
@@ -48,6 +50,8 @@ ERASE = [
     ("erase-on-norm", "expanded-normed-erase-token-random", "expanded-normed-token-random"),
     ("erase-on-norm-tinyshakespeare", "expanded-normed-erase-token-random", "expanded-normed-token-random"),
     ("larger", "delta-token-random", "write-only-token-random"),
+    ("code-form", "code-cc", "code-cc-write-only"),
+    ("code-form-tinyshakespeare", "code-cc", "code-cc-write-only"),
 ]
 
 
@@ -118,7 +122,7 @@ def test_every_interval_belongs_to_a_committed_comparison(page: str) -> None:
 def test_the_erase() -> None:
     _, spread, runs = pooled()
     page = SENTENCES["docs/findings.md"]
-    assert f"nine comparisons, {runs} pairs of runs" in page
+    assert f"eleven comparisons, {runs} pairs of runs" in page
     assert f"(Q = {spread:.1f} on {len(ERASE) - 1} degrees of freedom)" in page
 
 
