@@ -1,7 +1,7 @@
 """Cases of the fused step that its kernels are held to, in Triton's interpreter and on a GPU.
 
 What they are compared with: `rewrite_step` in fp64 with autograd. Names as in the reference: X (N, V, D), h (N, D),
-w (N, V), b (N, 1) or (N, V), C (V, D), the norm's weight (D).
+w (N, V), b (N, 1) or (N, V), or the numbers of a gating in their place, C (V, D), the norm's weight (D).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepdelta.ops.precision import accumulation_dtype
 from deepdelta.ops.step import fused_step, remake
-from deepdelta.ops.step.reference import Normalise, rewrite_along, rewrite_step
+from deepdelta.ops.step.reference import Gating, Normalise, rewrite_along, rewrite_step
 from helpers import randn
 
 EPS = 1e-5
@@ -35,6 +35,8 @@ class Case(NamedTuple):
     """h: random, or with tokens that are zero or tiny."""
     tiled: bool = False
     """Whether the kernels have to go through a token in small tiles."""
+    made: str = ""
+    """Whether w and b are made of a gating: both, erase (nothing is written) or write (nothing is erased)."""
 
     @property
     def normalise(self) -> Normalise:
@@ -77,6 +79,20 @@ CASES = [
 ]
 """Among them every pair of two settings."""
 
+GATED = [
+    Case(channels=channels, gates=gates, power=power, opening=opening, tiled=tiled, made=made)
+    for made, gates, channels, power, opening, tiled in AllPairs(
+        [["both", "erase", "write"], ["one", "each"], [1, 3], [0, 1, 2], ["norm", "closed"], [False, True]]
+    )
+]
+"""The same with the gate and the target made in the kernel."""
+
+EDGES = [
+    *(Case(tokens=3, channels=channels, width=5, made="both", gates="each") for channels in (33, 65, 129)),
+    *(Case(tokens=3, channels=2, width=width, made="both") for width in (1, 3, 1025)),
+]
+"""Value channels and widths just beyond a power of two, and the least."""
+
 
 def inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
     """What the step takes, by name; fp64, and exact in bf16, fp16 and fp32."""
@@ -86,7 +102,11 @@ def inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
         "h": (tokens, width),
         "write": (tokens, channels),
     }
-    if case.gates != "none":
+    if case.made:
+        del shapes["write"]
+        gates = 1 if case.gates == "one" else channels
+        shapes["numbers"] = (tokens, gates + (0 if case.made == "erase" else channels))
+    elif case.gates != "none":
         shapes["erase"] = (tokens, 1 if case.gates == "one" else channels)
     if case.opening in ("norm", "open"):
         shapes["compression"] = (channels, width)
@@ -113,8 +133,16 @@ def in_dtype(given: Mapping[str, Tensor], dtype: torch.dtype, device: str = "cpu
     return {name: t.to(device, dtype if name in ("state", "h") else wide) for name, t in given.items()}
 
 
+def gating(case: Case, given: Mapping[str, Tensor]) -> Gating | None:
+    gates = 1 if case.gates == "one" else case.channels
+    return Gating(given["numbers"], gates, case.made != "write") if case.made else None
+
+
 def reference(case: Case, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    state, h, write, erase = given["state"], given["h"], given["write"], given.get("erase")
+    state, h, write, erase = given["state"], given["h"], given.get("write"), given.get("erase")
+    if (made := gating(case, given)) is not None:
+        write, erase = made.coefficients()
+        write = state.new_zeros(state.shape[:-1], dtype=accumulation_dtype(state.dtype)) if isinstance(write, float) else write
     if case.opens:
         parameters = (given.get("compression"), given.get("norm_weight"))
         return rewrite_step(state, h, write, erase, case.normalise, *parameters, EPS)
@@ -124,12 +152,16 @@ def reference(case: Case, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor |
 def fused_and_replayed(case: Case, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """X' and c' of the fused step, whose X' made again must be the same to the bit."""
     new, c, done = fused_step(
-        *(given.get(name) for name in ("state", "h", "write", "erase")),  # type: ignore[arg-type]
+        given["state"],
+        given["h"],
+        given.get("write", 0.0),
+        given.get("erase"),
         case.normalise,
         given.get("compression"),
         given.get("norm_weight"),
         EPS,
         case.opens,
+        gating(case, given),
     )
     assert torch.equal(remake(done, given["state"]), new)
     return new, c

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import interpreted_step
 from deepdelta.ops.precision import accumulation_dtype
-from step_cases import CASES, EPS, SMALL_TILES, Case, inputs
+from step_cases import CASES, EDGES, EPS, GATED, SMALL_TILES, Case, inputs
 
 triton = pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 only")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -29,13 +29,13 @@ def interpreted() -> Iterator[Callable[..., None]]:
         yield lambda function, *values: pool.submit(function, *values).result()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + GATED + EDGES, ids=str)
 def test_values_and_all_gradients_in_fp64(interpreted, case):
     interpreted(interpreted_step.check, case, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES[::4], ids=str)
+@pytest.mark.parametrize("case", CASES[::4] + GATED[:2], ids=str)
 def test_no_worse_than_plain_pytorch_in_low_precision(interpreted, case, dtype):
     interpreted(interpreted_step.check, case, dtype)
 

@@ -21,9 +21,6 @@ NEEDS = {"cpu": "numba", "cuda": "triton"}
 DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """What a state may be stored in."""
 
-MAKE_COEFFICIENTS = ("cpu",)
-"""Devices whose kernels make write and erase of a gating; elsewhere PyTorch does, before the kernel."""
-
 
 def fused_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the fused step cannot run there, or None where it can."""
@@ -76,7 +73,7 @@ def fused_step(
         write, erase: w (..., V) and b (..., 1) or (..., V), taken to the precision of sums (fp32, or fp64 for an fp64
             state). A number as `write` goes along h as it is, as in `rewrite_along`.
         compression, norm_weight: C (V, D) and the weight (D) of the following norm, same precision.
-        gating: the numbers that write and erase come from, instead of these; some kernels make them in their pass.
+        gating: the numbers that write and erase come from, instead of these; the kernels make them in their pass.
 
     Raises:
         UserError: the device or dtype has no fused step, with the reason, raised when the operator runs; or more than
@@ -86,8 +83,6 @@ def fused_step(
     check_plain(*(tensor for tensor in every if isinstance(tensor, Tensor)))
     *batch, channels, width = state.shape
     wide = accumulation_dtype(state.dtype)
-    if gating is not None and state.device.type not in MAKE_COEFFICIENTS:
-        (write, erase), gating = gating.coefficients(), None
     if gating is None and isinstance(write, float):
         write = torch.full((*batch, channels), write, dtype=wide, device=state.device)
         normalise = normalise._replace(power=0)

@@ -7,6 +7,7 @@ keep them from being merged.
 
 Sums run in the type of `write` (fp32, or fp64 for an fp64 state). Arguments that are None leave their part out. What
 decides X' = X + h a^T from a is one fma per number, so that every kernel rounds alike and X' comes back bit for bit.
+Nothing is added up by atomics: who sums what, in which order, is fixed by shapes and device, so results repeat to the bit.
 Shapes: N tokens, V value channels, D width, G gates (1, or V).
 """
 
@@ -28,6 +29,16 @@ def _of_token(values, n, V: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_V: tl.con
     """Row n of (N, V), or of (N, 1) for all value channels alike."""
     v = tl.arange(0, BLOCK_V)
     return tl.load(values + n * COLUMNS + (v if COLUMNS > 1 else v * 0), mask=v < V, other=0)
+
+
+@_compiled
+def _gating(gating, n, V: tl.constexpr, GATES: tl.constexpr, TARGETS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The gate's numbers and the target v of token n, of (N, G) or (N, G + V); v is 0 without one."""
+    row = gating + n * (GATES + TARGETS)
+    v_V = tl.zeros((BLOCK_V,), gating.dtype.element_ty)
+    if TARGETS > 0:
+        v_V = _of_token(row + GATES, 0, V, V, BLOCK_V)
+    return _of_token(row, 0, V, GATES, BLOCK_V), v_V
 
 
 @_compiled
@@ -77,11 +88,14 @@ def _rewritten(x_VD, h_D, a_V, stored: tl.constexpr):
 
 @_compiled
 def forward(
-    state, h, write, erase, compression, norm_weight, new, c, scale, read, inverse, coefficient,
+    state, h, gating, beta, write, erase, compression, norm_weight, new, c, scale, read, inverse, coefficient,
     OFFSET: tl.constexpr, POWER: tl.constexpr, EPS: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
-    GATES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATES: tl.constexpr, TARGETS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One token per program: fill new (X'), scale, read and coefficient (a); c and inverse (1 / rms) where asked."""
+    """One token per program: fill new (X'), scale, read and coefficient (a); c and inverse (1 / rms) where asked.
+
+    Given gating, fill beta and write from it (see `reference.Gating`); `erase` is then beta, or None.
+    """
     n = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK_V)
     wide: tl.constexpr = write.dtype.element_ty
@@ -96,9 +110,18 @@ def forward(
     s = tl.full((), 1, wide)
     if OFFSET is not None:
         s = 1 / tl.sqrt(square + OFFSET)
-    a_V = _of_token(write, n, V, V, BLOCK_V) * _lift(s, POWER)
+    if gating is None:
+        w_V = _of_token(write, n, V, V, BLOCK_V)
+        b_V = _of_token(erase, n, V, GATES, BLOCK_V) if erase is not None else w_V
+    else:
+        gate_V, target_V = _gating(gating, n, V, GATES, TARGETS, BLOCK_V)
+        b_V = 2 / (1 + tl.exp(-gate_V))
+        w_V = b_V * target_V
+        tl.store(beta + n * GATES + v, b_V, mask=v < GATES)
+        tl.store(write + n * V + v, w_V, mask=v < V)
+    a_V = w_V * _lift(s, POWER)
     if erase is not None:
-        a_V -= _of_token(erase, n, V, GATES, BLOCK_V) * s * s * along_V
+        a_V -= b_V * s * s * along_V
 
     r = tl.full((), 1, wide)
     if norm_weight is not None:
@@ -162,13 +185,22 @@ def _gradients(
 
 
 @_compiled
+def _over_gates(each_V, GATES: tl.constexpr):
+    """The sum over the value channels where these have one gate."""
+    return each_V if GATES > 1 else tl.zeros_like(each_V) + tl.sum(each_V, 0)
+
+
+@_compiled
 def backward(
-    state, h, write, erase, compression, norm_weight, scale, read, inverse, coefficient, d_new, d_c,
-    d_state, d_h, d_write, d_erase, d_compression, d_norm_weight, tokens,
+    state, h, gating, beta, write, erase, compression, norm_weight, scale, read, inverse, coefficient, d_new, d_c,
+    d_state, d_h, d_gating, d_write, d_erase, d_compression, d_norm_weight, tokens,
     OFFSET: tl.constexpr, POWER: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
-    GATES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATES: tl.constexpr, TARGETS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One run of tokens per program, and in its row of d_compression and d_norm_weight the sum over that run."""
+    """One run of tokens per program, and in its row of d_compression and d_norm_weight the sum over that run.
+
+    Given gating, its gradient takes the place of those of write and erase.
+    """
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     first = program * tokens // programs
@@ -247,13 +279,19 @@ def backward(
                     tl.store(d_norm_weight + sums_at + d, sum_D, mask=d < D)
             tl.store(d_state + n * (V * D) + place_VD, grad_VD + d_read_V[:, None] * h_D[None, :], mask=real_VD)
             tl.store(d_h + n * D + d, d_h_D, mask=d < D)
-        tl.store(d_write + n * V + v, d_a_V * _lift(s, POWER), mask=v < V)
-        if erase is not None:
-            d_b_V = -d_a_V * along_V * s * s
-            if GATES > 1:
-                tl.store(d_erase + n * V + v, d_b_V, mask=v < V)
-            else:
-                tl.store(d_erase + n, tl.sum(d_b_V, 0))
+        d_w_V = d_a_V * _lift(s, POWER)
+        d_b_V = -d_a_V * along_V * s * s  # 0 without an erase
+        if gating is None:
+            tl.store(d_write + n * V + v, d_w_V, mask=v < V)
+            if erase is not None:
+                tl.store(d_erase + n * GATES + v, _over_gates(d_b_V, GATES), mask=v < GATES)
+        else:
+            beta_V = _of_token(beta, n, V, GATES, BLOCK_V)
+            _, target_V = _gating(gating, n, V, GATES, TARGETS, BLOCK_V)
+            d_beta_V = _over_gates(d_b_V + d_w_V * target_V, GATES)
+            row = d_gating + n * (GATES + TARGETS)
+            tl.store(row + v, d_beta_V * beta_V * (1 - beta_V / 2), mask=v < GATES)
+            tl.store(row + GATES + v, d_w_V * beta_V, mask=v < TARGETS)
         if not whole:
             tl.debug_barrier()  # the next token's sums may be read by other threads than wrote these
 

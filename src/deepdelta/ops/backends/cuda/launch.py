@@ -42,14 +42,12 @@ def blocks(channels: int, width: int, dtype: torch.dtype, whole: int) -> Blocks:
 
 
 def forward(given: Given, made: Made) -> None:
-    """Fill `made`."""
-    assert given.gating is None, "on this device PyTorch makes the coefficients"
+    """Fill `made` and, with a gating, the write that is given."""
     _launch(kernels.forward, given.state.shape[0], WHOLE_FORWARD, given, made)
 
 
 def backward(given: Given, known: Known, incoming: Incoming, gradients: Gradients) -> Gradients:
     """Fill `gradients`, to which those of compression and norm weight are added."""
-    assert given.gating is None, "on this device PyTorch makes the coefficients"
     tokens, channels, width = given.state.shape
     warps = blocks(channels, width, given.state.dtype, WHOLE_BACKWARD).warps
     # Enough programs to fill the device once; each takes a run of tokens and sums its gradients of the parameters.
@@ -69,12 +67,13 @@ def replay(replayed: Replayed) -> None:
 def _launch(kernel: Any, programs: int, whole: int, *records: Any) -> None:
     """Run a kernel, whose arguments are fields of the records by name, and its constants what follows from these."""
     values = {name: value for record in records for name, value in record._asdict().items()}
-    state, erase = values["state"], values.get("erase")
+    state, erase, gating = values["state"], values.get("erase"), values.get("gating")
     tokens, channels, width = state.shape
     tile = blocks(channels, width, state.dtype, whole)
     values |= {"tokens": tokens, "V": channels, "D": width, "BLOCK_V": tile.channels, "BLOCK_D": tile.width}
     values |= {"OFFSET": values.get("offset"), "POWER": values.get("power"), "EPS": values.get("norm_eps")}
-    values["GATES"] = 0 if erase is None else erase.shape[1]
+    values["GATES"] = gates = values["gates"] if gating is not None else 0 if erase is None else erase.shape[1]
+    values["TARGETS"] = 0 if gating is None else gating.shape[1] - gates
     if tokens:
         with torch.cuda.device(state.get_device()):
             kernel[programs,](**{name: values[name] for name in kernel.arg_names}, num_warps=tile.warps)
