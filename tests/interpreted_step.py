@@ -35,17 +35,29 @@ def start() -> None:
 
 def results(case: Case, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """X', c' and all gradients from the kernels; X' is replayed on the way and must be the same to the bit."""
-    from deepdelta.ops.backends.cuda import launch
+    from deepdelta.ops.backends.cuda import launch, tiles
     from deepdelta.ops.step import interface
 
     # Two programs, one after another, so that each has a run of several tokens.
-    tiles = patch.multiple(launch, RESIDENT_WARPS=2, **(SMALL_TILES if case.tiled else {}))
-    with tiles, patch.object(interface, "_implementation", lambda state: launch):
+    small = patch.multiple(tiles, RESIDENT_WARPS=2, **(SMALL_TILES if case.tiled else {}))
+    with small, patch.object(interface, "_implementation", lambda state: launch):
         return differentiated(fused_and_replayed, case, given)
 
 
 def check(case: Case, dtype: torch.dtype) -> None:
     compare(case, results(case, in_dtype(inputs(case), dtype)), dtype)
+
+
+def check_under_another_default(case: Case) -> None:
+    """torch.set_default_dtype changes nothing."""
+    given = in_dtype(inputs(case), torch.float32)
+    before = results(case, given)
+    torch.set_default_dtype(torch.float64)
+    try:
+        after = results(case, given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
 
 
 def check_rounding(case: Case, dtype: torch.dtype) -> None:

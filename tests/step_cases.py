@@ -18,7 +18,7 @@ from helpers import randn
 
 EPS = 1e-5
 SMALL_TILES = {"WHOLE_FORWARD": 8, "WHOLE_BACKWARD": 8, "TILE": 64}
-"""Limits of ops/backends/cuda under which a case of ordinary width needs several tiles."""
+"""Limits of ops/backends/cuda/tiles under which a case of ordinary width needs several tiles."""
 
 
 class Case(NamedTuple):
@@ -142,7 +142,11 @@ def reference(case: Case, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor |
     state, h, write, erase = given["state"], given["h"], given.get("write"), given.get("erase")
     if (made := gating(case, given)) is not None:
         write, erase = made.coefficients()
-        write = state.new_zeros(state.shape[:-1], dtype=accumulation_dtype(state.dtype)) if isinstance(write, float) else write
+        write = (
+            state.new_zeros(state.shape[:-1], dtype=accumulation_dtype(state.dtype))
+            if isinstance(write, float)
+            else write
+        )
     if case.opens:
         parameters = (given.get("compression"), given.get("norm_weight"))
         return rewrite_step(state, h, write, erase, case.normalise, *parameters, EPS)

@@ -77,7 +77,7 @@ def comparisons() -> Iterator[Comparison]:
     for name in studies:
         if name.startswith("task-"):
             yield from (one.comparison for one in task(name.removeprefix("task-")).contrasts)
-        elif not name.startswith("bench-"):
+        elif not name.startswith(("bench-", "triton-")):
             yield from (one.comparison for one in study(name).contrasts)
             yield from (one.comparison for one in study(name).effects)
     yield from (paired(differences(*one)) for one in AFTERWARDS)

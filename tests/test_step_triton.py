@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import interpreted_step
-from deepdelta.ops.precision import accumulation_dtype
-from step_cases import CASES, EDGES, EPS, GATED, SMALL_TILES, Case, inputs
+import triton_study
+from step_cases import CASES, EDGES, GATED, SMALL_TILES, Case
 
 triton = pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 only")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -64,17 +64,33 @@ def test_a_check_fails_where_a_result_is_wrong(interpreted):
         interpreted(interpreted_step.check_against, Case(), Case(offset=1.0))
 
 
+def test_another_default_dtype_changes_nothing(interpreted):
+    interpreted(interpreted_step.check_under_another_default, Case(made="both"))
+
+
 @given(st.integers(1, 64), st.integers(1, 20000), st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
 def test_blocks_fit_their_limits(channels, width, dtype):
-    from deepdelta.ops.backends.cuda import launch
+    from deepdelta.ops.backends.cuda import tiles
 
-    for whole in (launch.WHOLE_FORWARD, launch.WHOLE_BACKWARD):
-        rows, columns, warps = launch.blocks(channels, width, dtype, whole)
+    for kernel, whole in (("forward", tiles.WHOLE_FORWARD), ("backward", tiles.WHOLE_BACKWARD)):
+        rows, columns, warps, programs = tiles.blocks(kernel, channels, width, dtype)
         assert rows >= channels and rows & (rows - 1) == columns & (columns - 1) == warps & (warps - 1) == 0
         assert rows * columns * (2 if dtype == torch.float64 else 1) <= whole
-        assert 1 <= warps <= 16
+        assert 1 <= warps <= 16 and programs >= 1
         if columns < width:
-            assert rows * columns * 2 > launch.TILE // 2
+            assert rows * columns * 2 > tiles.TILE // 2
+
+
+def test_the_tiles_of_the_launch_are_those_of_the_study():
+    """Whose file says what was compiled; and at the sizes of the paper nothing spills."""
+    from deepdelta.ops.backends.cuda import tiles
+
+    study = triton_study.load()
+    assert tiles.MEASURED == triton_study.table(study.kernels)
+    chosen = [one for one in study.kernels if one.chosen]
+    sizes = {(one.channels, one.width) for one in chosen}
+    assert sizes == set(itertools.product(triton_study.CHANNELS, triton_study.WIDTHS)) > set(triton_study.PUBLISHED)
+    assert not any(one.spilled for one in chosen if (one.channels, one.width) in triton_study.PUBLISHED)
 
 
 @pytest.fixture
@@ -86,14 +102,14 @@ def empty_triton_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_a_whole_token_is_loaded_once(kernel):
     """Compiled for Hopper at V = 4, D = 768, bf16: every input is loaded once, and only tokens are looped over."""
-    code = compiled_for_gpu(kernel, Case(channels=4, width=768), torch.bfloat16).asm["ttir"]
-    assert code.count("tt.load ") == {"forward": 6, "backward": 12}[kernel]
+    code = compiled_for_gpu(kernel, Case(channels=4, width=768, made="both"), torch.bfloat16).asm["ttir"]
+    assert code.count("tt.load ") == {"forward": 6, "backward": 14}[kernel]
     assert code.count("scf.for ") == {"forward": 0, "backward": 1}[kernel]
 
 
 @pytest.mark.usefixtures("empty_triton_cache")
 @pytest.mark.parametrize(
-    ("case", "dtype"), list(zip(CASES, itertools.cycle([torch.float64, *DTYPES]), strict=False))[::3], ids=str
+    ("case", "dtype"), list(zip(CASES + GATED, itertools.cycle([torch.float64, *DTYPES]), strict=False))[::3], ids=str
 )
 def test_what_runs_in_the_interpreter_compiles_for_a_gpu(case, dtype):
     for kernel in ("forward", "backward", "replay"):
@@ -101,35 +117,9 @@ def test_what_runs_in_the_interpreter_compiles_for_a_gpu(case, dtype):
 
 
 def compiled_for_gpu(kernel: str, case: Case, dtype: torch.dtype) -> Any:
-    """The kernel as ops/backends/cuda has it compiled for this case; no GPU is needed to compile."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    """The kernel as ops/backends/cuda has it compiled for this case."""
+    from deepdelta.ops.backends.cuda import tiles
 
-    from deepdelta.ops.backends.cuda import kernels, launch
-
-    function = getattr(kernels, kernel)
-    with patch.multiple(launch, **(SMALL_TILES if case.tiled else {"TILE": launch.TILE})):
-        whole = launch.WHOLE_BACKWARD if kernel == "backward" else launch.WHOLE_FORWARD
-        tile = launch.blocks(case.channels, case.width, dtype, whole)
-    parts = inputs(case)
-    gates = parts["erase"].shape[1] if "erase" in parts else 0
-    missing = {"erase", "compression", "norm_weight"} - parts.keys() | ({"c"} if not case.opens else set())
-    missing |= {"read"} if "erase" in missing else set()
-    constants = {
-        **{prefix + name: None for name in missing for prefix in ("", "d_")},
-        **{"OFFSET": case.offset, "POWER": case.power, "EPS": EPS, "V": case.channels},
-        **{"D": case.width, "GATES": gates, "BLOCK_V": tile.channels, "BLOCK_D": tile.width},
-    }
-    narrow, wide = (f"*fp{dtype.itemsize * 8}", f"*fp{accumulation_dtype(dtype).itemsize * 8}")
-    kinds = dict.fromkeys(("state", "h", "new", "c", "d_new", "d_c", "d_state", "d_h"), narrow) | {"tokens": "i64"}
-    if dtype == torch.bfloat16:
-        kinds = {name: kind.replace("fp16", "bf16") for name, kind in kinds.items()}
-    names = function.arg_names
-    signature = {name: "constexpr" if name in constants else kinds.get(name, wide) for name in names}
-    source = ASTSource(
-        function,
-        signature,
-        {(i,): constants[name] for i, name in enumerate(names) if name in constants},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile.warps})
+    with patch.multiple(tiles, **(SMALL_TILES if case.tiled else {"TILE": tiles.TILE})):
+        tile = tiles.blocks(kernel, case.channels, case.width, dtype)
+    return triton_study.compile_for_gpu(kernel, case, dtype, tile)

@@ -55,9 +55,9 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
 def test_values_and_all_gradients(case, dtype):
-    from deepdelta.ops.backends.cuda import launch
+    from deepdelta.ops.backends.cuda import tiles
 
-    with patch.multiple(launch, **(SMALL_TILES if case.tiled else {"TILE": launch.TILE})):
+    with patch.multiple(tiles, **(SMALL_TILES if case.tiled else {"TILE": tiles.TILE})):
         found = differentiated(fused_and_replayed, case, in_dtype(inputs(case), dtype, "cuda"))
     compare(case, found, dtype)
 

@@ -7,7 +7,7 @@ keep them from being merged.
 
 Sums run in the type of `write` (fp32, or fp64 for an fp64 state). Arguments that are None leave their part out. What
 decides X' = X + h a^T from a is one fma per number, so that every kernel rounds alike and X' comes back bit for bit.
-Nothing is added up by atomics: who sums what, in which order, is fixed by shapes and device, so results repeat to the bit.
+Nothing is added up by atomics: shapes and device fix who sums what, and in which order.
 Shapes: N tokens, V value channels, D width, G gates (1, or V).
 """
 

@@ -1,75 +1,50 @@
 """The fused step on CUDA: Triton's kernels over torch's memory, compiled once per width, V, dtype and setting.
 
 Bytes per token, with B per number of the state: forward reads X and h and writes X' and c', 2 (V + 1) D B; backward
-reads X, h and the two gradients and writes dX and dh, 3 (V + 1) D B. A token stays in registers from the first pass
-over it to the last while V and D, each rounded up to a power of two, multiply to at most WHOLE_FORWARD or
-WHOLE_BACKWARD; a larger one comes from memory for the first pass and from the cache for the one or two after it.
+reads X, h and the two gradients and writes dX and dh, 3 (V + 1) D B. A token that one tile holds (`tiles`) stays in
+registers from the first pass over it to the last; a larger one comes from memory for the first pass and from the cache
+for the one or two after it. A launch waits for nothing, so the calls of a step may be captured in a CUDA graph.
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from deepdelta.ops.backends.cuda import kernels
+from deepdelta.ops.backends.cuda import kernels, tiles
 from deepdelta.ops.step.arguments import Given, Gradients, Incoming, Known, Made, Replayed
-
-WHOLE_FORWARD = 16384
-WHOLE_BACKWARD = 8192
-TILE = 4096
-"""Numbers in a tile of a larger token."""
-NUMBERS_PER_THREAD = 32
-RESIDENT_WARPS = 8
-"""Warps of the backward kernel that a processor holds at once: each of their threads takes up to 255 registers."""
-
-
-class Blocks(NamedTuple):
-    """A tile of a token, and the warps that share it."""
-
-    channels: int
-    width: int
-    warps: int
-
-
-def blocks(channels: int, width: int, dtype: torch.dtype, whole: int) -> Blocks:
-    """The whole token up to `whole` numbers, of which fp64 counts two each; else tiles of all value channels."""
-    size = 2 if dtype == torch.float64 else 1
-    rows, columns = _power_of_two(channels), _power_of_two(width)
-    if rows * columns * size > whole:
-        columns = max(1, TILE // (rows * size))
-    warps = rows * columns * size // (32 * NUMBERS_PER_THREAD)
-    return Blocks(rows, columns, max(1, min(16, warps)))
 
 
 def forward(given: Given, made: Made) -> None:
     """Fill `made` and, with a gating, the write that is given."""
-    _launch(kernels.forward, given.state.shape[0], WHOLE_FORWARD, given, made)
+    _launch("forward", given.state.shape[0], given, made)
 
 
 def backward(given: Given, known: Known, incoming: Incoming, gradients: Gradients) -> Gradients:
     """Fill `gradients`, to which those of compression and norm weight are added."""
     tokens, channels, width = given.state.shape
-    warps = blocks(channels, width, given.state.dtype, WHOLE_BACKWARD).warps
+    resident = tiles.blocks("backward", channels, width, given.state.dtype).programs
     # Enough programs to fill the device once; each takes a run of tokens and sums its gradients of the parameters.
-    programs = min(tokens, _processors(given.state.device) * max(1, RESIDENT_WARPS // warps))
+    programs = min(tokens, _processors(given.state.device) * resident)
     sums = [None if p is None else p.new_empty(programs, *p.shape) for p in (given.compression, given.norm_weight)]
     filled = gradients._replace(d_compression=sums[0], d_norm_weight=sums[1])
-    _launch(kernels.backward, programs, WHOLE_BACKWARD, given, known, incoming, filled)
+    _launch("backward", programs, given, known, incoming, filled)
     totals = [None if total is None else total.sum(0) for total in sums]
     return gradients._replace(d_compression=totals[0], d_norm_weight=totals[1])
 
 
 def replay(replayed: Replayed) -> None:
     """Fill X + h a^T: X' again, bit for bit, from the a that the forward pass stored."""
-    _launch(kernels.replay, replayed.state.shape[0], WHOLE_FORWARD, replayed)
+    _launch("replay", replayed.state.shape[0], replayed)
 
 
-def _launch(kernel: Any, programs: int, whole: int, *records: Any) -> None:
+def _launch(name: str, programs: int, *records: Any) -> None:
     """Run a kernel, whose arguments are fields of the records by name, and its constants what follows from these."""
+    kernel: Any = getattr(kernels, name)
     values = {name: value for record in records for name, value in record._asdict().items()}
     state, erase, gating = values["state"], values.get("erase"), values.get("gating")
     tokens, channels, width = state.shape
-    tile = blocks(channels, width, state.dtype, whole)
+    tile = tiles.blocks(name, channels, width, state.dtype)
     values |= {"tokens": tokens, "V": channels, "D": width, "BLOCK_V": tile.channels, "BLOCK_D": tile.width}
     values |= {"OFFSET": values.get("offset"), "POWER": values.get("power"), "EPS": values.get("norm_eps")}
     values["GATES"] = gates = values["gates"] if gating is not None else 0 if erase is None else erase.shape[1]
@@ -77,10 +52,6 @@ def _launch(kernel: Any, programs: int, whole: int, *records: Any) -> None:
     if tokens:
         with torch.cuda.device(state.get_device()):
             kernel[programs,](**{name: values[name] for name in kernel.arg_names}, num_warps=tile.warps)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 @cache
