@@ -210,18 +210,25 @@ COLUMNS = [
 ]
 
 
+def write_table(study: Study) -> None:
+    """table.md, of the tiles that the launch takes."""
+    facts = (
+        study.facts(f"{len(study.kernels)} kernels compiled, none run"),
+        "Registers of a thread, spills and shared memory of the tiles that the launch takes, as ptxas reports them. "
+        "A tile is taken for having no spills, then for the bytes that it keeps in flight. No time was measured.",
+    )
+    chosen = table_of([one for one in study.kernels if one.chosen], COLUMNS)
+    write_text(OUT / "table.md", markdown_page("The Triton kernels as compiled for sm_90", facts, [chosen]))
+
+
 def main() -> None:
     import triton
 
-    kernels = tuple(study())
-    results = Study(**provenance("make triton-study", versions() | {"triton": triton.__version__}), kernels=kernels)
-    results.save(OUT / "results.json")
-    how = "Registers of a thread, spills and shared memory of the tiles that the launch takes, as ptxas reports them; "
-    how += f"compiled, never run. Of {len(kernels)} compiled kernels, all in results.json."
-    facts = (results.facts(how), "A tile was taken for having no spills, then for the bytes that it keeps in flight.")
-    chosen = table_of([one for one in kernels if one.chosen], COLUMNS)
-    write_text(OUT / "table.md", markdown_page("The Triton kernels as compiled for sm_90", facts, [chosen]))
-    for key, widths in table(kernels).items():
+    about = provenance("make triton-study", versions() | {"triton": triton.__version__})
+    found = Study(**about, kernels=tuple(study()))
+    found.save(OUT / "results.json")
+    write_table(found)
+    for key, widths in table(found.kernels).items():
         print(f"    {key}: {widths},")
 
 

@@ -117,8 +117,6 @@ def forward(
         gate_V, target_V = _gating(gating, n, V, GATES, TARGETS, BLOCK_V)
         b_V = 2 / (1 + tl.exp(-gate_V))
         w_V = b_V * target_V
-        tl.store(beta + n * GATES + v, b_V, mask=v < GATES)
-        tl.store(write + n * V + v, w_V, mask=v < V)
     a_V = w_V * _lift(s, POWER)
     if erase is not None:
         a_V -= b_V * s * s * along_V
@@ -142,6 +140,9 @@ def forward(
             c_VD, weight_D = _opening(compression, norm_weight, d, place_VD, real_VD, wide, D)
             tl.store(c + n * D + d, tl.sum(c_VD * new_VD.to(wide), 0) * r * weight_D, mask=d < D)
         tl.store(new + n * (V * D) + place_VD, new_VD, mask=real_VD)
+    if gating is not None:
+        tl.store(beta + n * GATES + v, b_V, mask=v < GATES)
+        tl.store(write + n * V + v, w_V, mask=v < V)
     tl.store(scale + n, s)
     tl.store(coefficient + n * V + v, a_V, mask=v < V)
     if erase is not None:
