@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deepdelta.errors import UserError, nearest
 from deepdelta.nn.config import ResidualConfig
@@ -19,8 +19,9 @@ Recorder = Callable[[str, RewriteRecord], None]
 def recording(module: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Within the context, every delta residual in `module` hands each of its rewrites to `recorder`.
 
-    Outside it nothing is computed or kept. Under torch.compile the residuals are compiled anew on entry, since the
-    recorded values are additional outputs of the same operation. Of contexts within one another the innermost records.
+    Outside it nothing is computed or kept. Under torch.compile the residuals are compiled anew on the first entry,
+    since the recorded values are additional outputs of the same operation. Of contexts within one another the innermost
+    records.
 
     Args:
         module: any module that holds residuals made by `DeltaStream.wrap`.
@@ -91,8 +92,8 @@ def intervening(module: nn.Module, interventions: Mapping[str, Intervention]) ->
 
     As under a recorder, and together with one if both are wanted (it then sees the replaced parts), the reference
     backend does these rewrites; other residuals keep theirs. Cached decoding and the backward pass honour it too. Under
-    torch.compile these residuals are compiled anew on entry. On a residual that has an intervention already, the inner
-    context's holds until it ends.
+    torch.compile these residuals are compiled anew on the first entry, not for another gate. On a residual that has an
+    intervention already, the inner context's holds until it ends.
 
     Args:
         module: any module that holds residuals made by `DeltaStream.wrap`.
@@ -109,7 +110,9 @@ def intervening(module: nn.Module, interventions: Mapping[str, Intervention]) ->
             raise UserError(f"'{name}' cannot be intervened on so: {lacking}; leave that part of {intervention} out.")
     before = {name: residuals[name].runtime.intervention for name in interventions}
     for name, intervention in interventions.items():
-        replaced = partial(_replaced, intervention, residuals[name].config)
+        # A tensor: a number would be compiled in, anew for each one.
+        gate = None if intervention.gate is None else torch.tensor(intervention.gate, dtype=torch.float64, device="cpu")
+        replaced = partial(_replaced, gate, intervention.erase, intervention.write, residuals[name].config)
         residuals[name].runtime = residuals[name].runtime._replace(intervention=replaced)
     try:
         yield
@@ -118,19 +121,19 @@ def intervening(module: nn.Module, interventions: Mapping[str, Intervention]) ->
             residuals[name].runtime = residuals[name].runtime._replace(intervention=earlier)
 
 
-def _replaced(intervention: Intervention, config: ResidualConfig, step: Step) -> Step:
-    gate = intervention.gate
+def _replaced(gate: Tensor | None, erases: bool, writes: bool, config: ResidualConfig, step: Step) -> Step:
+    """The step with that gate, without its erase or without its write."""
     if gate is not None and config.writes_branch:
         assert step.erase is not None
-        erase = torch.full_like(step.erase, gate)
+        erase = torch.zeros_like(step.erase) + gate
         # But in two_gate the one gate there is.
         beta = step.beta if config.rule == "two_gate" else erase
         step = step._replace(erase=erase, beta=beta)
     elif gate is not None:
         assert step.beta is not None
-        beta = torch.full_like(step.beta, gate)
+        beta = torch.zeros_like(step.beta) + gate
         write = step.write if step.target is None else beta * step.target
         step = step._replace(beta=beta, write=write, erase=None if step.erase is None else beta)
-    if not intervention.erase:
+    if not erases:
         step = step._replace(erase=None)
-    return step if intervention.write else step._replace(write=0.0)
+    return step if writes else step._replace(write=0.0)
