@@ -97,7 +97,7 @@ def test_fused_code_refuses_what_it_has_no_derivatives_for(asked: str, options: 
     if options and "batched" not in asked:
         # The convolutions by themselves.
         for block in network.blocks:
-            block.runtime = block.runtime._replace(fused=False)
+            block.runtime = block.runtime._replace(backend="reference")
         with pytest.raises(UserError, match=r'use_backend\(module, "reference"\)'):
             ASKED[asked](network, x)
 

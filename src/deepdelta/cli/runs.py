@@ -15,7 +15,6 @@ from deepdelta.decoding import generate
 from deepdelta.device import choose_device
 from deepdelta.errors import UserError, printable
 from deepdelta.files import locked
-from deepdelta.nn import use_backend
 from deepdelta.progress import reporting, show
 from deepdelta.training import RunDirectory, TrainConfig, evaluate, import_published, load, train
 from deepdelta.training.loop import corpus_facts
@@ -124,7 +123,6 @@ class Generate:
                 "FILE.json to have the tokenizer kept with the run."
             )
         use_threads(self.threads, self.run)
-        use_backend(model)
         ids = generate(
             model,
             tokenizer.encode(self.prompt),

@@ -1,9 +1,12 @@
 """Which residuals a fused step can do whole, gate and target included, when one token per row is decoded."""
 
 import torch
+from torch import nn
 
+from deepdelta.nn.backend import auto
 from deepdelta.nn.input_map import InputMap, InputWeights
 from deepdelta.nn.parts.direction import normalisation
+from deepdelta.nn.plain import plain
 from deepdelta.nn.residual import DeltaResidual
 from deepdelta.ops.step.decoding import DTYPES, DecodingStep
 
@@ -13,14 +16,19 @@ def one_token_map(
 ) -> InputMap:
     """`following` with the rewrite of `residual` in its call, where a fused step can do it for N rows of one token.
 
-    As it is where the residual does not have the backend 'fused', on another device or dtype than the CPU's fp32 and
+    As it is where the residual's backend does not take fused code, on another device or dtype than the CPU's fp32 and
     fp64, and for settings other than: rank 1 with a linear gate and, where the rule has a target, a linear one; or the
     plain residual x + h. Those go through the residual itself, whose parts any setting may change.
     """
-    config, maps, weights = residual.config, residual.linear_maps(), following.weights()
-    plain = config.rule == "additive" and config.value_channels == 1
-    if not residual.runtime.fused or not (plain or maps) or device.type != "cpu" or dtype not in DTYPES:
+    config, maps, weights = residual.config, residual.linear_maps(), following.weights(dtype)
+    # However few the numbers are: in one call all that costs more to call than to compute is saved.
+    fuses = auto(residual.work, device, dtype).backend if (own := residual.runtime.backend) == "auto" else own
+    adds = config.rule == "additive" and config.value_channels == 1
+    if fuses != "fused" or not (adds or maps) or device.type != "cpu" or dtype not in DTYPES:
         return following
+    whole = plain(following.norm, nn.Identity) and not following.needs_x_in
+    if weights is not None and weights.weight is None and not whole:
+        weights = None
     opening = weights or InputWeights()
     step = DecodingStep(
         rows,

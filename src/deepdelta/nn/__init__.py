@@ -2,12 +2,13 @@
 
 from deepdelta.nn.activation_memory import Plan
 from deepdelta.nn.adding import resnet_branch
+from deepdelta.nn.backend import Backend
 from deepdelta.nn.chain import Chain
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.inspection import Intervention, Recorder, intervening, recording
 from deepdelta.nn.linear import Linear, RMSNorm, initialise
 from deepdelta.nn.residual import DeltaResidual, RewriteRecord
-from deepdelta.nn.runtime import Backend, use_backend, use_memory
+from deepdelta.nn.runtime import use_backend, use_memory
 from deepdelta.nn.stream import DeltaStream
 
 __all__ = [

@@ -74,18 +74,26 @@ class Chain(nn.Sequential):
     """Residuals of one stream (and other modules between them) as one module; made by `DeltaStream.chain`.
 
     `chain(state, *args, **kwargs)` is `state = residual(state, *args, **kwargs)` for one after the other, and each
-    rewrite opens the next residual in its own pass where the fused step can (`use_backend`). A module that is no
-    residual ends that: it is called with the state alone. So do hooks on a residual, recorders, interventions and
-    sharding, with the same numbers. It is an nn.Sequential: members keep their keys under their index or name.
+    rewrite opens the next residual in its own pass where the fused step can (`use_backend`), from one chain within it
+    to the next too. A module that is no residual ends that: it is called with the state alone. So do hooks on a
+    residual, recorders, interventions and sharding, with the same numbers. It is an nn.Sequential: members keep their
+    keys under their index or name.
 
     Raises:
         UserError: a branch (or module between) that returns anything but one tensor.
     """
 
     def forward(self, state: Float[Tensor, "..."], *args: Any, **kwargs: Any) -> Float[Tensor, "..."]:  # type: ignore[override]
-        extras = Link(self, args, kwargs)
-        links = [
-            extras._replace(module=member) if isinstance(unwrapped(member), DeltaResidual | Chain) else Link(member)
-            for member in self
-        ]
-        return advance(state, links).state
+        return advance(state, self.links(*args, **kwargs)).state
+
+    def links(self, *args: Any, **kwargs: Any) -> list[Link]:
+        """Every member with what it is called with; of a chain within that is plainly one, its members."""
+        links: list[Link] = []
+        for member in self:
+            if plain(member, Chain):
+                links += member.links(*args, **kwargs)
+            elif isinstance(unwrapped(member), DeltaResidual | Chain):
+                links.append(Link(member, args, kwargs))
+            else:
+                links.append(Link(member))
+        return links

@@ -6,10 +6,11 @@ Shapes: V value channels, D compute width; `...` any leading axes.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from deepdelta.nn.activation_memory import SavedState
-from deepdelta.nn.linear import RMSNorm
+from deepdelta.nn.norms import rms_scale
 from deepdelta.nn.parts.compression import ChannelCompression, ChannelConvolution, Squeeze
 from deepdelta.nn.plain import plain
 
@@ -33,10 +34,11 @@ class StreamState(NamedTuple):
 
 
 class InputWeights(NamedTuple):
-    """An input map as the numbers that a fused step takes: c = RMSNorm(sum_j C_j * X_j), weight None without a norm."""
+    """What a fused step can do of an input map, as the numbers that it takes: RMSNorm(sum_j C_j * X_j), or the sum."""
 
     compression: Tensor | None = None
     weight: Tensor | None = None
+    """Of the norm; None: the sum alone."""
     eps: float = 0.0
 
 
@@ -54,12 +56,20 @@ class InputMap(NamedTuple):
         x_in_D = self.compression(given.state)
         return given._replace(x_in=x_in_D, c=self.norm(x_in_D))
 
-    def weights(self) -> InputWeights | None:
-        """None where a fused step cannot do it: over tokens, where x_in itself is needed, or modules that are not
-        plainly ours."""
-        if self.needs_x_in or not plain(self.compression, Squeeze, ChannelCompression, ChannelConvolution):
+    def weights(self, dtype: torch.dtype) -> InputWeights | None:
+        """Of what a fused step can do; None where that is nothing: over tokens, with a compression that is not plainly
+        ours, or where there is none and no RMSNorm that it knows."""
+        if not plain(self.compression, Squeeze, ChannelCompression, ChannelConvolution):
             return None
         assert isinstance(self.compression, Squeeze | ChannelCompression | ChannelConvolution)
-        if plain(self.norm, RMSNorm):
-            return InputWeights(self.compression.folded(), self.norm.weight, self.norm.eps)
-        return InputWeights(self.compression.folded()) if plain(self.norm, nn.Identity) else None
+        scale = None if self.needs_x_in else rms_scale(self.norm, dtype)
+        compression = self.compression.folded()
+        if scale is None:
+            return None if compression is None else InputWeights(compression)
+        return InputWeights(compression, *scale)
+
+    def opened(self, given: StreamState, weights: InputWeights, made: Tensor) -> StreamState:
+        """The state, read with what a fused step `made` with these weights of this map."""
+        if weights.weight is not None:
+            return given._replace(c=made)
+        return given._replace(x_in=made, c=self.norm(made))

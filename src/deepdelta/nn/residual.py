@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deepdelta.errors import UserError
 from deepdelta.nn.activation_memory import MemoryPlan, attach, attached, detached, standing_in
+from deepdelta.nn.backend import Backend, Work, described, runs_fused
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.input_map import InputMap, InputWeights, StreamState
 from deepdelta.nn.layout import Layout, check_kind
@@ -58,16 +59,16 @@ class RewriteRecord(NamedTuple):
 class Runtime(NamedTuple):
     """How a residual runs; changed by `use_backend`, `use_memory`, `recording` and `intervening` alone."""
 
-    fused: bool = False
+    backend: Backend = "auto"
     memory: MemoryPlan = MemoryPlan()
     recorder: Callable[[RewriteRecord], None] | None = None
     intervention: "Callable[[Step], Step] | None" = None
     """What replaces parts of each rewrite."""
 
     @property
-    def runs_fused(self) -> bool:
-        """Whether the fused step rewrites now: never under a recorder or an intervention, which it would pass by."""
-        return self.fused and self.recorder is None and self.intervention is None
+    def may_fuse(self) -> bool:
+        """Whether fused code may rewrite now: never under a recorder or an intervention, which it would pass by."""
+        return self.backend != "reference" and self.recorder is None and self.intervention is None
 
 
 class DeltaResidual(nn.Module):
@@ -82,10 +83,11 @@ class DeltaResidual(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.dim, self.layout, self.runtime = config, dim, layout, Runtime()
+        self.work = Work.rewrite(config, dim)
         # A shared compression belongs to the residual that made it; held in a tuple, it is not registered twice.
         self._shared_compression = None if compression is None else (compression,)
         self.compression = build_compression(config, dim, std) if compression is None else None
-        self.norm = RMSNorm(dim, config.norm_eps) if config.norm == "rms" else nn.Identity()
+        self.norm: nn.Module = RMSNorm(dim, config.norm_eps) if config.norm == "rms" else nn.Identity()
         self.direction = None if config.writes_branch else build_direction(config, dim, std)
         self.gate = Gate(config, dim, std, config.gate_init) if config.has_gate else None
         self.erase_gate = Gate(config, dim, std, config.erase_init) if config.has_erase_gate else None
@@ -94,6 +96,9 @@ class DeltaResidual(nn.Module):
         several = config.rule in ("additive", "additive_erase") and config.value_channels > 1
         self.write = BranchWrite(config, dim, std) if several or config.rule == "two_gate" else None
         self.branch: nn.Module | None = None
+
+    def extra_repr(self) -> str:
+        return f"rule={self.config.rule}, backend={described(self.runtime.backend, self.work, self._parameter())}"
 
     def compression_part(self) -> nn.Module:
         """The compression that this residual reads through, its own or another's."""
@@ -154,9 +159,11 @@ class DeltaResidual(nn.Module):
                 f"compression='{self.config.compression}' with expansion='{self.config.expansion}' works over a token "
                 f"axis: a state (..., token, value channels, width) is needed, got shape {tuple(state_VD.shape)}."
             )
-        # The norm's first: a branch may have parameters of another kind.
-        parameter = self.norm.weight if isinstance(self.norm, RMSNorm) else next(self.parameters(), None)
-        check_kind("the state", state_VD, "residual", parameter)
+        check_kind("the state", state_VD, "residual", self._parameter())
+
+    def _parameter(self) -> Tensor | None:
+        """One that is of the state's kind; the norm's first: a branch may have parameters of another kind."""
+        return next(self.norm.parameters(), next(self.parameters(), None))
 
     def opened(self, state: Tensor, input_map: InputMap, norm: nn.Module | None = None) -> StreamState:
         """A state as the user has it, read by `input_map`, and by a `norm` of the network's own."""
@@ -182,15 +189,16 @@ class DeltaResidual(nn.Module):
         """The state rewritten with the branch's output h, and read by the input map that follows, if one is given:
         where the fused step can, in the rewrite's own pass."""
         h_D, runtime, c_D = self._checked(h, given), self.runtime, None
-        if following is not None and following.one_token is not None and runtime.runs_fused:
+        if following is not None and following.one_token is not None and runtime.may_fuse:
             state_VD, c_D = following.one_token(given.state, h_D, given.read())
             return following(StreamState(state_VD)) if c_D is None else StreamState(state_VD, c=c_D)
-        weights = following.weights() if following is not None and runtime.runs_fused else None
         state_VD, saved = given.state, runtime.memory.saved(given.state, given.saved)
-        steps = self._steps(given, h_D)
+        fuses = runtime.may_fuse and runs_fused(runtime.backend, self.work, state_VD, state_VD.numel())
+        weights = following.weights(state_VD.dtype) if following is not None and fuses else None
+        steps = self._steps(given, h_D, fuses)
         for step in steps:
             with standing_in(saved, state_VD):
-                if runtime.runs_fused:
+                if fuses:
                     opening = weights if step is steps[-1] else None
                     new_VD, c_D, remakes = _fused(state_VD, step.along(state_VD), opening)
                 else:
@@ -198,9 +206,11 @@ class DeltaResidual(nn.Module):
             if saved is not None:
                 saved = runtime.memory.follow(saved, new_VD, *remakes())
             state_VD = new_VD
-        after = StreamState(state_VD, saved, c=c_D)
-        if following is None or c_D is not None:
+        after = StreamState(state_VD, saved)
+        if following is None:
             return after
+        if weights is not None and c_D is not None:
+            return following.opened(after, weights, c_D)
         with standing_in(saved, state_VD):
             return following(after)
 
@@ -239,13 +249,14 @@ class DeltaResidual(nn.Module):
             )
         return self.layout.inward(h)
 
-    def _steps(self, given: StreamState, h_D: Tensor) -> list["Step"]:
-        """The rewrites in the order of application, w and b as the rule says (docs/method.md#rules)."""
+    def _steps(self, given: StreamState, h_D: Tensor, fuses: bool) -> list["Step"]:
+        """The rewrites in the order of application, w and b as the rule says (docs/method.md#rules); a fused step makes
+        both of a gating itself."""
         config, along_h, c_D = self.config, Normalise(self.config.direction_eps**2, 0), given.read()
         if (maps := self.linear_maps()) is not None:
             assert self.gate is not None
             gating = Gating(precise_linear(c_D, *maps), self.gate.outputs, config.erases)
-            if not self.runtime.runs_fused:
+            if not fuses:
                 return [self._target_step(h_D, gating.beta(), gating.target())]
             return [Step(h_D, 0.0, None, normalisation(config, self.dim), None, None, gating)]
         if self.channels is not None:

@@ -1,81 +1,62 @@
 """How the residuals of a module run: which code does the rewrites, and what is saved for the backward pass."""
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
-
 from torch import nn
 
 from deepdelta.errors import UserError, nearest
 from deepdelta.nn.activation_memory import MemoryPlan, Plan
-from deepdelta.nn.config import ResidualConfig
+from deepdelta.nn.backend import BACKENDS, Backend, Chosen, auto
 from deepdelta.nn.parts.compression import TokenConvolution
 from deepdelta.nn.parts.expansion import EmbeddingConvolution
 from deepdelta.nn.residual import DeltaResidual
-from deepdelta.ops.step import NEEDS, fused_problem
-
-Backend = Literal["auto", "reference", "fused"]
+from deepdelta.ops.step import fused_problem
 
 
-class Chosen(NamedTuple):
-    backend: str
-    """reference or fused."""
-    reason: str
+def use_backend(module: nn.Module, backend: Backend = "auto") -> None:
+    """Choose what does the rewrites of every delta residual in `module`, and its convolutions over tokens.
 
-
-def use_backend(module: nn.Module, backend: Backend = "auto", *, compiled: bool = False) -> Chosen:
-    """Choose what does the rewrites of every delta residual in `module`, where its parameters are now.
-
-    - reference: plain PyTorch; differentiable any number of times and by torch.func, and what a new residual has.
+    - auto, where every residual starts: in each call what is faster on its device, in its dtype and at its size
+      (`print(module)` says which); plain PyTorch where fused code cannot run, with a warning if a package is missing.
+    - reference: plain PyTorch, differentiable any number of times and by torch.func.
     - fused: one pass over the state per sublayer, with the next sublayer's compression and norm in it in a GPT and in
       `DeltaStream.chain`; compiled by numba on the CPU and by Triton on CUDA. First derivatives, by backward(); second
-      ones, forward-mode ones and torch.func are refused.
-    - auto: at V = 1, unless a token compression gains from being fused on the CPU, reference with rule additive, a
-      plain addition, and on the CPU in a module that is compiled: there the compiler does as well or better. Elsewhere
-      fused where it can run, else reference.
-
-    Args:
-        compiled: whether `module` will run under torch.compile; for `auto` alone.
-
-    Returns:
-        What was chosen, and why.
+      ones, forward-mode ones and torch.func are refused, also where `auto` takes it.
 
     Raises:
-        UserError: 'fused' where it cannot run, or another name.
+        UserError: 'fused' where it cannot run now, or another name.
     """
-    if backend not in ("auto", "reference", "fused"):
-        raise UserError(f"there is no backend '{backend}'; {nearest(backend, ('auto', 'reference', 'fused'))}")
-    residuals = [part for part in module.modules() if isinstance(part, DeltaResidual)]
+    if backend not in BACKENDS:
+        raise UserError(f"there is no backend '{backend}'; {nearest(backend, BACKENDS)}")
     parameter = next(module.parameters(), None)
-    if parameter is None or not residuals:
+    if parameter is None or not any(isinstance(part, DeltaResidual) for part in module.modules()):
         raise UserError(
             "use_backend takes a module that holds residuals made by DeltaStream.wrap, and this holds none."
         )
-    device, problem = parameter.device.type, None
-    if backend == "auto":
-        problem = _better_as_it_is([part.config for part in residuals], device, compiled)
-    if backend != "reference" and problem is None:
-        problem = fused_problem(parameter.device, parameter.dtype)
-    if backend == "fused" and problem is not None:
+    if backend == "fused" and (problem := fused_problem(parameter.device, parameter.dtype)):
         raise UserError(f"{problem}; or use the backend 'reference'.")
-    chosen = "fused" if backend != "reference" and problem is None else "reference"
     for part in module.modules():
         if isinstance(part, DeltaResidual):
-            part.runtime = part.runtime._replace(fused=chosen == "fused")
+            part.runtime = part.runtime._replace(backend=backend)
         elif isinstance(part, EmbeddingConvolution | TokenConvolution):
-            part.fused = chosen == "fused"
-    if backend != "auto":
-        return Chosen(chosen, "asked for")
-    return Chosen(chosen, problem or f"{NEEDS[device]} is installed")
+            part.backend = backend
 
 
-def _better_as_it_is(configs: Sequence[ResidualConfig], device: str, compiled: bool) -> str | None:
-    """Why plain PyTorch is at least as fast as a fused step that could run; None where it is not."""
-    # The convolutions over tokens are in one pass on the CPU alone.
-    if any(config.value_channels > 1 or (device == "cpu" and config.compression == "token") for config in configs):
-        return None
-    if all(config.rule == "additive" for config in configs):
-        return "the rewrite is a plain addition"
-    return "compiled for the CPU, V = 1" if compiled and device == "cpu" else None
+def backend_taken(module: nn.Module, rows: int, *, compiled: bool = False) -> Chosen:
+    """What does the work in `module` in a call with so many rows (tokens of all sequences), and why.
+
+    Fused, where a residual or a convolution is.
+    """
+    found = list[Chosen]()
+    for part in module.modules():
+        if isinstance(part, DeltaResidual | EmbeddingConvolution | TokenConvolution):
+            parameter = next(part.parameters(), None)
+            chosen = part.runtime.backend if isinstance(part, DeltaResidual) else part.backend
+            if chosen != "auto":
+                return Chosen(chosen, "asked for")
+            if parameter is not None:
+                numbers = rows * part.work.value_channels * part.work.dim
+                one = auto(part.work, parameter.device, parameter.dtype, numbers=numbers, compiled=compiled)
+                found.append(one)
+    return next((one for one in found if one.backend == "fused"), found[0])
 
 
 def use_memory(module: nn.Module, plan: Plan = "replay", every: int = 8) -> None:

@@ -14,6 +14,7 @@ from deepdelta.config import from_plain
 from deepdelta.errors import UserError, nearest
 from deepdelta.nn import config
 from deepdelta.nn.adding import refuse_adding, unwrapped
+from deepdelta.nn.backend import Work, described
 from deepdelta.nn.chain import Chain
 from deepdelta.nn.config import ResidualConfig, Rule
 from deepdelta.nn.layout import Layout, check_kind
@@ -117,6 +118,14 @@ class DeltaStream(nn.Module):
         self._wrapped = 0
         initialise(self, self.seed, "stream")
 
+    def extra_repr(self) -> str:
+        # Of residuals that `wrap` makes; the readout may have no parameter, and then lies nowhere.
+        where = next(self.parameters(), torch.empty(0))
+        return (
+            f"dim={self.dim}, value_channels={self.config.value_channels}, rule={self.config.rule}, "
+            f"residuals start as backend={described('auto', Work.rewrite(self.config, self.dim), where)}"
+        )
+
     def expand(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The state (..., V, D) of vectors (..., D), or (N, V, C, *space) of (N, C, *space)."""
         self.layout.check_vectors(x, self.dim)
@@ -124,21 +133,35 @@ class DeltaStream(nn.Module):
         check_kind("x", x, "stream", next(self.expansion.parameters(), None))
         return self.layout.state_outward(self.expansion(self.layout.inward(x)))
 
-    def wrap(self, branch: nn.Module | None = None, *, share_compression: DeltaResidual | None = None) -> DeltaResidual:
+    def wrap(
+        self,
+        branch: nn.Module | None = None,
+        *,
+        norm: nn.Module | None = None,
+        share_compression: DeltaResidual | None = None,
+    ) -> DeltaResidual:
         """A module that replaces x + branch(norm(x)) by the rewrite of the state.
 
         Args:
             branch: any module from vectors to vectors of the same shape; extra arguments pass through, and of a
                 returned tuple the first element is the branch output. None leaves the manual form
                 `residual.open(state)`.
+            norm: a norm that the network has already, from vectors to vectors, in place of the residual's own (with
+                norm='none'); it becomes the residual's `norm`. In a chain, nn.RMSNorm and those of transformers that
+                are the same run in the fused pass, others after it.
             share_compression: another residual of this stream whose compression this one uses too (the authors' code
                 shares one between the attention and the MLP of a block); it stays that residual's own.
 
         Raises:
-            UserError: a branch that is known to add its input itself.
+            UserError: a branch that is known to add its input itself, or a second norm.
         """
         if branch is not None:
             refuse_adding(branch)
+        if norm is not None and self.config.norm != "none":
+            raise UserError(
+                f"wrap(norm=...) takes the place of the residual's own norm: make the stream with norm='none', got "
+                f"norm='{self.config.norm}'."
+            )
         if share_compression is not None:
             other = share_compression.config, share_compression.dim
             if other != (self.config, self.dim):
@@ -150,8 +173,10 @@ class DeltaStream(nn.Module):
         residual = DeltaResidual(self.config, self.dim, self.std, self.layout, shared)
         initialise(residual, self.seed, f"residual{self._wrapped}")
         self._wrapped += 1
-        # Set after the start of the parameters: the branch's own are its owner's.
+        # Set after the start of the parameters: those of branch and norm are their owner's.
         residual.branch = branch
+        if norm is not None:
+            residual.norm = norm
         return residual
 
     def chain(self, modules: Iterable[nn.Module] | Mapping[str, nn.Module]) -> Chain:

@@ -24,7 +24,8 @@ from deepdelta.files import AnyPath, check_folder
 from deepdelta.limits import check_memory
 from deepdelta.models import GPT, LanguageModel, language_model, least_bytes, parameter_count
 from deepdelta.nn import use_backend, use_memory
-from deepdelta.nn.runtime import Chosen
+from deepdelta.nn.backend import Chosen
+from deepdelta.nn.runtime import backend_taken
 from deepdelta.progress import Reporter, duration, reporting, show
 from deepdelta.provenance import commit, machine, versions
 from deepdelta.training.config import TrainConfig
@@ -137,7 +138,8 @@ def set_runtime(model: LanguageModel, config: TrainConfig) -> Chosen:
     if not isinstance(model, GPT):
         return Chosen("reference", f"the rival '{model.config.rival}' is plain PyTorch")
     use_memory(model, config.memory)
-    return use_backend(model, config.backend, compiled=config.compile)
+    use_backend(model, config.backend)
+    return backend_taken(model, config.batch_size * config.model.context, compiled=config.compile)
 
 
 def start_from(run: RunDirectory, model: LanguageModel) -> None:

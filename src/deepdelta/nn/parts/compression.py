@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from deepdelta.nn.backend import Backend, Work, described, runs_fused
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.linear import Initialised
 from deepdelta.ops import without_autocast
@@ -114,8 +115,12 @@ class TokenConvolution(ConvolutionCompression):
     def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
         taps = config.compression_kernel
         super().__init__(config, (config.value_channels, dim, taps), taps - 1, std)
-        self.fused = False
-        """Whether `ops.convolution` does it, on the CPU; see `use_backend`."""
+        self.backend: Backend = "auto"
+        """Whether `ops.convolution` does it; see `use_backend`."""
+        self.work = Work(config.value_channels, dim, convolves=True)
+
+    def extra_repr(self) -> str:
+        return f"backend={described(self.backend, self.work, self.weight)}"
 
     def folded(self) -> Tensor:
         """r_j weight[j, :, :], (V, D, K)."""
@@ -130,7 +135,7 @@ class TokenConvolution(ConvolutionCompression):
         if tokens == 0:
             # PyTorch has no convolution of nothing; this has the shape and the gradients of one.
             return (state_BTVD * self.folded()[..., -1].to(state_BTVD.dtype)).sum(-2)
-        if self.fused and state_BTVD.device.type == "cpu":
+        if runs_fused(self.backend, self.work, state_BTVD, state_BTVD.numel()):
             state_NTVD = state_BTVD.reshape(-1, tokens, channels, width)
             return compress_tokens(state_NTVD, self.folded()).view(*batch, tokens, width)
         x_NCT = F.pad(_by_feature(state_BTVD.reshape(-1, tokens, channels, width)), (taps - 1, 0))

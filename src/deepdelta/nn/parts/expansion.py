@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from deepdelta.nn.backend import Backend, Work, described, runs_fused
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.linear import Initialised
 from deepdelta.ops import without_autocast
@@ -36,8 +37,12 @@ class EmbeddingConvolution(Initialised):
     def __init__(self, config: ResidualConfig, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.value_channels, dim, config.expansion_kernel))
-        self.fused = False
-        """Whether `ops.convolution` does it, on the CPU; see `use_backend`."""
+        self.backend: Backend = "auto"
+        """Whether `ops.convolution` does it; see `use_backend`."""
+        self.work = Work(config.value_channels, dim, convolves=True)
+
+    def extra_repr(self) -> str:
+        return f"backend={described(self.backend, self.work, self.weight)}"
 
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
         parameter.zero_()
@@ -50,7 +55,7 @@ class EmbeddingConvolution(Initialised):
         if tokens == 0:
             # PyTorch has no convolution of nothing; this has the shape and the gradients of one.
             return x_BTD.unsqueeze(-2) * self.weight[..., -1].to(x_BTD.dtype)
-        if self.fused and extend is None and x_BTD.device.type == "cpu":
+        if extend is None and runs_fused(self.backend, self.work, x_BTD, channels * x_BTD.numel()):
             return expand_tokens(x_BTD.reshape(-1, tokens, width), self.weight).view(*batch, tokens, channels, width)
         if extend is None:
             x_NDT = F.pad(x_BTD.reshape(-1, tokens, width).transpose(-1, -2), (taps - 1, 0))

@@ -1,9 +1,10 @@
 """One sublayer's rewrite, with the opening of the next: the readable version and the fused ones."""
 
-from deepdelta.ops.step.interface import NEEDS, Done, FusedStep, fused_problem, fused_step, remake
+from deepdelta.ops.step.interface import DTYPES, NEEDS, Done, FusedStep, fused_problem, fused_step, remake
 from deepdelta.ops.step.reference import Gating, Normalise, Rewritten, rewrite_along, rewrite_step, scale_of
 
 __all__ = [
+    "DTYPES",
     "NEEDS",
     "Done",
     "FusedStep",

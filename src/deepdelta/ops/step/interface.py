@@ -28,7 +28,8 @@ def fused_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if package is None:
         return f"there is no fused step for device '{device.type}'"
     if importlib.util.find_spec(package) is None:
-        return f"the fused step on {device.type} needs the package {package}, which is not installed"
+        absent = f"{package}, which is not installed (pip install {package})"
+        return f"the fused step on {device.type} needs the package {absent}"
     if dtype not in DTYPES:
         return f"the fused step has {', '.join(DTYPES.values())}, not {dtype}"
     if package == "numba":

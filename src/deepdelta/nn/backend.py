@@ -1,0 +1,110 @@
+"""Which code does a rewrite, or a convolution over tokens: what `auto` takes, and why.
+
+Decided anew in every call, of what the call is given and nothing else: there is no state to set, and nothing under
+torch.compile that another size would make it compile again for.
+"""
+
+import warnings
+from functools import cache
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from deepdelta.nn.config import ResidualConfig
+from deepdelta.ops.step import DTYPES, NEEDS, fused_problem
+
+Backend = Literal["auto", "reference", "fused"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+LEAST = 1 << 15
+"""Numbers of a state, rows times V times D, from which fused code is faster than plain PyTorch, eager on the CPU."""
+LEAST_COMPILED = 512
+"""The width from which the fused rewrite is faster than what torch.compile makes of plain PyTorch, on the CPU."""
+
+
+class Work(NamedTuple):
+    """What is to be done, as far as the choice depends on it."""
+
+    value_channels: int
+    dim: int
+    adds: bool = False
+    """Whether it is the rewrite of rule `additive`."""
+    convolves: bool = False
+    """Whether it is a convolution over tokens."""
+
+    @classmethod
+    def rewrite(cls, config: ResidualConfig, dim: int) -> "Work":
+        return cls(config.value_channels, dim, adds=config.rule == "additive")
+
+
+class Chosen(NamedTuple):
+    backend: str
+    """reference or fused."""
+    reason: str
+
+
+def auto(
+    work: Work, device: torch.device, dtype: torch.dtype, *, numbers: int | None = None, compiled: bool = False
+) -> Chosen:
+    """What `auto` takes for a state of so many numbers, rows times V times D (None: very many), and why."""
+    reason = _against(work, device.type, dtype, numbers, compiled)
+    return Chosen("fused", "faster than plain PyTorch") if reason is None else Chosen("reference", reason)
+
+
+def runs_fused(backend: Backend, work: Work, like: Tensor, numbers: int) -> bool:
+    """Whether fused code runs in this call, for a state of so many numbers on the device and of the dtype of `like`."""
+    if backend != "auto":
+        return backend == "fused" and (like.device.type == "cpu" or not work.convolves)
+    if not torch.compiler.is_compiling():
+        return _against(work, like.device.type, like.dtype, numbers, False) is None
+    # What is exported runs where this package may not be.
+    return not torch.compiler.is_exporting() and _against(work, like.device.type, like.dtype, None, True) is None
+
+
+def _against(work: Work, device: str, dtype: torch.dtype, numbers: int | None, compiled: bool) -> str | None:
+    """Why `auto` takes plain PyTorch: it is at least as fast, or all that there is. None where it does not."""
+    if work.convolves:
+        if device != "cpu":
+            return "fused convolutions are for the CPU"
+    elif work.adds and work.value_channels == 1:
+        return "the rewrite is a plain addition"
+    elif compiled and device == "cpu" and work.value_channels == 1:
+        return "compiled for the CPU at V = 1"
+    elif compiled and device == "cpu" and work.dim < LEAST_COMPILED:
+        return f"compiled for the CPU at d < {LEAST_COMPILED}"
+    if numbers is not None and device == "cpu" and numbers < LEAST:
+        return f"states of fewer than {LEAST:,} numbers"
+    problem: str | None = _problem(device, dtype)
+    return problem
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _problem(device: str, dtype: torch.dtype) -> str | None:
+    return known_problem(device, dtype)
+
+
+@cache
+def known_problem(device: str, dtype: torch.dtype) -> str | None:
+    """Why fused code cannot run, asked once a process; said once where the user can mend it."""
+    problem = fused_problem(torch.device(device), dtype)
+    if problem is not None and device in NEEDS and dtype in DTYPES:
+        _say(f"{problem}; until then the backend 'auto' takes plain PyTorch, which is slower.")
+    return problem
+
+
+@cache
+def _say(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def described(backend: Backend, work: Work, like: Tensor | None) -> str:
+    """The backend, and what `auto` stands for where a tensor like this is: eager, and compiled."""
+    if backend != "auto" or like is None:
+        return backend
+    device = like.device
+    eager, compiled = (_against(work, device.type, like.dtype, None, compiles) for compiles in (False, True))
+    if eager is not None:
+        return f"auto: reference ({eager})"
+    least = f" from {LEAST:,} numbers of state" if device.type == "cpu" else ""
+    return f"auto: fused{least}" + ("" if compiled is None else f"; compiled: reference ({compiled})")
