@@ -14,6 +14,7 @@ def test_this_machine_is_well(capsys: pytest.CaptureFixture[str], unchecked: Non
     main(["doctor"])
     printed = capsys.readouterr().out
     assert f"torch      {torch.__version__}" in printed
+    assert "at V = 4, d 768, auto: fused" in printed
     assert "a sharded or hooked layer opens its own state" in printed
     assert "fused" in printed and "ok" in printed and "WRONG" not in printed
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import deepdelta
 from deepdelta import DeltaStream, Intervention, UserError, intervening, recording, use_backend, use_memory
-from deepdelta.nn import Chain, residual
+from deepdelta.nn import Chain, norms, residual
 from helpers import gradients, perturb, randn
 
 D = 6
@@ -125,6 +125,54 @@ def test_what_ends_a_crossing(opened: list[bool]) -> None:
     with recording(chain, lambda name, record: None):
         assert crossings() == []
     assert crossings() == [True, False, True, True, False]
+
+
+class LastRMSNorm(nn.Module):
+    """RMSNorm as transformers' Llama has it; its class is known by its full name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(D))
+        self.variance_epsilon = 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("norm", "dtype", "fuses"),
+    [
+        (lambda: nn.RMSNorm(D), torch.float64, True),
+        (lambda: nn.RMSNorm(D, eps=1e-2), torch.float32, True),
+        (LastRMSNorm, torch.float32, True),
+        (LastRMSNorm, torch.float64, False),  # computes in fp32 then
+        (lambda: nn.LayerNorm(D), torch.float64, False),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_norm_of_the_network_itself(
+    norm: Any, dtype: torch.dtype, fuses: bool, channels: int, opened: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(norms.SAME, f"{__name__}.LastRMSNorm", "variance_epsilon")
+    stream = DeltaStream(D, channels, seed=1, norm="none")
+    chain = stream.chain([stream.wrap(Branch(), norm=norm()) for _ in range(3)]).to(dtype)
+    perturb(chain, size=0.1)
+    use_backend(chain, "fused")
+    agree(chain, state_of(channels, dtype))
+    # Without a known norm there is still the compression to do, at V > 1.
+    whole = fuses or channels > 1
+    assert opened[:3] == [whole, whole, False]
+    with chain[1].norm.register_forward_hook(lambda module, args, output: output + 0.1):
+        opened.clear()
+        agree(chain, state_of(channels, dtype))
+        assert opened[:3] == [channels > 1, whole, False]
+
+
+def test_a_second_norm_is_refused() -> None:
+    with pytest.raises(UserError, match="norm='none'"):
+        DeltaStream(D, 4).wrap(nn.Linear(D, D), norm=nn.RMSNorm(D))
 
 
 @both_backends

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from deepdelta.cli.shared import use_threads
 from deepdelta.device import choose_device, compiler_problem
 from deepdelta.errors import UserError
+from deepdelta.nn.backend import Work, described
 from deepdelta.provenance import machine, versions
 from deepdelta.selfcheck import self_check
 
@@ -26,6 +28,10 @@ class Doctor:
         chosen = choose_device("auto", "auto")
         print(f"device     {chosen.device} ({chosen.reason}), precision {chosen.precision}")
         print(f"compiler   {compiler_problem(chosen.device.type) or 'torch.compile has what it needs'}")
+        device = torch.device(chosen.device)
+        for channels in (1, 4):
+            taken = described("auto", Work(channels, 768, "delta"), torch.empty(0, device=device))
+            print(f"backend    at V = {channels}, d 768, {taken}")
         print("sharding   by FSDP2: a sharded or hooked layer opens its own state; print(model) says which holds")
         table = Table("backend", "device", "dtype", "values", "gradients", "", title="errors against fp64")
         checks = list(self_check())
