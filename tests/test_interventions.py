@@ -225,7 +225,7 @@ def test_the_fused_step_and_cached_decoding_honour_it() -> None:
     pytest.importorskip("numba")
     model = gpt(value_channels=V)
     expected, plain = everywhere(model, Intervention(gate=0.5), NAMES[1:3]), logits(model)
-    assert use_backend(model, "fused").backend == "fused"
+    use_backend(model, "fused")
     near(everywhere(model, Intervention(gate=0.5), NAMES[1:3]), expected, 1e-9)
     with intervening(model, dict.fromkeys(NAMES[1:3], Intervention(gate=0.5))):
         cache = DecodingCache(model, 2)

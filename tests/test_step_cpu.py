@@ -1,16 +1,12 @@
 """The fused step on the CPU, through its operator: values, all gradients, threads, compile, refusals."""
 
-import functools
 import importlib.util
 
 import pytest
 import torch
 from torch import Tensor
 
-from deepdelta import GPT, PRESETS, DeltaStream, GPTConfig, ResidualConfig, UserError, use_backend
-from deepdelta.nn import backend
-from deepdelta.nn.parts.compression import TokenConvolution
-from deepdelta.nn.runtime import backend_taken
+from deepdelta import GPT, PRESETS, GPTConfig, UserError, use_backend
 from deepdelta.ops.convolution import compress_tokens, expand_tokens
 from deepdelta.ops.step import Gating, Normalise, fused_problem, fused_step, rewrite_step
 from helpers import perturb, randn
@@ -190,46 +186,6 @@ def test_what_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="the fused step on cpu needs the package numba, which is not installed"):
         use_backend(model, "fused")
-
-
-def test_auto_without_the_compiler_takes_plain_pytorch_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cached in (backend.known_problem, backend._say):
-        monkeypatch.setattr(backend, cached.__name__, functools.cache(cached.__wrapped__))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    residual, x = DeltaStream(64, 4, seed=0).wrap(torch.nn.Linear(64, 64)), torch.randn(512, 4, 64)
-    with pytest.warns(RuntimeWarning, match="pip install numba.*plain PyTorch") as said:
-        given = residual(residual(x))
-    assert len(said) == 1 and "reference" in repr(residual)
-    use_backend(residual, "reference")
-    assert torch.equal(residual(residual(x)), given)
-
-
-@pytest.mark.parametrize(
-    ("preset", "rows", "compiled", "taken"),
-    [
-        ("additive", 1 << 20, False, ("reference", "the rewrite is a plain addition")),
-        ("paper-scalar", 1 << 20, False, ("fused", "faster than plain PyTorch")),
-        ("paper-scalar", 64, False, ("reference", "states of fewer than 65,536 numbers")),
-        ("paper-scalar", 1 << 20, True, ("reference", "compiled for the CPU at V = 1")),
-        ("ddl", 1 << 20, True, ("reference", "compiled for the CPU at d < 512")),
-    ],
-)
-def test_auto_takes_what_is_faster(preset: str, rows: int, compiled: bool, taken: tuple[str, str]) -> None:
-    model = GPT(GPTConfig(vocab_size=31, dim=16, heads=2, layers=1, context=8, residual=PRESETS[preset]))
-    assert backend_taken(model, rows, compiled=compiled) == taken
-    use_backend(model, "fused")
-    assert backend_taken(model, rows, compiled=compiled) == ("fused", "asked for")
-
-
-@pytest.mark.parametrize("channels", [1, 4])
-def test_auto_takes_the_convolution_over_tokens_that_is_faster(channels: int) -> None:
-    residual = ResidualConfig(rule="additive", value_channels=channels, compression="token", compression_init="random")
-    model = GPT(GPTConfig(vocab_size=31, dim=16, heads=2, layers=2, context=8, residual=residual))
-    assert backend_taken(model, 1 << 16).backend == "fused"
-    convolutions = [part for part in model.modules() if isinstance(part, TokenConvolution)]
-    assert len(convolutions) == 5 and all("auto: fused" in repr(part) for part in convolutions)
-    use_backend(model, "reference")
-    assert all("backend=reference" in repr(part) for part in convolutions)
 
 
 def test_the_same_bits_wherever_memory_lies():
