@@ -7,7 +7,7 @@ torch.compile that another size would make it compile again for.
 import inspect
 import warnings
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -104,8 +104,10 @@ def _asked(device: str, dtype: torch.dtype) -> str | None:
     return known_problem(device, dtype)
 
 
-# Compiled code takes the answer as it is; unwrapped of the checks that the tests put around every function.
-_problem = torch.compiler.assume_constant_result(inspect.unwrap(_asked))
+# Unwrapped of the checks that the tests put around every function.
+_problem: Any = inspect.unwrap(_asked)
+# What torch.compiler.assume_constant_result sets, which would import the compiler.
+_problem._dynamo_marked_constant = True
 
 
 @cache
