@@ -6,6 +6,7 @@
 # make docs    set up, then build the pages of docs/ as a site into build/site
 # make check   lint, format and types, without running anything
 # make fingerprint BASE=COMMIT   losses of 20 steps of every preset here and at that commit, bit for bit
+# make gpu     on a machine with a GPU: kernel tests, doctor, benchmark, in that order; DRY=1 goes through it without one
 # make triton-study   registers and spills of the Triton kernels for sm_90, without a GPU (about 10 minutes)
 # make fresh-clone   both README commands in a fresh clone of the last commit
 PYTHON ?= python3
@@ -17,7 +18,7 @@ EXTRAS_docs := docs
 EXTRAS_browser := browser
 AXE := axe-core@4.14.1
 
-.PHONY: study test test-browser chromium figures docs matrix check fingerprint triton-study fresh-clone clean
+.PHONY: study test test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
@@ -60,6 +61,10 @@ fingerprint: .venv/test.stamp
 	PYTHONPATH=build/base/src $(BIN)/python tests/fingerprint.py measure build/base.json
 	PYTHONPATH=src $(BIN)/python tests/fingerprint.py measure build/here.json --like build/base.json
 	$(BIN)/python tests/fingerprint.py compare build/base.json build/here.json
+
+# With the Python at hand: a machine with a GPU may have no network. DRY=1 goes through it without a GPU.
+gpu:
+	$(PYTHON) tests/gpu/suite.py $(or $(OUT),runs/gpu) $(if $(DRY),--dry)
 
 triton-study: .venv/test.stamp
 	PYTHONPATH=src $(BIN)/python tests/triton_study.py

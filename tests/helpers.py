@@ -10,14 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor, nn
-
-GATES = st.sampled_from([0.0, 1.0, 2.0]) | st.floats(0, 2)
-BATCHES = st.sampled_from([(), (1,), (3,), (2, 3)])
-CHANNELS = st.sampled_from([1, 2, 3, 5])
-WIDTHS = st.sampled_from([1, 2, 5, 7, 16])
-SEEDS = st.integers(0, 2**31)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from allpairspy import AllPairs
 from torch import Tensor
 
 from deepdelta.ops.precision import accumulation_dtype
@@ -49,43 +48,6 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return "-".join(str(part) for part in self)
 
-
-def _possible(values: list[object]) -> bool:
-    case = Case(*values)  # type: ignore[arg-type]
-    return len(values) < 7 or case.opening != "alone" or case.channels == 1
-
-
-CASES = [
-    Case(),
-    Case(tiled=True),
-    Case(tokens=11, channels=2, width=100, gates="each", offset=33.0, power=2, tiled=True),
-    *(
-        Case(*values)
-        for values in AllPairs(
-            [
-                [1, 7],
-                [1, 2, 3, 5],
-                [1, 5, 33, 100],
-                ["none", "one", "each"],
-                [1e-6, None, 33.0],
-                [0, 1, 2],
-                ["norm", "closed", "open", "alone"],
-                ["random", "zero", "tiny"],
-                [False, True],
-            ],
-            filter_func=_possible,
-        )
-    ),
-]
-"""Among them every pair of two settings."""
-
-GATED = [
-    Case(channels=channels, gates=gates, power=power, opening=opening, tiled=tiled, made=made)
-    for made, gates, channels, power, opening, tiled in AllPairs(
-        [["both", "erase", "write"], ["one", "each"], [1, 3], [0, 1, 2], ["norm", "closed"], [False, True]]
-    )
-]
-"""The same with the gate and the target made in the kernel."""
 
 EDGES = [
     *(Case(tokens=3, channels=channels, width=5, made="both", gates="each") for channels in (33, 65, 129)),

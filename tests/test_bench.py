@@ -1,7 +1,10 @@
 """Benchmarks: the arithmetic on known times, what the suites hold, what is checked before timing, and the command."""
 
+import itertools
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
@@ -343,6 +346,51 @@ def test_the_command_end_to_end(
     table = (out / "table.md").read_text()
     assert "Does &lt;all> of it" in table
     assert "| paper-cc, fused / paper-cc | forward + backward | fused (numba) |" in table
+
+
+@pytest.mark.usefixtures("tiny", "unchecked")
+def test_without_what_draws_there_are_no_plots_until_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = next(group for group in TINY.groups if group.work == "operator")
+    monkeypatch.setattr(suites, "SUITES", {"tiny": replace(TINY, groups=(group,), rounds=5)})
+    for absent in ("matplotlib", "jinja2", "scipy", "plotly"):
+        monkeypatch.setitem(sys.modules, absent, None)
+    main(["bench", "tiny", "--out", str(tmp_path)])
+    assert "No plot.svg and plot.html: matplotlib and jinja2 are absent" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "table.md"]
+    assert load_results(tmp_path / "results.json").groups[0].rows[1].timings["forward"].ratio.low is not None
+    with pytest.raises(SystemExit):
+        main(["bench", "--redraw", str(tmp_path)])
+    assert "plots need the extra 'lab'" in capsys.readouterr().err
+    monkeypatch.undo()
+    table = (tmp_path / "table.md").read_text()
+    main(["bench", "--redraw", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.html", "plot.svg", "results.json", "table.md"]
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_the_suite_for_a_gpu_goes_through_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    small = quick(SUITES["gpu"])
+    assert small.device == "cpu" and not any(group.captured or group.compiled for group in small.groups)
+    assert {group.work for group in small.groups} == {"operator", "memory", "decoding"}
+    sizes = [(group.dim, group.cases[0].residual.value_channels, group.precision) for group in small.groups[:18]]  # type: ignore[union-attr]
+    assert sorted(sizes) == sorted(itertools.product((768, 2048, 4096), (1, 4, 16), ("bf16", "fp32")))
+    with pytest.raises(
+        UserError, match=r"small prefill: decoding alone is captured, got prefill; set captured=False\."
+    ):
+        replace(next(group for group in TINY.groups if group.work == "prefill"), captured=True)
+
+
+def test_make_gpu_names_all_that_is_absent(tmp_path: Path) -> None:
+    """Of a Python that has nothing installed."""
+    suite = Path(__file__).parent / "gpu" / "suite.py"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(suite), str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout.startswith("absent, and needed: torch, triton, pytest, numpy, ")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("unchecked")

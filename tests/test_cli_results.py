@@ -27,7 +27,6 @@ NEEDED = [
     *(("study", "lab", package) for package in ("scipy", "jinja2", "plotly")),
     ("task", "lab", "scipy"),
     *(("audit", "lab", package) for package in ("scipy", "jinja2", "plotly")),
-    ("bench", "lab", "jinja2"),
 ]
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepdelta.ops import delta_rewrite
-from helpers import BATCHES, CHANNELS, GATES, SEEDS, WIDTHS, dense_rewrite, near, outer, randn, unit
+from helpers import dense_rewrite, near, outer, randn, unit
+from strategies import BATCHES, CHANNELS, GATES, SEEDS, WIDTHS
 
 NOT_ONE = GATES.filter(lambda beta: abs(beta - 1) > 0.05)
 

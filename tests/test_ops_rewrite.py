@@ -12,19 +12,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from deepdelta.errors import UserError
 from deepdelta.ops import delta_rewrite, rewrite
 from deepdelta.ops.rewrite import reference
-from helpers import (
-    BATCHES,
-    CHANNELS,
-    GATES,
-    SEEDS,
-    WIDTHS,
-    dense_rewrite,
-    near,
-    outer,
-    randn,
-    same_values_and_gradients,
-    unit,
-)
+from helpers import dense_rewrite, near, outer, randn, same_values_and_gradients, unit
+from strategies import BATCHES, CHANNELS, GATES, SEEDS, WIDTHS
 
 
 def dense_delta(state: Tensor, direction: Tensor, target: Tensor, gate: Tensor) -> Tensor:

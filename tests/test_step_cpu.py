@@ -10,7 +10,8 @@ from deepdelta import GPT, PRESETS, GPTConfig, UserError, use_backend
 from deepdelta.ops.convolution import compress_tokens, expand_tokens
 from deepdelta.ops.step import Gating, Normalise, fused_problem, fused_step, rewrite_step
 from helpers import perturb, randn
-from step_cases import CASES, EPS, Case, compare, differentiated, fused_and_replayed, in_dtype, inputs
+from step_cases import EPS, Case, compare, differentiated, fused_and_replayed, in_dtype, inputs
+from step_pairs import CASES
 
 # Every option in fp64; numba compiles each set of options and dtype anew, so the others take fewer.
 TRIED = [

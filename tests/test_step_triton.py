@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import interpreted_step
 import triton_study
-from step_cases import CASES, EDGES, GATED, SMALL_TILES, Case
+from step_cases import EDGES, SMALL_TILES, Case
+from step_pairs import CASES, GATED
 
 triton = pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 only")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

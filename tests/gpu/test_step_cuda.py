@@ -1,8 +1,10 @@
-"""The fused step on a real GPU: the interpreter's cases through the operator, large sizes, torch.compile, training.
+"""The fused step on a real GPU: values and gradients against fp64, large sizes, torch.compile, graphs, training.
 
-From the source tree: PYTHONPATH=src python -m pytest tests/gpu
+make gpu     or, from the source tree: PYTHONPATH=src python -m pytest -c tests/gpu/pytest.ini tests/gpu
 """
 
+import itertools
+import random
 from collections.abc import Iterator, Mapping
 from unittest.mock import patch
 
@@ -10,18 +12,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepdelta import GPT, PRESETS, GPTConfig, use_backend
+from deepdelta import GPT, PRESETS, GPTConfig, use_backend, use_memory
+from deepdelta.decoding import DecodingCache
 from deepdelta.ops.step import Normalise, fused_step
 from helpers import perturb
-from step_cases import CASES, EPS, SMALL_TILES, Case, compare, differentiated, fused_and_replayed, in_dtype, inputs
-
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device; torch sees none", allow_module_level=True)
+from step_cases import (
+    EDGES,
+    EPS,
+    SMALL_TILES,
+    Case,
+    compare,
+    differentiated,
+    fused_and_replayed,
+    gating,
+    in_dtype,
+    inputs,
+)
 
 pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # torch's own, from inside torch.compile
-    pytest.mark.usefixtures("unchecked", "fresh_dynamo"),
+    pytest.mark.usefixtures("fresh_dynamo"),
 ]
+GATES = [("none", ""), *itertools.product(("one", "each"), ("", "both", "erase", "write"))]
+EVERY = [
+    Case(channels=v, width=d, gates=gates, made=made, power=power, offset=offset, opening=opening, tiled=tiled)
+    for v, d, (gates, made), power, offset, opening, tiled in itertools.product(
+        (1, 2, 3, 5), (5, 33, 100), GATES, (0, 1, 2), (1e-6, 33.0), ("norm", "closed", "open"), (False, True)
+    )
+]
+CASES = random.Random(0).sample(EVERY, 48) + EDGES
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LARGE = [
     Case(tokens=333, channels=channels, width=width, gates=gates)
@@ -32,6 +53,10 @@ LARGE = [
         (16, 768, "one"),
         (4, 5000, "one"),
     ]
+]
+LARGE += [
+    Case(tokens=333, channels=channels, width=width, made="both")
+    for channels, width in itertools.product((1, 4, 16), (768, 2048, 4096))
 ]
 
 
@@ -135,3 +160,116 @@ def test_training_steps_follow_the_reference(preset, compiled):
             losses[backend].append(loss.item())
     assert losses["fused"] == pytest.approx(losses["reference"], rel=2e-4)
     assert losses["fused"][-1] < losses["fused"][0]
+
+
+def small_gpt(preset: str) -> GPT:
+    model = GPT(GPTConfig(vocab_size=96, dim=96, heads=2, layers=3, context=64, residual=PRESETS[preset]))
+    perturb(model, size=0.02)
+    model = model.cuda()
+    use_backend(model, "fused")
+    return model
+
+
+def some_ids() -> Tensor:
+    return torch.randint(96, (4, 65), generator=torch.Generator().manual_seed(0)).cuda()
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
+def test_training_repeats_to_the_bit(monkeypatch):
+    """Two runs of three steps under torch.use_deterministic_algorithms: every parameter has the same bits."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    ids, found = some_ids(), []
+    for _ in range(2):
+        model = small_gpt("ddl")
+        use_memory(model, "replay")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(ids[:, :-1], ids[:, 1:]).loss.backward()
+            optimizer.step()
+        found.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def captured(run):
+    """A CUDA graph of the call, and what it returned while it was captured."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = run()
+    return graph, made
+
+
+@pytest.mark.parametrize("preset", ["ddl", "paper-scalar"])
+def test_a_step_of_training_in_a_graph(preset):
+    """Forward, backward and AdamW captured once, replayed on other ids: what the eager model does."""
+    ids = torch.stack([some_ids(), some_ids().flip(1), some_ids().roll(7, 1)])
+    losses = []
+    for graphed in (False, True):
+        model = small_gpt(preset)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3).cuda(), capturable=True)
+        start = [parameter.detach().clone() for parameter in model.parameters()]
+        given = ids[0].clone()
+
+        def step(model=model, optimizer=optimizer, given=given):
+            optimizer.zero_grad(set_to_none=False)
+            loss = model(given[:, :-1], given[:, 1:]).loss
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        graph, loss = captured(step) if graphed else (None, step())
+        with torch.no_grad():
+            for parameter, first in zip(model.parameters(), start, strict=True):
+                parameter.copy_(first)
+                for state in optimizer.state[parameter].values():
+                    state.zero_()
+        losses.append([])
+        for part in ids:
+            given.copy_(part)
+            if graph is None:
+                loss = step()
+            else:
+                graph.replay()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["ddl", "paper-scalar"])
+def test_decoding_in_a_graph(preset):
+    """The whole context token by token as one graph, replayed on other ids: the logits of the uncached model."""
+    model, ids = small_gpt(preset).eval(), some_ids()[:, :64]
+    cache, given = DecodingCache(model, batch=4), ids.flip(1).clone()
+
+    def run():
+        cache.clear()
+        return torch.cat([cache.decode(given[:, t : t + 1]) for t in range(given.shape[1])], 1)
+
+    graph, logits = captured(run)
+    given.copy_(ids)
+    graph.replay()
+    torch.testing.assert_close(logits, model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_step_waits_for_nothing():
+    """No call of the fused step, forward or backward, makes the host wait for the device."""
+    case = EDGES[0]
+    given = {name: tensor.requires_grad_() for name, tensor in in_dtype(inputs(case), torch.float32, "cuda").items()}
+    opening = (given["compression"], given["norm_weight"], EPS, True)
+
+    def run():
+        made = gating(case, given)
+        state, c, _ = fused_step(given["state"], given["h"], 0.0, None, case.normalise, *opening, made)
+        torch.autograd.backward((state, c), (torch.ones_like(state), torch.ones_like(c)))
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -107,13 +107,20 @@ class Bench:
     threads: int | None = None
     """CPU threads; all cores by default."""
     quick: bool = False
-    """Small sizes, five rounds, nothing compiled: to see that all of it runs. No measurement."""
+    """Small sizes, five rounds, nothing compiled, on the CPU where there is no GPU: to see that all of it runs. No
+    measurement."""
+    redraw: Path | None = None
+    """A folder whose table and plots are made anew from its results.json; nothing is timed."""
 
     def __call__(self) -> None:
         # Here: importing what compares takes time that the other commands need not spend.
-        from deepdelta.lab.bench import GRADIENTS, QUESTIONS, load_suite, run_gradients, run_suite
+        from deepdelta.lab.bench import GRADIENTS, QUESTIONS, load_suite, redraw, run_gradients, run_suite
         from deepdelta.lab.bench.config import quick
 
+        if self.redraw is not None:
+            redraw(self.redraw)
+            to_read(self.redraw / "plot.html")
+            return
         if self.name is None:
             print(f"Suites:\n{listing(QUESTIONS)}")
             return
@@ -134,4 +141,4 @@ class Bench:
             quick=self.quick,
             command=command,
         )
-        to_read(out / "plot.html")
+        to_read(out / "plot.html", out / "table.md")

@@ -2,7 +2,7 @@
 
 from deepdelta.lab.bench.gradients import run_gradients
 from deepdelta.lab.bench.results import BenchResults, load_results
-from deepdelta.lab.bench.runner import run_suite
+from deepdelta.lab.bench.runner import redraw, run_suite
 from deepdelta.lab.bench.suites import GRADIENTS, QUESTIONS, SUITES, load_suite
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "BenchResults",
     "load_results",
     "load_suite",
+    "redraw",
     "run_gradients",
     "run_suite",
 ]

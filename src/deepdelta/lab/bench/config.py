@@ -6,6 +6,8 @@ All cases of a group do the same work at the same sizes in the same rounds; rati
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from deepdelta.config import Count, Settings
 from deepdelta.errors import UserError, nearest
 from deepdelta.models import Rival
@@ -72,8 +74,12 @@ class Group(Settings):
     vocab_size: Count = 512
     threads: Count | None = None
     """CPU threads of this group; None: those of the run."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Another than the suite's."""
     compiled: bool = False
     """torch.compile with its default backend."""
+    captured: bool = False
+    """Decoding as one CUDA graph, replayed: without the calls that each token takes."""
     bars: tuple[Bar, ...] = ()
     axis: str | None = None
     """The quantity that grows from group to group of a curve, and `value` where it stands in this one."""
@@ -98,6 +104,8 @@ class Group(Settings):
             raise UserError(f"group {self.name}: rivals have no {self.work} to time; leave them out.")
         if self.work in ("memory", "decoding", "operator") and self.compiled:
             raise UserError(f"group {self.name}: {self.work} is measured uncompiled; set compiled=False.")
+        if self.captured and self.work != "decoding":
+            raise UserError(f"group {self.name}: decoding alone is captured, got {self.work}; set captured=False.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +129,15 @@ class Suite(Settings):
 
 def quick(suite: Suite) -> Suite:
     """The same suite in minutes, to see that all of it runs: small batches, two layers, five rounds, nothing compiled.
-    Its figures are no measurement of the bar."""
+    Where there is no GPU, a suite for one runs on the CPU. Its figures are no measurement of the bar."""
+    absent = suite.device == "cuda" and not torch.cuda.is_available()
     groups = tuple(
         replace(
             group,
             batch=min(group.batch, 512 if group.work == "operator" else 2),
             context=min(group.context, 64),
             layers=min(group.layers, 2),
+            captured=group.captured and not absent,
             bars=(),
         )
         for group in suite.groups
@@ -135,4 +145,4 @@ def quick(suite: Suite) -> Suite:
     )
     if not groups:
         raise UserError(f"suite {suite.name} has nothing but compiled groups, which --quick leaves out.")
-    return replace(suite, groups=groups, rounds=min(suite.rounds, 5))
+    return replace(suite, groups=groups, rounds=min(suite.rounds, 5), device="cpu" if absent else suite.device)

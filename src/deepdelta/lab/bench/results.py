@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from deepdelta.files import AnyPath
-from deepdelta.lab.analysis.statistics import load_scipy
 from deepdelta.lab.analysis.stored import Stored, load_stored
 from deepdelta.lab.bench.config import Bar, Group
 
@@ -108,10 +107,8 @@ def ratio_of(baseline: Sequence[float], seconds: Sequence[float]) -> Ratio:
     ratios = np.array(baseline) / np.array(seconds)
     low = high = None
     if len(ratios) >= MINIMUM_ROUNDS:
-        bootstrap = load_scipy().stats.bootstrap(
-            (ratios,), np.median, method="percentile", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
-        )
-        low, high = map(float, bootstrap.confidence_interval)
+        resampled = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
+        low, high = map(float, np.quantile(np.median(resampled, axis=1), (0.025, 0.975)))
     return Ratio(
         median=float(np.median(ratios)), low=low, high=high, minimum=float(ratios.min()), maximum=float(ratios.max())
     )

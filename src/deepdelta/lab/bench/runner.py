@@ -2,6 +2,8 @@
 
 import gc
 import importlib.metadata
+import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from deepdelta.files import AnyPath, locked, write_text
 from deepdelta.lab.bench import figures, tables
 from deepdelta.lab.bench.checks import check, check_compiled
 from deepdelta.lab.bench.config import MEASURES, Case, Group, Suite
-from deepdelta.lab.bench.results import BenchResults, GroupResult, Row, bars_of, timing_of
+from deepdelta.lab.bench.results import BenchResults, GroupResult, Row, bars_of, load_results, timing_of
 from deepdelta.lab.bench.subjects import Subject, build, code_of, problem, triad
 from deepdelta.lab.measure.cost import WARM_UP, interleaved
 from deepdelta.lab.views.tables import render
@@ -28,6 +30,11 @@ PACKAGES = ("numba", "triton", "hyper-connections", "x-transformers")
 """What figures depend on beside what every figure of the library does."""
 
 
+PICTURES = ("matplotlib", "jinja2")
+"""What draws plot.svg and plot.html."""
+LATER = "`deepdelta bench --redraw FOLDER` makes them of results.json, where these are."
+
+
 def run_suite(
     suite: Suite,
     out: AnyPath,
@@ -39,6 +46,8 @@ def run_suite(
 ) -> BenchResults:
     """Time a suite and write results.json, table.md, plot.svg and plot.html to `out`; the table is printed too.
 
+    Without the packages of PICTURES the plots are left out, and that is said.
+
     Args:
         rounds: interleaved rounds per group; None: the suite's.
         threads: CPU threads; None: all cores that this process may use.
@@ -46,7 +55,7 @@ def run_suite(
         command: the command that was typed, kept with the results.
 
     Raises:
-        UserError: rounds or threads below 1, the suite's device or the extra `lab` is absent, another process is at
+        UserError: rounds or threads below 1, the suite's device is absent, another process is at
             work in `out`, nothing in a group can run, or a check failed; then nothing more is timed or written.
     """
     if rounds is not None and rounds < 1:
@@ -55,7 +64,8 @@ def run_suite(
     rounds, threads = rounds or suite.rounds, threads or usable_cores()
     chosen = choose_device(suite.device, suite.precision)
     console, began, out = Console(), now(), Path(out)
-    require("benchmarks", "lab", "scipy", "jinja2", "matplotlib")
+    if missing := [name for name in PICTURES if importlib.util.find_spec(name) is None]:
+        show(f"No plot.svg and plot.html: {' and '.join(missing)} are absent (extra 'lab'). {LATER}")
     skipped = {group.name: _skipped(group, suite) for group in suite.groups}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -87,7 +97,7 @@ def run_suite(
                 done = 0
                 for group in suite.groups:
                     torch.set_num_threads(group.threads or threads)
-                    result, found = _measure(group, skipped[group.name], rounds, chosen, reporter, done)
+                    result, found = _measure(group, skipped[group.name], rounds, _for(group, chosen), reporter, done)
                     groups.append(result)
                     checks += found
                     done += _units(group, rounds)
@@ -103,9 +113,21 @@ def run_suite(
     return results
 
 
+def redraw(out: AnyPath) -> None:
+    """Write table and plots anew from the results.json in a folder.
+
+    Raises:
+        UserError: there are no such results, or the extra `lab` is absent.
+    """
+    require("plots", "lab", *PICTURES)
+    _write(load_results(Path(out) / "results.json"), Path(out))
+
+
 def _write(results: BenchResults, out: Path) -> None:
     results.save(out / "results.json")
     write_text(out / "table.md", tables.markdown(results))
+    if any(importlib.util.find_spec(name) is None for name in PICTURES):
+        return
     write_text(out / "plot.svg", figures.svg(results))
     write_text(out / "plot.html", figures.page(results))
 
@@ -122,9 +144,14 @@ def _check(suite: Suite, skipped: dict[str, dict[str, str]], chosen: Device) -> 
     found: list[str] = []
     with reporting("Checking", len(suite.groups)) as reporter:
         for done, group in enumerate(suite.groups, 1):
-            found += check(group, _able(group, skipped[group.name]), chosen)
+            found += check(group, _able(group, skipped[group.name]), _for(group, chosen))
             reporter.update(done, group.name)
     return found
+
+
+def _for(group: Group, chosen: Device) -> Device:
+    """The device with the group's own precision."""
+    return replace(chosen, precision=group.precision or chosen.precision)
 
 
 def _preparation(group: Group) -> int:

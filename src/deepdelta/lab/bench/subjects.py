@@ -50,6 +50,8 @@ class Subject:
 
 def problem(group: Group, case: Case, suite: Suite) -> str | None:
     """Why a case cannot run here, or None where it can."""
+    if group.captured and suite.device != "cuda":
+        return "CUDA graphs need a CUDA device"
     if group.compiled and (missing := compiler_problem(suite.device)):
         return missing
     if case.rival is not None:
@@ -167,7 +169,24 @@ def decoding(group: Group, case: Case, chosen: Device) -> Subject:
         for position in range(group.context):
             cache.decode(ids[:, position : position + 1])
 
-    return Subject(stages=(run,), tokens=group.batch * group.context, parameters=_count(model))
+    return Subject(
+        stages=(_captured(run) if group.captured else run,),
+        tokens=group.batch * group.context,
+        parameters=_count(model),
+    )
+
+
+def _captured(run: Stage) -> Stage:
+    """The run as one CUDA graph."""
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run()  # what is compiled or allocated at a first call
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 class Operands:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from deepdelta.errors import unknown
 from deepdelta.lab.bench.config import Bar, Case, Group, Suite
@@ -194,30 +194,58 @@ OPERATOR = Suite(
     ),
 )
 
+PRECISIONS: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
+SMALL: dict[str, Any] = {"dim": 768, "layers": 12, "heads": 6, "vocab_size": 50304, "baseline": "additive"}
+"""The published small size (124M)."""
+
 GPU = Suite(
     name="gpu",
-    question="What does a delta residual cost on a GPU, at the published small size (124M)?",
+    question="How fast is the fused step on a GPU, and what does a delta residual cost at the published small size?",
     device="cuda",
     precision="bf16",
     groups=(
+        *(
+            replace(
+                operator(dim, replace(PRESETS["paper-cc-repeat"], value_channels=count)),
+                name=f"rewrite, d {dim}, V={count}, {precision}",
+                batch=2**25 // dim,
+                precision=precision,
+            )
+            for precision in PRECISIONS
+            for dim in (768, 2048, 4096)
+            for count in (1, 4, 16)
+        ),
         Group(
             name="training, 124M, compiled",
             work="training",
-            dim=768,
-            layers=12,
-            heads=6,
             batch=16,
             context=1024,
-            vocab_size=50304,
             compiled=True,
-            cases=(*OURS, DDL_16, HYPER),
-            baseline="additive",
+            cases=(ADDITIVE, SCALAR[1], *DDL, HYPER, MHC),
             bars=(
                 *reaches(0.98, 0.92),
                 Bar(case="paper-cc, fused", against="additive", measure="peak", at_most=1.03),
             ),
+            **SMALL,
         ),
-        *(replace(group, name=f"{group.name}, cuda") for group in OPERATOR.groups),
+        Group(
+            name="memory, 124M",
+            work="memory",
+            batch=4,
+            context=1024,
+            cases=(ADDITIVE, SCALAR[1], *DDL, HYPER, MHC),
+            **SMALL,
+        ),
+        Group(
+            name="decoding, 124M, fp32, captured",
+            work="decoding",
+            batch=1,
+            context=64,
+            captured=True,
+            precision="fp32",
+            cases=(ADDITIVE, SCALAR[1], *DDL),
+            **SMALL,
+        ),
     ),
 )
 
