@@ -1,6 +1,7 @@
 """Training changes no number unasked: losses of every preset as they were when fingerprint.json was made.
 
-To 1e-5, since another machine rounds otherwise; `make fingerprint BASE=COMMIT` compares two checkouts bit for bit.
+To 1e-3, since another kind of processor sums in another order and 20 steps amplify that (2.4e-4 was seen);
+`make fingerprint BASE=COMMIT` compares two checkouts on one machine bit for bit.
 """
 
 import json
@@ -36,7 +37,7 @@ def test_losses_are_as_they_were(backend, tmp_path):
     assert len(rows) == len(found) == 2 * len({row["preset"] for row in rows})
     for row in rows:
         name = row["preset"], row["seed"]
-        np.testing.assert_allclose(numbers(found[name]), numbers(row), rtol=1e-5, err_msg=str(name))
+        np.testing.assert_allclose(numbers(found[name]), numbers(row), rtol=1e-3, err_msg=str(name))
 
 
 @pytest.mark.parametrize("row", read(Path(__file__).with_name("state_dicts.json")), ids=lambda row: row["preset"])

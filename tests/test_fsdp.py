@@ -73,14 +73,14 @@ def test_it_says_so(alone: None) -> None:
 
 def test_a_sharded_residual_in_a_chain(alone: None, unchecked: None) -> None:
     stream = DeltaStream(6, 4, seed=1)
-    chain = stream.chain([stream.wrap(nn.Linear(6, 6)) for _ in range(3)])
-    state = stream.expand(torch.ones(2, 5, 6).cumsum(1)).detach()
+    chain = stream.chain([stream.wrap(nn.Linear(6, 6)) for _ in range(3)]).double()
+    state = stream.double().expand(torch.ones(2, 5, 6, dtype=torch.float64).cumsum(1)).detach()
     for backend in ("reference", "fused"):
         use_backend(chain, backend)
         expected = chain(state)
         part = copy.deepcopy(chain)
         fully_shard(part[1], mesh=init_device_mesh("cpu", (1,)))
-        torch.testing.assert_close(part(state), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(part(state), expected, rtol=1e-10, atol=1e-10)
 
 
 def _rank(rank: int, store: str, results: Any) -> None:

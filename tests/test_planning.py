@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepdelta import GPT, PRESETS, GPTConfig, UserError
+from deepdelta import GPT, PRESETS, GPTConfig, UserError, use_backend
 from deepdelta.cli import main
 from deepdelta.cli.options import parse
 from deepdelta.lab.measure.memory import peak_bytes
@@ -60,6 +60,7 @@ def test_memory_is_that_of_a_real_step(preset: str) -> None:
     """In fp32, and from below: at the peak, a real step has not all gradients yet, or not all activations any more."""
     config = replace(tiny(preset).model, layers=6, context=64)
     model, ids = GPT(config), torch.zeros(8, 64, dtype=torch.long)
+    use_backend(model, "reference")
     measured = peak_bytes(lambda: model(ids, ids).loss.backward(), [*model.parameters()])
     held = 8 * 64 * bytes_per_token(config, autocast=False).held
     parameters = 4 * parameter_count(config)

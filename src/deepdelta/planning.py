@@ -27,8 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepdelta.errors import UserError, nearest
-from deepdelta.models import GPTConfig, language_model, parameter_shapes
+from deepdelta.models import GPT, GPTConfig, language_model, parameter_shapes
 from deepdelta.models.flops import training_flops_per_token
+from deepdelta.nn import use_backend
 from deepdelta.training.config import TrainConfig
 
 COMPUTE, MEMORY, CONVOLUTION = 0.58, 1.64, 0.108
@@ -216,6 +217,8 @@ def _step(config: GPTConfig, batch: int, autocast: bool) -> Bytes:
     """Forward and backward of `batch` sequences, without numbers."""
     with torch.device("meta"):
         model = language_model(config)
+    if isinstance(model, GPT):
+        use_backend(model, "reference")
     with FakeTensorMode():
         for module in model.modules():
             for name, parameter in module._parameters.items():
