@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from deepdelta import PRESETS, UserError
 from deepdelta.cli import main
@@ -23,7 +22,6 @@ from deepdelta.lab.bench.agreement import agreement
 from deepdelta.lab.bench.config import MEASURES, Bar, Case, Group, Suite, quick
 from deepdelta.lab.bench.results import bars_of, ratio_of
 from deepdelta.lab.measure import cost
-from deepdelta.lab.measure.traffic import numbers_per_token
 
 CPU = choose_device("cpu", "fp32")
 ADDITIVE, DDL, FUSED = suites.ADDITIVE, *suites.DDL
@@ -244,36 +242,6 @@ def test_bytes_and_flops_by_hand() -> None:
     residual, v, d = PRESETS["paper-cc-repeat"], 4, 24
     by_hand = (2 * d + 3) + (4 * v * d + 2 + 4 * v) + 2 * v * d + (4 * d + 3)
     assert subjects.step_flops(residual, d) == by_hand == given.flops_per_token[0]
-
-
-def test_what_residuals_move_by_hand() -> None:
-    class Branch(nn.Linear):
-        pass
-
-    class Plain(nn.Module):
-        def __init__(self, layers: int) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(11, 8)
-            self.branches = nn.ModuleList(Branch(8, 8) for _ in range(2 * layers))
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            x = self.embedding(ids)
-            for branch in self.branches:
-                x = x + branch(x.transpose(0, 1)).transpose(0, 1)
-            return x @ self.embedding.weight.t()
-
-    # x and h are read and their sum is written; neither the branch, the views, the embedding nor the head count.
-    assert numbers_per_token(Plain, (Branch,), vocab_size=11, layers=3, tokens=6) == 3 * 8
-    group = replace(SUITES["peers"].groups[0], dim=32, context=16)
-    cpu = torch.device("cpu")
-    for case, channels, gates in ((suites.ADDITIVE_FUSED, 1, 0), (suites.SCALAR[1], 1, 2), (suites.DDL[1], 4, 5)):
-        # X and h in, X' and c' out, as the operator's bound has it; and c is read again for gate and target.
-        bound = subjects.step_bytes(channels, 32, 4)[0] / 4 + (32 if gates else 0)
-        moved = 32 * subjects.moved(group, case, cpu)
-        # Logits of gate and target are written and read, the saved numbers of a token written.
-        assert bound <= moved <= bound + 3 * (channels + 2) + 2 * gates
-    # Eager PyTorch's addition and RMSNorm, of whose steps every one reads and writes.
-    assert subjects.moved(group, suites.ADDITIVE, cpu) > 2 * subjects.moved(group, suites.ADDITIVE_FUSED, cpu)
 
 
 def test_what_cannot_run_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

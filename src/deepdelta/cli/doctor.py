@@ -28,9 +28,8 @@ class Doctor:
         chosen = choose_device("auto", "auto")
         print(f"device     {chosen.device} ({chosen.reason}), precision {chosen.precision}")
         print(f"compiler   {compiler_problem(chosen.device.type) or 'torch.compile has what it needs'}")
-        device = torch.device(chosen.device)
         for channels in (1, 4):
-            taken = described("auto", Work(channels, 768, "delta"), torch.empty(0, device=device))
+            taken = described("auto", Work(channels, 768, "delta"), torch.empty(0, device=chosen.device))
             print(f"backend    at V = {channels}, d 768, {taken}")
         print("sharding   by FSDP2: a sharded or hooked layer opens its own state; print(model) says which holds")
         table = Table("backend", "device", "dtype", "values", "gradients", "", title="errors against fp64")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.ops.step import DTYPES, NEEDS, fused_problem
+from deepdelta.ops.step import DTYPES, NEEDS, known_problem
 
 Backend = Literal["auto", "reference", "fused"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -91,17 +91,12 @@ def _against(work: Work, device: str, dtype: torch.dtype, numbers: int | None, c
     return problem
 
 
-@cache
-def known_problem(device: str, dtype: torch.dtype) -> str | None:
-    """Why fused code cannot run, asked once a process; said once where the user can mend it."""
-    problem = fused_problem(torch.device(device), dtype)
+def _asked(device: str, dtype: torch.dtype) -> str | None:
+    """Why fused code cannot run; said once where the user can mend it."""
+    problem = known_problem(torch.device(device), dtype)
     if problem is not None and device in NEEDS and dtype in DTYPES:
         _say(f"{problem}; until then the backend 'auto' takes plain PyTorch, which is slower.")
     return problem
-
-
-def _asked(device: str, dtype: torch.dtype) -> str | None:
-    return known_problem(device, dtype)
 
 
 # Unwrapped of the checks that the tests put around every function.

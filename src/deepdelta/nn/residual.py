@@ -6,6 +6,7 @@ needs one. x_in is the compressed state, c its norm, h = F(c) the branch output.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -163,7 +164,9 @@ class DeltaResidual(nn.Module):
 
     def _parameter(self) -> Tensor | None:
         """One that is of the state's kind; the norm's first: a branch may have parameters of another kind."""
-        return next(self.norm.parameters(), next(self.parameters(), None))
+        if isinstance(self.norm, RMSNorm):
+            return self.norm.weight
+        return next(chain(self.norm.parameters(), self.parameters()), None)
 
     def opened(self, state: Tensor, input_map: InputMap, norm: nn.Module | None = None) -> StreamState:
         """A state as the user has it, read by `input_map`, and by a `norm` of the network's own."""

@@ -64,7 +64,7 @@ def run_suite(
     rounds, threads = rounds or suite.rounds, threads or usable_cores()
     chosen = choose_device(suite.device, suite.precision)
     console, began, out = Console(), now(), Path(out)
-    if missing := [name for name in PICTURES if importlib.util.find_spec(name) is None]:
+    if missing := _undrawable():
         show(f"No plot.svg and plot.html: {' and '.join(missing)} are absent (extra 'lab'). {LATER}")
     skipped = {group.name: _skipped(group, suite) for group in suite.groups}
     threads_before = torch.get_num_threads()
@@ -126,10 +126,14 @@ def redraw(out: AnyPath) -> None:
 def _write(results: BenchResults, out: Path) -> None:
     results.save(out / "results.json")
     write_text(out / "table.md", tables.markdown(results))
-    if any(importlib.util.find_spec(name) is None for name in PICTURES):
-        return
-    write_text(out / "plot.svg", figures.svg(results))
-    write_text(out / "plot.html", figures.page(results))
+    if not _undrawable():
+        write_text(out / "plot.svg", figures.svg(results))
+        write_text(out / "plot.html", figures.page(results))
+
+
+def _undrawable() -> list[str]:
+    """The packages that are absent for plots."""
+    return [name for name in PICTURES if importlib.util.find_spec(name) is None]
 
 
 def _skipped(group: Group, suite: Suite) -> dict[str, str]:

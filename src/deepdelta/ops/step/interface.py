@@ -135,12 +135,13 @@ def remake(done: Done, state: Tensor, *, backwards: bool = False) -> Tensor:
 
 def _implementation(state: Tensor) -> Any:
     """The module whose `forward` and `backward` run on the state's device; refused where they cannot."""
-    if problem := _known_problem(state.device, state.dtype):
+    if problem := known_problem(state.device, state.dtype):
         raise UserError(f"{problem}; use the backend 'reference'.")
     return importlib.import_module(f"deepdelta.ops.backends.{state.device.type}.launch")
 
 
-_known_problem = cache(fused_problem)
+known_problem = cache(fused_problem)
+"""The same, asked once a process."""
 
 
 def _allocated(given: Given) -> Made:
