@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, V value channels, D model width, H heads, E width of a head, K taps.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,7 @@ from deepdelta.decoding.step import one_token_map
 from deepdelta.errors import UserError
 from deepdelta.ids import Ids, id_list
 from deepdelta.models.attention import KeyValues, Slots
-from deepdelta.models.gpt import GPT
-from deepdelta.nn.chain import advance
+from deepdelta.models.gpt import GPT, Given
 from deepdelta.nn.parts.compression import ChannelCompression, ChannelConvolution, TokenConvolution
 from deepdelta.nn.parts.expansion import EmbeddingConvolution
 from deepdelta.nn.plain import plain
@@ -112,14 +112,14 @@ class DecodingCache:
                 "do not fit; call clear() and feed the last ones again."
             )
         slots = self._slots(tokens)
-        extend = () if self.expansion_history is None else (self.expansion_history.extend,)
-        state_VD = self.model.stream.expansion(self.model.embedding(input_ids), *extend)
+        extend = None if self.expansion_history is None else self.expansion_history.extend
         *maps, head = self._one_token_maps if tokens == 1 else self._input_maps
-        pairs = zip(self.layers, maps[::2], maps[1::2], strict=True)
-        given = [((layer, slots), {"attention": first, "mlp": second}) for layer, first, second in pairs]
-        after = advance(state_VD, self.model.links(given), head)
+        given: list[Given] = []
+        for layer, first, second in zip(self.layers, maps[::2], maps[1::2], strict=True):
+            given.append(((partial(layer.extend, self.length), slots), {"attention": first, "mlp": second}))
+        c_BTD = self.model.read(self.model.embedding(input_ids), given, head, extend)
         self.length += tokens
-        return F.linear(after.read(), self.model.embedding.weight)
+        return F.linear(c_BTD, self.model.embedding.weight)
 
     def clear(self) -> None:
         """Forget every token; padding stands for the next ones."""
@@ -138,17 +138,17 @@ class DecodingCache:
         first, last, rotary = self.length, self.length + tokens, self.model.rotary
         device = self.model.embedding.weight.device
         if self._padding_B is None and (first == 0 or tokens == 1):
-            return Slots(first, last, rotary.at(slice(first, last), device), None)
+            return Slots(rotary.at(slice(first, last), device), None)
         slots_L = torch.arange(last, device=device)
         visible_TL = slots_L <= slots_L[first:, None]
         if self._padding_B is None:
-            return Slots(first, last, rotary.at(slice(first, last), device), visible_TL[None, None])
+            return Slots(rotary.at(slice(first, last), device), visible_TL[None, None])
         padding_B1 = self._padding_B[:, None]
         own_TL = slots_L == slots_L[first:, None]
         # Padding attends to itself, so that its numbers stay finite.
         visible_BTL = visible_TL & (slots_L >= padding_B1)[:, None] | own_TL
         positions_BT = (slots_L[first:] - padding_B1).clamp(min=0)
-        return Slots(first, last, rotary.at(positions_BT, device), visible_BTL[:, None])
+        return Slots(rotary.at(positions_BT, device), visible_BTL[:, None])
 
     def _history(self, taps: int, *shape: int) -> History:
         return History(self.model.embedding.weight.new_zeros(self.batch, taps - 1, *shape), self._padding_B)

@@ -71,14 +71,16 @@ class Rotary(nn.Module):
 
 
 class Slots(NamedTuple):
-    """Where new tokens stand in the memory of a cache: in slots first .. last - 1 of every row."""
+    """Where new tokens stand, and what they attend to, in cached decoding or beside padding."""
 
-    first: int
-    last: int
     angles: tuple[Tensor, Tensor]
     """cos and sin of the tokens' positions."""
     visible: Tensor | None
-    """Which slots before `last` each token attends to, (B or 1, 1, T, last); None: those up to its own."""
+    """Which keys each token attends to, (B or 1, 1, T, keys); None: those up to its own."""
+
+
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From the keys and values of new tokens, (B, H, T, E) each, to those of all tokens that these may attend to."""
 
 
 class KeyValues(NamedTuple):
@@ -87,11 +89,12 @@ class KeyValues(NamedTuple):
     keys: Tensor
     values: Tensor
 
-    def extend(self, k_BHTE: Tensor, v_BHTE: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-        """All keys and values up to the new ones, which are written into their slots."""
-        self.keys[:, :, slots.first : slots.last] = k_BHTE
-        self.values[:, :, slots.first : slots.last] = v_BHTE
-        return self.keys[:, :, : slots.last], self.values[:, :, : slots.last]
+    def extend(self, first: int, k_BHTE: Tensor, v_BHTE: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values up to the new ones, which are written into the slots from `first` on of every row."""
+        last = first + k_BHTE.shape[2]
+        self.keys[:, :, first:last] = k_BHTE
+        self.values[:, :, first:last] = v_BHTE
+        return self.keys[:, :, :last], self.values[:, :, :last]
 
 
 class Attention(Initialised):
@@ -128,17 +131,18 @@ class Attention(Initialised):
         parameter.normal_(0.0, self.out_std if name == "out.weight" else self.std, generator=generator)
 
     def forward(
-        self, c_BTD: Float[Tensor, "B T D"], memory: KeyValues | None = None, slots: Slots | None = None
+        self, c_BTD: Float[Tensor, "B T D"], remember: Remember | None = None, slots: Slots | None = None
     ) -> Float[Tensor, "B T D"]:
         heads = (*c_BTD.shape[:2], self.heads, self.head_dim)
         rotary, angles = self._rotary[0], None if slots is None else slots.angles
         q_BHTE = self.query_norm(rotary(self.query(c_BTD).view(heads), angles)).transpose(1, 2)
         k_BHTE = self.key_norm(rotary(self.key(c_BTD).view(heads), angles)).transpose(1, 2)
         v_BHTE = self.value(c_BTD).view(heads).transpose(1, 2)
-        visible, causal = None, True
-        if memory is not None and slots is not None:
-            k_BHTE, v_BHTE = memory.extend(k_BHTE, v_BHTE, slots)
-            visible, causal = slots.visible, slots.visible is None and slots.last - slots.first > 1
+        if remember is not None:
+            k_BHTE, v_BHTE = remember(k_BHTE, v_BHTE)
+        visible = None if slots is None else slots.visible
+        # Of one token the kernel would take the first key for its own.
+        causal = visible is None and (slots is None or c_BTD.shape[1] > 1)
         y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=visible, is_causal=causal)
         return self.out_norm(self.out(y_BHTE.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 

@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, V value channels, D model width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -101,6 +101,11 @@ class GPTConfig(Settings):
         return 1 / math.sqrt(self.dim) if self.embedding_std is None else self.embedding_std
 
 
+Given = tuple[tuple[Any, ...], dict[str, InputMap]]
+"""What a layer is called with beside the state: its attention's `remember` and `slots`, and input maps by the names of
+its residuals."""
+
+
 class GPTOutput(NamedTuple):
     logits: Tensor
     """(B, T, vocabulary)."""
@@ -120,19 +125,24 @@ def label_loss(logits: Float[Tensor, "B T vocabulary"], labels: Int[Tensor, "B T
     return total / (targets != -1).sum().clamp(min=1)
 
 
-class Embedding(Initialised):
+class Embedding(nn.Embedding, Initialised):
     """Token vectors, N(0, std^2); the head is tied to them."""
 
     def __init__(self, vocab_size: int, dim: int, std: float) -> None:
-        super().__init__()
+        # Without numbers: nn.Embedding would draw a start from torch's generator.
+        super().__init__(vocab_size, dim, _weight=torch.empty(vocab_size, dim))
         self.std = std
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew from a seed drawn of torch's generator, for tools that ask every layer to."""
+        initialise(self, int(torch.randint(2**62, (), device="cpu")))
 
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
         parameter.normal_(0.0, self.std, generator=generator)
 
-    def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
-        return F.embedding(ids, self.weight)
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, std={self.std:.4g}"
 
 
 def layer_branches(config: GPTConfig, rotary: Rotary) -> tuple[nn.Module, nn.Module]:
@@ -204,7 +214,22 @@ class GPT(nn.Module):
         """How the head reads the state."""
         return InputMap(self.stream.readout, self.norm)
 
-    def links(self, given: Sequence[tuple[tuple[Any, ...], dict[str, InputMap]]] | None = None) -> list[Link]:
+    def read(
+        self,
+        x: Float[Tensor, "B T D"],
+        given: Sequence[Given] | None = None,
+        head: InputMap | None = None,
+        extend: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """What the head sees of embedded tokens: their state through every residual, read by `head`.
+
+        `given` (of each layer), `head` and `extend` (what sets the embeddings before into an embedding convolution)
+        are those of cached decoding.
+        """
+        state = self.stream.expand(x) if extend is None else self.stream.expansion(x, extend)
+        return advance(state, self.links(given), head or self.head()).read()
+
+    def links(self, given: Sequence[Given] | None = None) -> list[Link]:
         """The residuals as a chain; a layer with hooks, in a wrapper (checkpoints, torch.compile) or sharded, whose
         parameters are whole only while it runs, is one link. What is `given` to each layer is cached decoding's."""
         links: list[Link] = []
@@ -229,6 +254,5 @@ class GPT(nn.Module):
             raise UserError(
                 f"the model's context is {self.config.context} tokens, got {input_ids.shape[1]}; cut the input."
             )
-        state = self.stream.expand(self.embedding(input_ids))
-        logits = F.linear(advance(state, self.links(), self.head()).read(), self.embedding.weight)
+        logits = F.linear(self.read(self.embedding(input_ids)), self.embedding.weight)
         return GPTOutput(logits, None if labels is None else label_loss(logits, labels))
