@@ -14,7 +14,7 @@ from rich.console import Console
 
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.lab.analysis.results import RewriteSummary, StudyResults, load_results
+from deepdelta.lab.analysis.results import NGram, RewriteSummary, StudyResults, load_results
 from deepdelta.lab.analysis.statistics import paired
 from deepdelta.lab.views import figures as pictures
 from deepdelta.lab.views import render_study, summarise, write_report
@@ -40,6 +40,13 @@ def test_three_forms_show_the_same_cells(results: StudyResults) -> None:
         assert "…" not in shown
         if width == 200:
             assert all(line in shown for row in cells.rows for cell in row for line in cell.split("\n"))
+
+
+def test_counted_ngrams_stand_under_the_networks() -> None:
+    cells = main_table(anew(study(), ngram=NGram(order=5, losses={0: 1.5, 2: 1.7})))
+    assert cells.rows[-1][:4] == ("5-gram\n(counted)", "1.6000", "1.5000\n-\n1.7000", "-")
+    assert any("counted on each seed's own training batches" in note for note in cells.notes)
+    assert len(main_table(study()).rows) == len(cells.rows) - 1
 
 
 def test_cells_are_the_numbers_of_the_study() -> None:

@@ -186,6 +186,18 @@ class ConditionResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NGram:
+    """n-grams counted on the training batches of the study's seeds, asked on its validation tokens: a floor to clear.
+
+    Fields:
+        order: n. losses: nats per token by seed, of `measure.ngram.WittenBell`.
+    """
+
+    order: int
+    losses: dict[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurements(Stored):
     """All that a study measured. Times are ISO 8601."""
 
@@ -203,6 +215,8 @@ class Measurements(Stored):
     factorials: dict[str, Factorial] = field(default_factory=dict)
     power: Power | None = None
     exploratory: bool = False
+    ngram: NGram | None = None
+    """None where ids are too many to count, or runs too long."""
 
     def __post_init__(self) -> None:
         names = [condition.name for condition in self.conditions]

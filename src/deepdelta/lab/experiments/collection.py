@@ -1,15 +1,18 @@
 """From records to the results of a study."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from deepdelta.data import Corpus
+import numpy as np
+
+from deepdelta.data import Corpus, batch, spread
 from deepdelta.lab.analysis.comparisons import analyse
 from deepdelta.lab.analysis.results import (
     Budget,
     BudgetName,
     ConditionResult,
     Measurements,
+    NGram,
     RunResult,
     StudyResults,
     Tuned,
@@ -19,12 +22,17 @@ from deepdelta.lab.analysis.results import Corpus as CorpusResult
 from deepdelta.lab.experiments.config import Comparison
 from deepdelta.lab.experiments.record import RunRecord, merged_rewrites
 from deepdelta.lab.measure.cost import Cost
+from deepdelta.lab.measure.ngram import WittenBell
 from deepdelta.models import parameter_count
 from deepdelta.models.flops import training_flops_per_token
 from deepdelta.provenance import now, provenance
+from deepdelta.training import TrainConfig
 
 Records = Mapping[tuple[str, int, BudgetName], RunRecord]
 """Records by condition, seed and budget."""
+
+NGRAM, NGRAM_TOKENS = 5, 1 << 24
+"""The longest n-gram that is counted, and the most tokens of a run that are."""
 
 CURVE_POINTS, FEWEST_POINTS = 4000, 12
 """Points of all curves together besides validations, and of each at least: what keeps results.json small."""
@@ -68,8 +76,38 @@ def collect(
         factorials=config.factorials,
         power=config.power,
         exploratory=config.exploratory,
+        ngram=counted(settings, corpus, config.seeds),
     )
     return analyse(measured)
+
+
+def counted(settings: TrainConfig, corpus: Corpus, seeds: Sequence[int]) -> NGram | None:
+    """The loss of NGRAM-grams counted on what runs of these settings read; None where that is too much."""
+    vocabulary, context = settings.model.vocab_size or corpus.vocab_size, settings.model.context
+    too_long = settings.steps * settings.tokens_per_step > NGRAM_TOKENS
+    if vocabulary**NGRAM >= 1 << 63 or too_long or len(corpus.validation) <= context:
+        return None
+    asked = spread(corpus.validation, context=context, limit=settings.final_eval_tokens or len(corpus.validation))
+    losses = {}
+    for seed in seeds:
+        read = (
+            window
+            for step in range(settings.steps)
+            for inputs, labels in [
+                batch(
+                    corpus.train,
+                    seed=seed,
+                    step=step,
+                    rank=0,
+                    batch_size=settings.batch_size * settings.accumulate,
+                    context=context,
+                )
+            ]
+            for window in np.concatenate([inputs.numpy(), labels[:, -1:].numpy()], axis=1)
+        )
+        losses[seed] = WittenBell(read, order=NGRAM, vocabulary=vocabulary).loss(asked.numpy())
+    corpus.check_unchanged()
+    return NGram(order=NGRAM, losses=losses)
 
 
 def _condition(

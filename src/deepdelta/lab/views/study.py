@@ -89,7 +89,21 @@ def main_table(results: StudyResults) -> TextTable:
         rounds = "Tokens/s relative to the baseline: median and extremes of interleaved rounds."
         peak = "Peak of allocated tensors in a training step relative to the baseline."
         columns += [Column("speed", rounds, speed, spare=2), Column("memory", peak, memory, spare=3)]
-    return table_of(results.conditions, columns, notes=_notes(results, intervals, costs))
+    table = table_of(results.conditions, columns, notes=_notes(results, intervals, costs))
+    return replace(table, rows=(*table.rows, *_ngram_row(results, columns)))
+
+
+def _ngram_row(results: StudyResults, columns: Sequence[Column]) -> list[tuple[str, ...]]:
+    """What counted n-grams have, under the networks."""
+    if (found := results.ngram) is None:
+        return []
+    losses = {seed: f"{loss:.4f}" for seed, loss in found.losses.items()}
+    cells = {
+        "condition": f"{found.order}-gram\n(counted)",
+        "loss": f"{fmean(found.losses.values()):.4f}",
+        "by seed": "\n".join(losses.get(seed, ABSENT) for seed in results.seeds),
+    }
+    return [tuple(cells.get(column.title, ABSENT) for column in columns)]
 
 
 def render_study(results: StudyResults, width: int | None = None) -> Table:
@@ -281,6 +295,11 @@ def _notes(results: StudyResults, intervals: bool, costs: bool) -> tuple[str, ..
         notes.append("A diverged run is in no mean and no change.")
     if results.budgets != ("tokens",):
         notes.append(f"All conditions at equal {results.budgets[0]}.")
+    if results.ngram is not None:
+        notes.append(
+            f"The {results.ngram.order}-grams (Witten-Bell) are counted on each seed's own training batches and asked "
+            "on the same windows."
+        )
     if (steps := results.budget.start_steps) is not None:
         notes.append(f"All runs of a seed go on from the weights of one run of {steps:,} steps, not counted.")
     return (*notes, *_notes_of_design(results))
