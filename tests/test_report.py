@@ -14,13 +14,13 @@ from rich.console import Console
 
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
-from deepdelta.lab.analysis.results import NGram, RewriteSummary, StudyResults, load_results
+from deepdelta.lab.analysis.results import NGram, Primary, RewriteSummary, StudyResults, load_results
 from deepdelta.lab.analysis.statistics import paired
 from deepdelta.lab.views import figures as pictures
 from deepdelta.lab.views import render_study, summarise, write_report
 from deepdelta.lab.views.page import render_page
 from deepdelta.lab.views.study import main_table
-from deepdelta.lab.views.tables import markdown_table, si
+from deepdelta.lab.views.tables import markdown_table, si, verdict
 from report_samples import HOSTILE, Page, anew, bare, flat, many_seeds, markdown_rows, plain, run, study
 from tiny_runs import without_curves
 
@@ -47,6 +47,16 @@ def test_counted_ngrams_stand_under_the_networks() -> None:
     assert cells.rows[-1][:4] == ("5-gram\n(counted)", "1.6000", "1.5000\n-\n1.7000", "-")
     assert any("counted on each seed's own training batches" in note for note in cells.notes)
     assert len(main_table(study()).rows) == len(cells.rows) - 1
+
+
+def test_the_primary_contrast_comes_first_with_what_was_written_before_it() -> None:
+    results = anew(many_seeds(), primary=Primary(condition="write only", refuted="it is above 0", stop="six seeds"))
+    finding = verdict(next(one for one in results.contrasts if one.condition == "write only").comparison)
+    assert results.answer is not None
+    assert summarise(results).headline.startswith(f"The primary contrast, write only against additive: {finding}. ")
+    note = "primary contrast write only against additive; refuted if it is above 0; stop rule: six seeds."
+    assert any(note in one for one in main_table(results).notes)
+    assert many_seeds().answer is None and "primary" not in summarise(many_seeds()).headline
 
 
 def test_cells_are_the_numbers_of_the_study() -> None:

@@ -251,3 +251,15 @@ def test_errors_of_the_command(
     said = capsys.readouterr().err
     assert ended.value.code == 2 and message in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_primary_contrast_is_one_that_the_study_makes(tmp_path: Path) -> None:
+    table = '\n[primary]\ncondition = "delta"\nrefuted = "above 0"\nstop = "two seeds"\n\n[train]\nsteps'
+    assert study(tmp_path, ("\n[train]\nsteps", table)).primary.stop == "two seeds"
+    refused(
+        "condition must be one besides the baseline, got 'plain'",
+        tmp_path,
+        ("\n[train]\nsteps", table.replace('"delta"', '"plain"')),
+    )
+    other = table.replace("refuted", 'reference = "delta"\nrefuted')
+    refused("delta is compared with the baseline and its control, got 'delta'", tmp_path, ("\n[train]\nsteps", other))

@@ -148,6 +148,11 @@ def _plan(study: StudyConfig, out: Path, workers: int | None) -> Plan:
     """Refuse what can be refused before there are files."""
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}.")
+    if isinstance(study, Comparison) and study.primary is None:
+        show(
+            f"warning: study {study.name} has no table 'primary': without a comparison named beforehand, what would "
+            "refute it and a stop rule, what comes out best looks better than it is (docs/studies.md#comparisons)"
+        )
     require("studies", "lab", "scipy", "jinja2", "plotly", "matplotlib")
     settings = study.train_config(study.baseline, study.seeds[0])
     corpus = load_corpus(replace(settings.data, held_out="validation"), progress=show)

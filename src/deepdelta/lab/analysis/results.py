@@ -138,6 +138,22 @@ class Power:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Primary:
+    """What a study was made to find out, written down before it runs.
+
+    Fields:
+        condition, reference: the comparison that answers; None: with the baseline.
+        refuted: what result would refute the hope behind it, in words and numbers.
+        stop: when the study ends, such as "eight seeds, once".
+    """
+
+    condition: str
+    reference: str | None = None
+    refuted: str
+    stop: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Extrapolate:
     """Carry the fitted laws to so many training FLOPs; with a floor, L = floor + b C^-a instead of L = b C^-a."""
 
@@ -215,6 +231,7 @@ class Measurements(Stored):
     factorials: dict[str, Factorial] = field(default_factory=dict)
     power: Power | None = None
     exploratory: bool = False
+    primary: Primary | None = None
     ngram: NGram | None = None
     """None where ids are too many to count, or runs too long."""
 
@@ -293,6 +310,14 @@ class StudyResults(Measurements):
         """The contrasts with the baseline at the study's first budget, one per condition at most."""
         wanted = (self.baseline, self.budgets[0])
         return tuple(one for one in self.contrasts if (one.reference, one.budget) == wanted)
+
+    @property
+    def answer(self) -> Contrast | None:
+        """The primary contrast at the first budget; None where none was named."""
+        if (one := self.primary) is None:
+            return None
+        wanted = (one.condition, one.reference or self.baseline, self.budgets[0])
+        return next(own for own in self.contrasts if (own.condition, own.reference, own.budget) == wanted)
 
     def save(self, path: AnyPath) -> None:
         """Write the file atomically, without the curves, which the records of the runs hold."""

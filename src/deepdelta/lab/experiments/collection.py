@@ -76,6 +76,7 @@ def collect(
         factorials=config.factorials,
         power=config.power,
         exploratory=config.exploratory,
+        primary=config.primary,
         ngram=counted(settings, corpus, config.seeds),
     )
     return analyse(measured)

@@ -12,7 +12,7 @@ from deepdelta.config import Count, Distinct, Seeds, Settings, from_plain, merge
 from deepdelta.errors import UserError, nearest, unknown
 from deepdelta.files import FORMAT, check_format, parse, read_object
 from deepdelta.lab.analysis.factorial import design
-from deepdelta.lab.analysis.results import BudgetName, Extrapolate, Factorial, Power
+from deepdelta.lab.analysis.results import BudgetName, Extrapolate, Factorial, Power, Primary
 from deepdelta.lab.analysis.statistics import seeds_needed
 from deepdelta.models import GPTConfig, parameter_count
 from deepdelta.training import TrainConfig
@@ -174,6 +174,8 @@ class Comparison(StudyConfig):
     power: Power | None = None
     exploratory: bool = False
     """Allow fewer seeds than `power` asks for; every table then says so."""
+    primary: Primary | None = None
+    """The comparison that answers the question, what would refute it, and when the study ends."""
     start: dict[str, Any] | None = None
     """Changes of the baseline's settings for a run per seed that is trained first; others go on from its weights."""
 
@@ -183,6 +185,13 @@ class Comparison(StudyConfig):
     def check(self) -> None:
         if self.start is not None:
             self.check_start(self.start)
+        if (one := self.primary) is not None:
+            others = [name for name in self.conditions if name != self.baseline]
+            check_known("the primary contrast's condition must be one besides the baseline", one.condition, others)
+            known = [name for name in (self.baseline, self.conditions[one.condition].control) if name is not None]
+            check_known(
+                f"{one.condition} is compared with the baseline and its control", one.reference or self.baseline, known
+            )
         for title, factorial in self.factorials.items():
             design(title, factorial, {name: condition.factors for name, condition in self.conditions.items()})
         if self.power is not None and not self.exploratory:

@@ -306,7 +306,18 @@ def _notes(results: StudyResults, intervals: bool, costs: bool) -> tuple[str, ..
 
 
 def _notes_of_design(results: StudyResults) -> tuple[str, ...]:
-    """What every table of the study says about its number of seeds."""
+    """What every table of the study says about its plan: primary contrast, stop rule, number of seeds."""
+    return (*_notes_of_primary(results), *_notes_of_seeds(results))
+
+
+def _notes_of_primary(results: StudyResults) -> tuple[str, ...]:
+    if (one := results.primary) is None:
+        return ()
+    compared = f"{one.condition} against {one.reference or results.baseline}"
+    return (f"Written before it ran: primary contrast {compared}; refuted if {one.refuted}; stop rule: {one.stop}.",)
+
+
+def _notes_of_seeds(results: StudyResults) -> tuple[str, ...]:
     power, needed = results.power, results.seeds_needed
     if power is None or needed is None:
         return ("Exploratory.",) if results.exploratory else ()

@@ -20,10 +20,16 @@ class Summary:
 def summarise(results: StudyResults) -> Summary:
     """What came out, in plain English."""
     return Summary(
-        headline=_headline(results),
+        headline=" ".join(filter(None, (_answer(results), _headline(results)))),
         verdicts=tuple((one.condition, verdict(one.comparison)) for one in results.against_baseline()),
         remarks=tuple(filter(None, (_runs(results), _costs(results), _gates(results)))),
     )
+
+
+def _answer(results: StudyResults) -> str:
+    if (one := results.answer) is None:
+        return ""
+    return f"The primary contrast, {one.condition} against {one.reference}: {verdict(one.comparison)}."
 
 
 def _headline(results: StudyResults) -> str:
