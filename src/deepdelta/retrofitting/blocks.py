@@ -4,10 +4,10 @@ Names of the network's parameters stay as they are, nothing of it is copied, and
 be taken back.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -16,6 +16,7 @@ from deepdelta.config import to_plain
 from deepdelta.errors import UserError
 from deepdelta.nn import DeltaResidual, DeltaStream
 from deepdelta.retrofitting.config import RetrofitConfig
+from deepdelta.retrofitting.describing import full_name
 from deepdelta.retrofitting.places import join
 
 MARK = "deepdelta_retrofit"
@@ -24,6 +25,20 @@ MARK = "deepdelta_retrofit"
 
 class Absent:
     """Stands for an attribute that was not there; a class, which a deep copy leaves the same."""
+
+
+class Opening(NamedTuple):
+    """A residual on its way: what it read of the state, and what is left to do."""
+
+    x_in: Tensor
+    """The compressed state."""
+    c: Tensor
+    """What the branch reads: x_in, or its norm by a norm of the network's own."""
+    rewrite: Callable[[Tensor], Tensor]
+    """The branch's output to the state after it."""
+
+
+_NONE = nn.Identity()
 
 
 class Deltas(nn.Module):
@@ -62,11 +77,21 @@ class Deltas(nn.Module):
             return x
         return self._entry[0].expand(x)
 
-    def open(
-        self, name: str, state: Tensor, norm: nn.Module | None = None
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """What the branch `name` reads, and the function that takes its output to the state after it."""
-        return self._residual(name).open(state, norm)
+    def open(self, name: str, state: Tensor, norm: nn.Module | None = None) -> "Opening":
+        """What the branch `name` reads, and the function that takes its output to the state after it.
+
+        A `norm` of the network's own stands between its reading and both branch and gate; without one, the residual's
+        own, if it has one, is for the gate and W alone.
+        """
+        residual = self._residual(name)
+        layout, input_map = residual.layout, residual.input_map()
+        if norm is not None:
+            input_map = input_map._replace(norm=_NONE)
+        given = residual.opened(state, input_map, norm)
+        assert given.x_in is not None
+        x_in = layout.outward(given.x_in)
+        c = x_in if norm is None else layout.outward(given.read())
+        return Opening(x_in, c, lambda h: residual.closed(residual.rewrite(given, h)))
 
     def read(self, name: str, state: Tensor) -> Tensor:
         """The vectors that a residual reads of the state, before any norm."""
@@ -212,17 +237,14 @@ def place(new: nn.Module, beside: nn.Module) -> None:
     new.train(beside.training).to(like.device, like.dtype)
 
 
-def full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def check_blocks(owner: nn.Module, blocks: list[nn.Module], known: Mapping[str, type[DeltaBlock]]) -> None:
+def check_blocks(owner: nn.Module, blocks: list[nn.Module], known: Iterable[str]) -> None:
     """Every block must be of a class that is known exactly: a subclass may compute something else.
 
     Raises:
         UserError: no blocks, a block of another class, one whose forward was replaced, or one in several places.
     """
-    here, names = type(owner).__name__, ", ".join(name.rpartition(".")[2] for name in known)
+    here, known = type(owner).__name__, list(known)
+    names = ", ".join(name.rpartition(".")[2] for name in known)
     if not blocks:
         raise UserError(f"retrofit needs a {here} with at least one block, got one with none.")
     for block in blocks:

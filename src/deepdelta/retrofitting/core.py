@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from deepdelta.config import from_plain
-from deepdelta.errors import UserError, nearest
+from deepdelta.errors import UserError
 from deepdelta.nn.presets import PRESETS, preset_named
-from deepdelta.retrofitting.blocks import Job, full_name, has_own_forward
+from deepdelta.retrofitting.blocks import Deltas, Job, has_own_forward
 from deepdelta.retrofitting.config import RetrofitConfig, RetrofitOptions, RetrofitReport
+from deepdelta.retrofitting.described import retrofit_stack
+from deepdelta.retrofitting.describing import full_name
 from deepdelta.retrofitting.encoder import retrofit_encoder, retrofit_layer
+from deepdelta.retrofitting.families import STACKS
 from deepdelta.retrofitting.gpt import retrofit_gpt
-from deepdelta.retrofitting.huggingface import retrofit_h, retrofit_layers
 from deepdelta.retrofitting.places import named, places
 from deepdelta.retrofitting.resnet import retrofit_resnet
 
@@ -23,17 +25,13 @@ Model = TypeVar("Model", bound=nn.Module)
 Adapter = Callable[[nn.Module, Job], None]
 
 _TORCH = "torch.nn.modules.transformer."
-FAMILIES: dict[str, Adapter] = {
-    "transformers.models.llama.modeling_llama.LlamaModel": retrofit_layers,
-    "transformers.models.qwen3.modeling_qwen3.Qwen3Model": retrofit_layers,
-    "transformers.models.gpt2.modeling_gpt2.GPT2Model": retrofit_h,
-    "transformers.models.vit.modeling_vit.ViTModel": retrofit_layers,
+ADAPTERS: dict[str, Adapter] = {
     "torchvision.models.resnet.ResNet": retrofit_resnet,
     f"{_TORCH}TransformerEncoder": retrofit_encoder,
     f"{_TORCH}TransformerEncoderLayer": retrofit_layer,
     "deepdelta.models.gpt.GPT": retrofit_gpt,
 }
-"""The modules that run blocks one after another, by full name: their libraries need not be installed."""
+"""The modules that run blocks whose forward no table says, by full name: their libraries need not be installed."""
 
 REFUSED = {
     f"{_TORCH}TransformerDecoder": "its layers also attend to a memory; retrofit the encoder alone",
@@ -73,8 +71,9 @@ def retrofit(
     keep names, values and identity.
 
     Args:
-        model: a model that holds a Llama, Qwen3, GPT-2 or ViT of transformers, a torchvision ResNet, an
-            nn.TransformerEncoder (or layers of one), or a `deepdelta.GPT` with plain residuals.
+        model: a model that holds a network of transformers that `retrofitting/families.py` has a table for (Llama,
+            Mistral, Gemma, GPT-2, BERT, T5, ViT and others), or one that was described to `retrofitting.register`; a
+            torchvision ResNet, an nn.TransformerEncoder (or layers of one), or a `deepdelta.GPT` with plain residuals.
         value_channels: V.
         preset: one of `deepdelta.PRESETS` that starts as the plain residual: `retrofit`.
         options: the other fields of `RetrofitConfig`: trainable, gate, erase_init, seed and so on.
@@ -102,7 +101,10 @@ def retrofit(
     before, keys = list(model.parameters()), set(places(model, {}))
     try:
         for module, name in found:
-            FAMILIES[name](module, job)
+            if name in ADAPTERS:
+                ADAPTERS[name](module, job)
+            else:
+                retrofit_stack(module, STACKS[name], job)
     except BaseException:
         job.undo()
         raise
@@ -177,7 +179,7 @@ def record_of(model: nn.Module) -> Retrofitted:
 
 def _refuse_again(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if hasattr(module, ATTRIBUTE) or full_name(type(module)).endswith("retrofitting.blocks.Deltas"):
+        if hasattr(module, ATTRIBUTE) or isinstance(module, Deltas):
             where = f"its module '{name}'" if name else "the model"
             raise UserError(
                 f"{where} has been retrofitted already; call deepdelta.undo_retrofit on it first to change options."
@@ -192,7 +194,7 @@ def _stacks(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         for name, reason in REFUSED.items():
             if name in bases:
                 raise UserError(f"retrofit does not know {_short(name)} ('{path}'): {reason}.")
-        name = next((name for name in bases if name in FAMILIES), "")
+        name = next((name for name in bases if name in ADAPTERS or name in STACKS), "")
         if not name or module in inside:
             continue
         if type(module).forward is not bases[name].forward or has_own_forward(module):
@@ -205,16 +207,15 @@ def _stacks(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _nothing_found(model: nn.Module) -> str:
-    kind, known = type(model).__name__, sorted(map(_short, FAMILIES))
+    kind, known = type(model).__name__, sorted(map(_short, (*ADAPTERS, *STACKS)))
     if any(full_name(base) in TRACED for module in model.modules() for base in type(module).__mro__):
         return (
             f"retrofit cannot see blocks in {kind}, which was traced or scripted to a graph: retrofit the module that "
             f"it was made from. It looks for the modules {', '.join(known)}."
         )
-    close = nearest(kind, known).replace(f"known are: {', '.join(known)}.", "")
     return (
-        f"retrofit knows no residual structure in {kind}: it looked for the modules {', '.join(known)}. "
-        f"{close + ' ' if close else ''}Wrap its branches with deepdelta.DeltaStream."
+        f"retrofit knows no residual structure in {kind}: it looked for the modules {', '.join(known)}. Describe its "
+        "blocks with deepdelta.retrofitting.register, or wrap its branches with deepdelta.DeltaStream."
     )
 
 

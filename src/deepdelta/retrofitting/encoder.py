@@ -32,10 +32,10 @@ class EncoderBlock(DeltaBlock):
         padding = F._canonical_mask(src_key_padding_mask, "src_key_padding_mask", floating, "src_mask", src.dtype)
         mask = F._canonical_mask(src_mask, "src_mask", None, "", src.dtype, False)
         state, first = self.delta.enter(src), layer.norm_first
-        c, rewrite = self.delta.open("attention", state, layer.norm1 if first else None)
+        _, c, rewrite = self.delta.open("attention", state, layer.norm1 if first else None)
         state = rewrite(layer._sa_block(c, mask, padding, is_causal))
         state = state if first else layer.norm1(state)
-        c, rewrite = self.delta.open("feed_forward", state, layer.norm2 if first else None)
+        _, c, rewrite = self.delta.open("feed_forward", state, layer.norm2 if first else None)
         state = rewrite(layer._ff_block(c))
         return self.delta.leave(state if first else layer.norm2(state))
 

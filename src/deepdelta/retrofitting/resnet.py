@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from deepdelta.errors import UserError
-from deepdelta.retrofitting.blocks import DeltaBlock, Deltas, Job, check_blocks, full_name
+from deepdelta.retrofitting.blocks import DeltaBlock, Deltas, Job, check_blocks
+from deepdelta.retrofitting.describing import full_name
 
 
 class ResNetBlock(DeltaBlock):
@@ -27,15 +28,14 @@ class ResNetBlock(DeltaBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.delta.enter(x)
-        if self.downsample is None:
-            x_in = self.delta.read("convolutions", state)
-        else:
+        x_in = None
+        if self.downsample is not None:
             before = self.delta.before
             assert before is not None
             x_in = before.reduce(state)
             state = before.map_channels(self.downsample, state)
-        _, rewrite = self.delta.open("convolutions", state)
-        new = rewrite(self.branch(x_in))
+        opening = self.delta.open("convolutions", state)
+        new = opening.rewrite(self.branch(opening.x_in if x_in is None else x_in))
         # The block's own ReLU works in place, on what the backward pass may still need.
         return self.delta.leave(torch.relu(new) if isinstance(self.relu, nn.ReLU) else self.relu(new))
 
