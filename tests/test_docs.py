@@ -180,6 +180,12 @@ def test_the_budget_named_beside_the_numbers() -> None:
     assert f"{config.steps * config.batch_size * config.accumulate * config.model.context / 1e6:.1f} million" in text
 
 
+def test_every_promise_names_a_test_that_there_is() -> None:
+    for promise, test, _ in table(DOCS / "reliability.md", "promise"):
+        file, _, name = quoted(test)[0].partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), promise
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings: lower case, punctuation dropped, spaces to hyphens."""
     headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)

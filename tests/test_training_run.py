@@ -276,7 +276,7 @@ def test_init_from_takes_the_weights_and_no_optimiser_state(
     def stop(self: object) -> None:
         raise UserError("stopped")
 
-    monkeypatch.setattr("deepdelta.training.loop.Trainer.run_steps", stop)
+    monkeypatch.setattr("deepdelta.training.trainer.Trainer.run_steps", stop)
     with pytest.raises(UserError, match="stopped"):
         quietly(config(source, seed=5), tmp_path / "new", init_from=finished)
     new, old = tensors(tmp_path / "new"), tensors(finished)

@@ -27,7 +27,7 @@ from deepdelta.lab.experiments.config import StudyConfig, load_study
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
 from deepdelta.lab.experiments.run import Run
 from deepdelta.training import RunDirectory, TrainConfig, train
-from deepdelta.training.loop import Trained
+from deepdelta.training.trainer import Trained
 
 WORDS = "def return import class self for while if else the of and state gate write erase €".split()
 ENVIRONMENT = os.environ | {

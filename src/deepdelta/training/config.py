@@ -51,6 +51,8 @@ class TrainConfig(Settings):
     """On matrices and embeddings; never on gates, biases, norms and reads."""
     clip: Positive = 1.0
     """Largest gradient norm."""
+    not_finite: Count = 3
+    """A step whose loss or gradient is not finite changes nothing and is counted; so many in a row stop the run."""
     eval_every: Count = 250
     """Steps between validations on `eval_tokens`."""
     eval_tokens: Count = 65536

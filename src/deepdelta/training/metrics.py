@@ -12,10 +12,17 @@ from deepdelta.files import naming, parse
 
 ROWS: tuple[frozenset[str], ...] = (
     frozenset({"step", "loss", "lr", "gradient_norm", "seconds"}),
+    frozenset({"step", "skipped", "lr", "seconds"}),
     frozenset({"step", "validation_loss", "validation_tokens", "final", "seconds"}),
     frozenset({"step", "diverged"}),
 )
-"""What a line holds at least, all of it numbers: of a step, of a validation after it, of a step that cannot be made."""
+"""What a line holds at least, all of it numbers: of a step, of one whose loss or gradient was not finite (with how many
+the run has had), of a validation after it, of a step that cannot be made."""
+
+
+def is_step(row: Mapping[str, Any]) -> bool:
+    """Whether the line is of a step that was made, or skipped."""
+    return "loss" in row or "skipped" in row
 
 
 def append_json(file: Path, row: Mapping[str, Any]) -> None:
@@ -38,11 +45,11 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             row = _row(line, file, f"line {number}")
-            expected = made + ("loss" in row or "diverged" in row)
+            expected = made + (is_step(row) or "diverged" in row)
             if row["step"] != expected:
                 how = f"must hold every step from 1 on, but line {number} is of step {row['step']}, not {expected}"
                 raise damaged(file, how)
-            made += "loss" in row
+            made += is_step(row)
             yield row
 
 

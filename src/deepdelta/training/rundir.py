@@ -27,12 +27,12 @@ from deepdelta.limits import check_memory
 from deepdelta.models import LanguageModel, language_model, least_bytes, parameter_count
 from deepdelta.tensors import check_finite, load_tensors, save_tensors
 from deepdelta.training.config import TrainConfig
-from deepdelta.training.metrics import damaged, last_row, read_rows
+from deepdelta.training.metrics import damaged, is_step, last_row, read_rows
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINT, UNUSED, LOCK = "checkpoint.safetensors", "unused_published.safetensors", ".lock"
 
-CHANGEABLE = ("steps", "cooldown", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every")
+CHANGEABLE = ("steps", "cooldown", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every", "not_finite")
 """What may differ when a run is continued: none of it touches the steps already made."""
 
 NUMERICS = ("versions", "machine", "threads", "device", "precision", "backend")
@@ -247,7 +247,7 @@ class RunDirectory:
             UserError: see `read_rows`; or steps up to `step` are missing.
         """
         kept = [row for row in self.metrics() if row["step"] <= step]
-        if (made := sum("loss" in row for row in kept)) != step:
+        if (made := sum(map(is_step, kept))) != step:
             raise damaged(
                 self.metrics_path, f"must hold the {step} steps that the checkpoint has behind it, but holds {made}"
             )

@@ -1,7 +1,7 @@
 """One training step: the same for training, for tasks, and wherever its cost is measured."""
 
-import math
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,38 @@ def micro_losses(
         yield loss
 
 
-def backward(losses: Iterable[Tensor]) -> float:
-    """Add the gradients of every share of a step's loss; their sum."""
-    total = 0.0
+class Made(NamedTuple):
+    """What a step gave, on its device until it is read."""
+
+    shares: Tensor
+    """The loss of each micro-batch, divided by their number."""
+    norm: Tensor
+    """Of the gradient, before clipping."""
+
+    def read(self) -> tuple[float, float]:
+        """The loss and the gradient norm; waits for the device."""
+        return sum(self.shares.tolist()), self.norm.item()
+
+
+def backward(losses: Iterable[Tensor]) -> Tensor:
+    """Add the gradients of every share of a step's loss; the shares."""
+    shares = []
     for loss in losses:
         loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.item()
-    return total
+        shares.append(loss.detach())
+    return torch.stack(shares)
 
 
-def update(model: nn.Module, optimizer: Optimizer, clip: float, loss: float = 0.0) -> float:
+def update(model: nn.Module, optimizer: Optimizer, clip: float, shares: Tensor | None = None) -> Tensor:
     """Clip the gradients, step where they and the loss are finite, and clear them; their norm before clipping."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-    if math.isfinite(loss) and math.isfinite(norm):
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    finite = norm.isfinite() if shares is None else norm.isfinite() & shares.isfinite().all()
+    if optimizer.defaults.get("fused"):
+        # As under torch.amp's GradScaler: where this is 1 the fused step leaves weights and state as they were, and
+        # the host need not wait for the device to know.
+        optimizer.found_inf = finite.logical_not().to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+    elif finite:
         optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -43,13 +62,13 @@ def update(model: nn.Module, optimizer: Optimizer, clip: float, loss: float = 0.
 
 def training_step(
     model: nn.Module, optimizer: Optimizer, losses: Iterable[Tensor], *, clip: float, rate: float | None = None
-) -> tuple[float, float]:
+) -> Made:
     """Backward and update, at the learning rate `rate` or the optimiser's own; the loss and the gradient norm.
 
-    Where one of them is not finite, the model stays as it was.
+    Where one of them is not finite, the model and the optimiser stay as they were.
     """
     if rate is not None:
         for group in optimizer.param_groups:
             group["lr"] = rate
-    loss = backward(losses)
-    return loss, update(model, optimizer, clip, loss)
+    shares = backward(losses)
+    return Made(shares, update(model, optimizer, clip, shares))

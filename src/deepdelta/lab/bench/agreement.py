@@ -26,8 +26,8 @@ def agreement(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float
 def loss_and_gradients(forward: nn.Module, owner: nn.Module, ids: Tensor, chosen: Device) -> dict[str, Tensor]:
     """The loss of `forward` on ids (B, T + 1), and the gradients of `owner`'s parameters, which are then cleared."""
     owner.zero_grad()
-    loss = torch.tensor(backward(micro_losses(forward, ids[:, :-1], ids[:, 1:], 1, chosen)), dtype=torch.float64)
-    found = {"loss": loss} | dict(_gradients(owner))
+    (loss,) = backward(micro_losses(forward, ids[:, :-1], ids[:, 1:], 1, chosen))
+    found = {"loss": loss.double()} | dict(_gradients(owner))
     owner.zero_grad()
     return found
 

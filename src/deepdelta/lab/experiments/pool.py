@@ -16,7 +16,7 @@ from deepdelta.errors import UserError
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.run import Run
 from deepdelta.progress import Reporter, reporting
-from deepdelta.training.loop import stop_signals
+from deepdelta.training.trainer import stop_signals
 
 POLL_SECONDS = 0.5
 

@@ -109,7 +109,8 @@ def fit(model: nn.Module, loss_of: Callable[[int], Tensor], recipe: Recipe, prog
     model.train()
     for step in range(recipe.steps):
         losses = (loss_of(step),)
-        check_loss(*training_step(model, optimizer, losses, clip=CLIP, rate=rate(step)), step, recipe.lr)
+        made = training_step(model, optimizer, losses, clip=CLIP, rate=rate(step))
+        check_loss(*made.read(), step, recipe.lr)
         progress(step + 1, recipe.steps)
     model.eval()
 

@@ -1,0 +1,274 @@
+"""One run from its last checkpoint to its last step.
+
+A step is a pure function of (weights, optimiser state, seed, step), so a run continues from its checkpoint bit for
+bit: no generator or loader has a state of its own.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deepdelta.data import Corpus, batch, windows
+from deepdelta.device import Device
+from deepdelta.errors import UserError
+from deepdelta.models import LanguageModel
+from deepdelta.progress import Reporter, duration, reporting
+from deepdelta.training.config import TrainConfig
+from deepdelta.training.evaluation import evaluate
+from deepdelta.training.health import Health, first_not_finite, health
+from deepdelta.training.metrics import append_json, is_step
+from deepdelta.training.optimizer import build_optimizer, learning_rate
+from deepdelta.training.rundir import RunDirectory
+from deepdelta.training.step import Made, micro_losses, training_step
+
+Say = Callable[[str], None]
+
+READ_EVERY = 16
+"""Steps on an accelerator whose numbers are read together, since whoever reads waits for the device."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a call of `train` ended."""
+
+    step: int
+    finished: bool
+    """False where a signal stopped it; the checkpoint holds the last step."""
+    validation_loss: float | None
+    """Nats per token after the last step; None where the run has not finished."""
+
+
+class _Unread(NamedTuple):
+    """A step whose numbers are still on the device."""
+
+    step: int
+    rate: float
+    made: Made
+
+
+class Trainer:
+    """One run from its last checkpoint to its last step."""
+
+    def __init__(
+        self, config: TrainConfig, run: RunDirectory, corpus: Corpus, chosen: Device, model: LanguageModel, say: Say
+    ) -> None:
+        self.config, self.run, self.corpus, self.chosen, self.model, self.say = config, run, corpus, chosen, model, say
+        self.optimizer = build_optimizer(model, config)
+        self.step, self.seconds = 0, 0.0
+        self.unread: list[_Unread] = []
+        self.read_every = 1 if chosen.device.type == "cpu" else READ_EVERY
+        self.began = 0.0
+        """When the first of them began."""
+        self.skipped, self.in_a_row = 0, 0
+        """Steps whose loss or gradient was not finite: of the run, and after the last that was."""
+        self.warned = config.model.residual.plain_start  # such gates are closed on purpose at first
+        self.saved: int | None = None
+        """The step of the last good checkpoint."""
+        self.forward: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+
+    def run_steps(self) -> Trained:
+        config = self.config
+        validation_loss = self._recorded_validation()
+        if self.step >= config.steps and validation_loss is not None:
+            self.say(f"{self.run.path} has all its {config.steps} steps; give more --steps to extend it.")
+            return Trained(self.step, True, validation_loss)
+        with stop_signals() as stopped, reporting(str(self.run.path), config.steps, self.step) as reporter:
+            stop = stopped()
+            while self.step < config.steps and not stop:
+                self._one_step()
+                last = self.step == config.steps
+                validates, saves = last or self.step % config.eval_every == 0, self.step % config.checkpoint_every == 0
+                if validates or saves or len(self.unread) == self.read_every:
+                    self._read(reporter)
+                if stop := stopped():
+                    self._read(reporter)
+                if validates:
+                    self._validate(config.eval_tokens, reporter, final=False)
+                if last or stop or saves:
+                    self.corpus.check_unchanged()
+                    # A step whose loss is not finite would be no place to go on from; the last one was validated.
+                    if last or self._next_is_finite():
+                        self.save()
+            if self.step < config.steps:
+                saved = "saved" if self.saved == self.step else f"saved at step {self.saved}"
+                self.say(f"Stopped at step {self.step} of {config.steps}, {saved}. The same command continues.")
+                return Trained(self.step, False, None)
+            validation_loss = self._validate(config.final_eval_tokens, reporter, final=True)
+        self.say(
+            f"Finished {config.steps} steps in {duration(self.seconds)}: validation loss {validation_loss:.4f} nats "
+            "per token."
+        )
+        return Trained(self.step, True, validation_loss)
+
+    def restore(self) -> None:
+        """Go back to the run's last checkpoint, and cut its metrics back to that step.
+
+        Raises:
+            UserError: the checkpoint or the metrics are damaged, or it is beyond the last step.
+        """
+        self.step, self.seconds = self.run.restore(self.model, self.optimizer)
+        self.saved = self.step
+        if self.step > self.config.steps:
+            raise UserError(
+                f"{self.run.path} is at step {self.step} already; steps={self.config.steps} must not be fewer."
+            )
+        self.run.cut_metrics(self.step)
+        for row in filter(is_step, self.run.metrics()):
+            self.skipped = row.get("skipped", self.skipped)
+            self.in_a_row = self.in_a_row + 1 if "skipped" in row else 0
+        self.say(f"Continuing {self.run.path} at step {self.step} of {self.config.steps}.")
+
+    def save(self) -> None:
+        with self._naming_the_last_good():
+            self.run.save_checkpoint(self.model, self.optimizer, self.step, self.seconds)
+        self.saved = self.step
+
+    def _record(self, row: dict[str, Any]) -> None:
+        with self._naming_the_last_good():
+            append_json(self.run.metrics_path, row)
+
+    @contextmanager
+    def _naming_the_last_good(self) -> Iterator[None]:
+        """What stops the writing, a full disk say, as the user's to mend, with the step that the run goes on from."""
+        try:
+            yield
+        except UserError as error:
+            if self.saved is None:
+                raise
+            raise UserError(f"{error} {self._last_good} Once that is mended, the same command continues.") from error
+
+    @property
+    def _last_good(self) -> str:
+        return f"The last good checkpoint is at step {self.saved} in {self.run.path}."
+
+    def _one_step(self) -> None:
+        config = self.config
+        if not self.unread:
+            self.began = time.perf_counter()
+        rate, losses = learning_rate(config, self.step), self._losses(self.forward, self.step)
+        made = training_step(self.model, self.optimizer, losses, clip=config.clip, rate=rate)
+        self.step += 1
+        self.unread.append(_Unread(self.step, rate, made))
+
+    def _read(self, reporter: Reporter) -> None:
+        """Record the steps whose numbers have not been read."""
+        if not self.unread:
+            return
+        found = [(step, rate, *made.read()) for step, rate, made in self.unread]
+        self.unread.clear()
+        spent = time.perf_counter() - self.began
+        self.seconds += spent
+        for step, rate, loss, norm in found:
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.in_a_row, numbers = 0, {"loss": loss, "lr": rate, "gradient_norm": norm}
+            else:
+                self._skip(step, f"the loss is {loss} and the gradient norm {norm}", reporter)
+                numbers = {"skipped": self.skipped, "lr": rate}
+            self._record({"step": step, **numbers, "seconds": round(self.seconds, 4)})
+        pace = len(found) * self.config.tokens_per_step / spent
+        reporter.update(self.step, f"loss {loss:.3f}  {pace:,.0f} tokens/s")
+
+    def _skip(self, step: int, what: str, reporter: Reporter) -> None:
+        """Count a step that changed nothing; stop at the last of `not_finite` in a row."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row < self.config.not_finite:
+            reporter.note(f"step {step}: {what}; skipped, the weights stay as they are")
+            return
+        name = first_not_finite(self.model, lambda: list(self._losses(self.model, step - 1)))
+        layer = f"the first layer whose output is not finite is '{name}'" if name else "every layer's output is finite"
+        row = f", {self.in_a_row} such steps in a row" if self.in_a_row > 1 else ""
+        raise self._diverged(f"{what} at step {step}{row} ({layer})", step)
+
+    def _losses(self, forward: nn.Module, step: int) -> Iterator[Tensor]:
+        """The share of each micro-batch in the loss of the step after `step`."""
+        config = self.config
+        self.corpus.check_mapped()
+        inputs, labels = batch(
+            self.corpus.train,
+            seed=config.seed,
+            step=step,
+            rank=0,
+            batch_size=config.batch_size * config.accumulate,
+            context=config.model.context,
+        )
+        return micro_losses(forward, inputs, labels, config.accumulate, self.chosen)
+
+    @torch.no_grad()
+    def _next_is_finite(self) -> bool:
+        """Whether the next step has a finite loss: only weights with which it has may replace the last good ones."""
+        return math.isfinite(next(self._losses(self.model, self.step)).item())
+
+    def _diverged(self, what: str, step: int) -> UserError:
+        self._record({"step": step, "diverged": True})
+        return UserError(
+            f"{what}: training diverged. {self._last_good} "
+            f"Lower lr (now {self.config.rate:g}) or clip, or lengthen warmup."
+        )
+
+    def _validate(self, tokens: int | None, reporter: Reporter, *, final: bool) -> float:
+        result = evaluate(
+            self.model,
+            self.corpus,
+            batch_size=self.config.batch_size,
+            device=self.chosen.device,
+            autocast=self.chosen.precision == "bf16",
+            tokens=tokens,
+        )
+        if not math.isfinite(result.loss):
+            raise self._diverged(f"the validation loss is {result.loss} after step {self.step}", self.step + 1)
+        row = {
+            "step": self.step,
+            "validation_loss": result.loss,
+            "validation_tokens": result.tokens,
+            "final": final,
+            "seconds": round(self.seconds, 4),
+        }
+        if not final and (found := self._health()):
+            row |= found.row
+            if found.warning and not self.warned:
+                self.warned = True
+                reporter.note(found.warning)
+        self._record(row)
+        reporter.note(f"step {self.step}: validation loss {result.loss:.4f} on {result.tokens:,} tokens")
+        return result.loss
+
+    def _health(self) -> Health | None:
+        """Of the first windows of the held-out text."""
+        config, device = self.config, self.chosen.device
+        ids, _ = next(windows(self.corpus.validation, context=config.model.context, batch_size=config.batch_size))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.chosen.precision == "bf16"):
+            return health(self.model, ids.to(device))
+
+    def _recorded_validation(self) -> float | None:
+        """The final validation at the present step, where the run has made it already."""
+        rows = [row for row in self.run.metrics() if row.get("final") and row["step"] == self.step]
+        return rows[-1]["validation_loss"] if rows else None
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has arrived: the step in progress is finished all the same; a second one interrupts."""
+    arrived = threading.Event()
+
+    def note(number: int, frame: object) -> None:
+        if arrived.is_set():
+            raise KeyboardInterrupt
+        arrived.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived.is_set
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield arrived.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
