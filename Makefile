@@ -2,6 +2,7 @@
 # make test    set up, then run the whole test suite on all cores
 # make matrix  set up, then try all 29,298 combinations of the residual's settings (about 20 minutes)
 # make test-browser   the pages that people look at, in a real browser (Debian's chromium, and npm for axe-core)
+# make test-hf  what transformers does with the models, at length (about a minute)
 # make figures   the pictures of docs/images, from real output (two small runs, Debian's chromium)
 # make docs    set up, then build the pages of docs/ as a site into build/site
 # make check   lint, format and types, without running anything
@@ -18,13 +19,16 @@ EXTRAS_docs := docs
 EXTRAS_browser := browser
 AXE := axe-core@4.14.1
 
-.PHONY: study test test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
+.PHONY: study test test-hf test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
 
 test: .venv/test.stamp .venv/torchvision.stamp
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+test-hf: .venv/test.stamp .venv/torchvision.stamp
+	$(BIN)/python -m pytest tests/test_hf_*.py -m "hf or not hf"
 
 # The pages in Debian's Chromium, with axe-core for what people with other senses need.
 test-browser: chromium .venv/test.stamp .venv/browser.stamp build/axe/package/axe.min.js

@@ -26,7 +26,7 @@ decoding
 data interop
 training
 retrofitting selfcheck planning
-explorer
+explorer hf
 lab.measure
 lab.analysis
 lab.audit
