@@ -70,7 +70,7 @@ def test_help_of_each_command(capsys: pytest.CaptureFixture[str], name: str) -> 
 
 
 def test_train_evaluate_generate_on_bytes(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
-    trained = out(capsys, "train", "--run", tmp_path / "run", *SHORT, "--data.source", source)
+    trained = out(capsys, "train", tmp_path / "run", *SHORT, "--data.source", source)
     assert "Device cpu (asked for), precision fp32, CPU threads: 1." in trained
     assert f"the text file {source}: 1 document" in trained and "split by position (the last 10.0%)" in trained
     final = rows(tmp_path / "run")[-1]
@@ -107,7 +107,7 @@ def test_generate_prints_the_prompt_first_and_then_each_piece(
 def test_bpe(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     bpe = ("--data.tokenizer", "bpe", "--data.bpe-vocab-size", "320")
-    trained = out(capsys, "train", "--run", run, *SHORT, "--data.source", source, *bpe)
+    trained = out(capsys, "train", run, *SHORT, "--data.source", source, *bpe)
     assert "Training a BPE of 320 ids" in trained and "validation tokens of 320 ids" in trained
     assert RunDirectory(run).config().model.vocab_size == 320
     model, tokenizer = load(run)
@@ -127,7 +127,7 @@ def test_bpe(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -
 def test_token_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ids, run = tmp_path / "ids.bin", tmp_path / "run"
     np.random.default_rng(0).integers(0, 60, 3000).astype("<u2").tofile(ids)
-    out(capsys, "train", "--run", run, *SHORT, "--data.source", ids, "--data.bin-vocab-size", "60")
+    out(capsys, "train", run, *SHORT, "--data.source", ids, "--data.bin-vocab-size", "60")
     assert not (run / "tokenizer.json").exists() and load(run).tokenizer is None
     printed = out(capsys, "evaluate", run)
     assert "bits per byte" not in printed and evaluated(printed)["tokens"] == 299
@@ -147,7 +147,7 @@ def test_folder(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
         (folder / f"part{number % 3}" / f"{number}.txt").write_text(text[number * 250 : (number + 1) * 250])
     (folder / "left.out").write_bytes(b"\xff" * 500)
     options = ("--data.source", folder, "--data.pattern", "**/*.txt", "--data.validation-fraction", "0.2")
-    trained = out(capsys, "train", "--run", tmp_path / "run", *SHORT, *options)
+    trained = out(capsys, "train", tmp_path / "run", *SHORT, *options)
     assert "12 documents" in trained and "split by document" in trained
     assert math.isfinite(evaluated(out(capsys, "evaluate", tmp_path / "run"))["loss"])
     (folder / "part0" / "0.txt").write_text("changed")
@@ -187,7 +187,7 @@ def test_options_beat_the_preset_and_the_preset_beats_the_file(
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_trains(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path, name: str) -> None:
-    out(capsys, "train", "--run", tmp_path, "--preset", name, *SHORT, "--steps", "2", "--data.source", source)
+    out(capsys, "train", tmp_path, "--preset", name, *SHORT, "--steps", "2", "--data.source", source)
     assert to_plain(RunDirectory(tmp_path).config().model.residual) == to_plain(PRESETS[name])
     assert load(tmp_path).model.config.residual == PRESETS[name]
 
@@ -196,13 +196,13 @@ def test_the_same_command_continues_and_more_steps_extend(
     capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
 ) -> None:
     write_json(tmp_path / "a.json", settings(source, steps=4))
-    typed = ("train", "--run", tmp_path / "run", "--config", tmp_path / "a.json")
+    typed = ("train", tmp_path / "run", "--config", tmp_path / "a.json")
     out(capsys, *typed)
     assert "has all its 4 steps; give more --steps to extend it." in out(capsys, *typed)
     assert "at step 4 of 6" in out(capsys, *typed, "--steps", "6")
     again = json.loads((tmp_path / "run" / "config.json").read_text())
     assert again["steps"] == 6
-    out(capsys, "train", "--run", tmp_path / "new", "--config", tmp_path / "a.json", "--init-from", tmp_path / "run")
+    out(capsys, "train", tmp_path / "new", "--config", tmp_path / "a.json", "--init-from", tmp_path / "run")
     assert rows(tmp_path / "new")[0]["loss"] < rows(tmp_path / "run")[0]["loss"]
 
 
@@ -211,8 +211,6 @@ def test_the_device_is_chosen_and_said(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    printed = out(
-        capsys, "train", "--run", tmp_path, *TINY, "--steps", "1", "--data.source", source, "--precision", "bf16"
-    )
+    printed = out(capsys, "train", tmp_path, *TINY, "--steps", "1", "--data.source", source, "--precision", "bf16")
     assert "Device cpu (no GPU is present), precision bf16, CPU threads: 1." in printed
     assert json.loads((tmp_path / "environment.json").read_text())["precision"] == "bf16"

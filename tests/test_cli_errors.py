@@ -45,7 +45,7 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 def refused(capsys: pytest.CaptureFixture[str], message: str, folder: Path, *options: str | Path) -> None:
     """`deepdelta train` with these options says `message` and leaves no run directory."""
-    said = error(capsys, "train", "--run", folder / "run", "--device", "cpu", *options)
+    said = error(capsys, "train", folder / "run", "--device", "cpu", *options)
     assert message in said
     assert not (folder / "run").exists()
 
@@ -67,7 +67,7 @@ def test_text_that_is_not_utf8_and_a_bpe(capsys: pytest.CaptureFixture[str], sou
     bad.write_bytes(whole[:100] + b"\xe9" + whole[101:])
     bpe = ("--data.source", bad, "--data.tokenizer", "bpe")
     refused(capsys, f"{bad} must be UTF-8 to be split into BPE tokens; byte 100 is not", tmp_path, *SMALL, *bpe)
-    main(["train", "--run", str(tmp_path / "bytes"), *SMALL, "--data.source", str(bad)])  # bytes are fine
+    main(["train", str(tmp_path / "bytes"), *SMALL, "--data.source", str(bad)])  # bytes are fine
     assert (tmp_path / "bytes" / "checkpoint.safetensors").exists()
 
 
@@ -95,7 +95,7 @@ def test_a_device_that_is_absent(
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for device in ("cuda", "mps"):
         message = f"device '{device}' is not present on this machine; choose from: auto, cpu."
-        assert message in error(capsys, "train", "--run", tmp_path / "run", "--device", device)
+        assert message in error(capsys, "train", tmp_path / "run", "--device", device)
         assert message in error(capsys, "evaluate", finished, "--device", device)
     assert not (tmp_path / "run").exists()
     assert "gpu" in error(capsys, "evaluate", finished, "--device", "gpu")
@@ -106,13 +106,13 @@ def test_unknown_names(capsys: pytest.CaptureFixture[str], finished: Path, tmp_p
     said = error(capsys).replace(" ", "")
     assert all(f"{name}," in said for name in ("{train", "evaluate", "generate", "audit", "study", "task"))
     for given, meant in (("--stepz", "--steps"), ("--model.dimm", "--model.dim"), ("--datasource", "--data.source")):
-        said = error(capsys, "train", "--run", tmp_path / "run", given, "3")
+        said = error(capsys, "train", tmp_path / "run", given, "3")
         assert given in said and f"{meant} " in said
     assert "--batch-size" in error(capsys, "evaluate", finished, "--batchsize", "3")
-    assert "there is no preset 'dll'; did you mean 'ddl'?" in error(capsys, "train", "--run", "run", "--preset", "dll")
-    rule = error(capsys, "train", "--run", tmp_path / "run", "--model.residual.rule", "delt")
+    assert "there is no preset 'dll'; did you mean 'ddl'?" in error(capsys, "train", "run", "--preset", "dll")
+    rule = error(capsys, "train", tmp_path / "run", "--model.residual.rule", "delt")
     assert "'delt'" in rule and "'delta'" in rule
-    assert "--run" in error(capsys, "train")
+    assert "The run directory, made if absent" in error(capsys, "train")
     assert not (tmp_path / "run").exists()
 
 
@@ -162,12 +162,12 @@ def test_a_directory_with_another_run(
     run = Path(shutil.copytree(finished, tmp_path / "copy"))
     write_json(tmp_path / "a.json", settings(source, steps=3, lr=0.5))
     before = {path: path.read_bytes() for path in run.iterdir()}
-    said = error(capsys, "train", "--run", run, "--config", tmp_path / "a.json")
+    said = error(capsys, "train", run, "--config", tmp_path / "a.json")
     assert "already holds a run with another configuration (lr: 0.002 there, 0.5 here)" in said
     assert {path: path.read_bytes() for path in run.iterdir()} == before
     (tmp_path / "file").touch()
-    said = error(capsys, "train", "--run", tmp_path / "file", "--config", tmp_path / "a.json")
-    assert f"{tmp_path / 'file'} cannot be a folder for results: File exists. Give another --run." in said
+    said = error(capsys, "train", tmp_path / "file", "--config", tmp_path / "a.json")
+    assert f"{tmp_path / 'file'} cannot be a folder for results: File exists. Give another run directory." in said
 
 
 def test_a_truncated_checkpoint(
@@ -178,7 +178,7 @@ def test_a_truncated_checkpoint(
     checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
     write_json(tmp_path / "a.json", settings(source, steps=5))
     for command in (
-        ("train", "--run", run, "--config", tmp_path / "a.json"),
+        ("train", run, "--config", tmp_path / "a.json"),
         ("evaluate", run),
         ("generate", run, "--prompt", "a"),
     ):
@@ -192,7 +192,7 @@ def test_what_is_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
 
 def test_divergence(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", settings(source, lr=1e30, warmup=0))
-    said = error(capsys, "train", "--run", tmp_path / "run", "--config", tmp_path / "a.json")
+    said = error(capsys, "train", tmp_path / "run", "--config", tmp_path / "a.json")
     assert "at step 4, 3 such steps in a row" in said and "output is not finite is 'stream.expansion'" in said
     assert "training diverged. The last good checkpoint is at step 0" in said
     assert "Lower lr (now 1e+30) or clip, or lengthen warmup." in said

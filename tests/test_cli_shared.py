@@ -74,7 +74,7 @@ def test_threads_of_a_study_are_those_of_its_runs(monkeypatch: pytest.MonkeyPatc
 def test_paths_of_every_command_may_lie_in_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file").write_text("{}")
-    words = {"train": "--run r", "import": "r --run r", "study": "quick", "task": "words"}
+    words = {"train": "r", "import": "r --run r", "study": "quick", "task": "words"}
     words |= {"evaluate": "r", "generate": "r --prompt a", "audit": "r"}
     checked = set()
     for name, kind in COMMANDS.items():
@@ -83,7 +83,7 @@ def test_paths_of_every_command_may_lie_in_the_home_directory(monkeypatch: pytes
                 given = words.get(name, "")
                 if f"{name} {field}" == "explore run":
                     typed_words = ["~/file"]
-                elif f"{name} {field}" in ("evaluate run", "generate run", "audit run", "import folder"):
+                elif f"{name} {field}" in ("train run", "evaluate run", "generate run", "audit run", "import folder"):
                     typed_words = given.replace("r", "~/file", 1).split()
                 else:
                     option = {"beside": "with"}.get(field, field.replace("_", "-"))
@@ -120,7 +120,7 @@ def test_evaluate_on_a_part(capsys: pytest.CaptureFixture[str], source: Path, fi
 
 def test_what_comes_next(capsys: pytest.CaptureFixture[str], source: Path, finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "a run"))
-    said = out(capsys, "train", "--run", run, "--config", run / "config.json")
+    said = out(capsys, "train", run, "--config", run / "config.json")
     assert f"Next: deepdelta generate '{run}' --prompt TEXT, or deepdelta evaluate '{run}'" in said
     assert f"Next: deepdelta audit '{run}'" in out(capsys, "evaluate", run)
     said = out(capsys, "audit", run, "--tokens", "32", "--sample", "2")
@@ -131,7 +131,7 @@ def test_a_warm_up_that_never_ends_is_said(capsys: pytest.CaptureFixture[str], s
     plain = {"steps": 2, "warmup": 2, "batch_size": 2, "data": {"source": str(source)}, "device": "cpu"}
     plain["model"] = {"context": 16, "layers": 1, "heads": 2, "dim": 16}
     (tmp_path / "a.json").write_text(json.dumps(plain))
-    said = out(capsys, "train", "--run", tmp_path / "run", "--config", tmp_path / "a.json")
+    said = out(capsys, "train", tmp_path / "run", "--config", tmp_path / "a.json")
     assert "Warning: warmup=2 reaches steps=2" in said
 
 

@@ -131,10 +131,12 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written(
         run = place / "run"
         quietly(config(place / "text.txt", steps=2), run)
         write_json(place / "a.json", settings(place / "text.txt", steps=2))
-        command = ("train", "--run", run, "--config", place / "a.json")
+        command = ("train", run, "--config", place / "a.json")
         with unwritable(place):
             said = error(capsys, *command)
-            assert said == f"error: {run} cannot be a folder for results: Permission denied. Give another --run.\n"
+            assert (
+                said == f"error: {run} cannot be a folder for results: Permission denied. Give another run directory.\n"
+            )
             said = error(capsys, "audit", run)
             assert f"{run / 'audit'} cannot be a folder for results: Permission denied. Give another --out." in said
             main(["evaluate", str(run)])
@@ -155,15 +157,15 @@ def test_names_that_the_file_system_refuses(capsys: pytest.CaptureFixture[str], 
     """Before any work: nothing but the one line is said."""
     long = tmp_path / ("a" * 300)
     for command in (
-        ("train", "--run", long, "--data.source", source),
+        ("train", long, "--data.source", source),
         ("study", "quick", "--source", source, "--out", long),
         ("task", "tabular", "--out", long),
         ("bench", "bar", "--quick", "--out", long),
         ("bench", "gradients", "--out", long),
         ("import", tmp_path, "--run", long),
         ("evaluate", long),
-        ("train", "--run", tmp_path / "run", "--config", long),
-        ("train", "--run", tmp_path / "run", "--data.source", long),
+        ("train", tmp_path / "run", "--config", long),
+        ("train", tmp_path / "run", "--data.source", long),
     ):
         assert "File name too long" in error(capsys, *command)
     assert list(tmp_path.iterdir()) == []
@@ -175,7 +177,7 @@ def test_names_that_the_file_system_refuses(capsys: pytest.CaptureFixture[str], 
 def test_settings_are_refused_in_one_line_of_ours(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, option: tuple[str, ...]
 ) -> None:
-    said = error(capsys, "train", "--run", tmp_path / "run", *option)
+    said = error(capsys, "train", tmp_path / "run", *option)
     assert "tyro" not in said and ("must be" in said or "must lie" in said)
 
 
@@ -188,7 +190,7 @@ def test_what_a_terminal_obeys_is_escaped(capsys: pytest.CaptureFixture[str], tm
     show(f"at {hostile}")
     assert capsys.readouterr().out == f"at {tmp_path}/\\x1b]0;owned\\x07[/red]\n"
     (tmp_path / "\x1b[2J.toml").write_text('[model]\n"\\u001b[2J" = 1')
-    said = error(capsys, "train", "--run", tmp_path / "run", "--config", tmp_path / "\x1b[2J.toml")
+    said = error(capsys, "train", tmp_path / "run", "--config", tmp_path / "\x1b[2J.toml")
     assert "\x1b" not in said and "\\x1b[2J.toml.model: unknown key '\\x1b[2J'" in said
 
 

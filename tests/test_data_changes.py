@@ -195,10 +195,10 @@ def test_settings_that_are_not_utf8(field: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("train", "--run", "r\udcff"),
-        ("train", "--run=r\udcff"),
-        ("train", "--run", "r", "--data.source", "\udcff.txt"),
-        ("train", "--run", "r", "--config", "\udcff.toml"),
+        ("train", "r\udcff"),
+        ("train", "--config=r\udcff"),
+        ("train", "r", "--data.source", "\udcff.txt"),
+        ("train", "r", "--config", "\udcff.toml"),
         ("evaluate", "\udcff"),
         ("audit", "r", "--out", "\udcff"),
         ("study", "small-embeddings", "--out", "\udcff"),

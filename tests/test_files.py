@@ -179,8 +179,10 @@ def test_a_folder_without_permission_names_the_file(place: Path) -> None:
         files.read_object(place / "file", "mend it")
     with pytest.raises(UserError, match=r"cannot be a folder for results: Permission denied"):
         files.check_folder(place)
-    with pytest.raises(UserError, match=r"below cannot be a folder for results: Permission denied. Give another --run"):
-        files.check_folder(place / "below", "--run")
+    with pytest.raises(
+        UserError, match=r"below cannot be a folder for results: Permission denied. Give another run directory"
+    ):
+        files.check_folder(place / "below", "run directory")
 
 
 def test_a_name_that_is_too_long_for_the_file_system(tmp_path: Path) -> None:

@@ -158,11 +158,11 @@ def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path, capsys):
 def test_evaluating_without_a_corpus_says_what_to_do(tmp_path, capsys):
     main(["import", str(checkpoint(tmp_path / "cc")), "--run", str(tmp_path / "run")])
     run = tmp_path / "run"
-    onward = f"train --run NEW --config {run / 'config.json'} --init-from {run} --data.source TEXT"
+    onward = f"train NEW --config {run / 'config.json'} --init-from {run} --data.source TEXT"
     assert f"Next: deepdelta {onward}\n" in capsys.readouterr().out
     assert "imported without a corpus; import it again with --source" in refused(capsys, "evaluate", run)
     said = refused(capsys, "generate", run, "--prompt", "a")
-    assert "was imported without a text, so it keeps no tokenizer; import the model again, into another --run" in said
+    assert "so it keeps no tokenizer; import the model again, into another run directory" in said
 
 
 def test_a_tokenizer_without_its_text_is_refused(tmp_path, capsys):
@@ -176,7 +176,7 @@ def test_training_from_an_imported_model(tmp_path, unchecked):
     source = ids_file(tmp_path / "ids.bin", 97)
     imported = tmp_path / "imported"
     main(["import", str(checkpoint(tmp_path / "cc")), "--run", str(imported), "--source", str(source)])
-    command = ["train", "--run", str(tmp_path / "new"), "--init-from", str(imported)]
+    command = ["train", str(tmp_path / "new"), "--init-from", str(imported)]
     command += ["--config", str(imported / "config.json"), "--steps", "2", "--batch-size", "2", "--warmup", "1"]
     main([*command, "--device", "cpu", "--threads", "1", "--eval-every", "2"])
     given = vector("cc-ec")
@@ -193,7 +193,7 @@ def test_training_from_an_imported_model(tmp_path, unchecked):
 def test_training_from_another_architecture_names_the_tensors(tmp_path, capsys, unchecked):
     source = ids_file(tmp_path / "ids.bin", 97)
     main(["import", str(checkpoint(tmp_path / "cc")), "--run", str(tmp_path / "run")])
-    command: list[str | Path] = ["train", "--run", tmp_path / "new", "--init-from", tmp_path / "run"]
+    command: list[str | Path] = ["train", tmp_path / "new", "--init-from", tmp_path / "run"]
     command += ["--data.source", source, "--device", "cpu", "--model.context", "16", "--model.layers", "2"]
     command += ["--model.heads", "2", "--model.dim", "32"]
     message = refused(capsys, *command)

@@ -132,7 +132,7 @@ def test_numbers_past_all_machines_on_the_command_line(
 ) -> None:
     huge = str(10**18)
     write_json(tmp_path / "a.json", settings(source))
-    train = ("train", "--run", str(tmp_path / "run"), "--config", str(tmp_path / "a.json"))
+    train = ("train", str(tmp_path / "run"), "--config", str(tmp_path / "a.json"))
     for command, message in (
         ((*train, "--threads", huge), "threads must be at most 1,024"),
         ((*train, "--batch-size", huge), "a batch (batch_size times accumulate times context) must fit into memory"),

@@ -155,11 +155,11 @@ def test_recipes_are_those_of_the_page_and_runs() -> None:
 
 def test_a_run_takes_a_recipe_and_what_is_given_beside_it(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("warmup = 9")
-    words = f"train --run r --recipe small --preset code-tc --config {tmp_path / 'a.toml'} --steps 70"
+    words = f"train r --recipe small --preset code-tc --config {tmp_path / 'a.toml'} --steps 70"
     settings = parse(words.split()).settings
     assert settings == run_settings(recipe("small"), {"preset": "code-tc", "warmup": 9, "steps": 70}, where="")
     with pytest.raises(UserError, match="did you mean 'small'"):
-        parse("train --run r --recipe smal".split())
+        parse("train r --recipe smal".split())
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

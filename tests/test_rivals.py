@@ -163,7 +163,7 @@ def test_a_rival_is_trained_evaluated_and_refused_where_rewrites_are_needed(
     text.write_text("def f(x):\n    return x + 1\n" * 400, encoding="utf-8")
     options = ["--model.rival", "block-attention", "--model.layers", "1", "--model.dim", "16", "--model.heads", "2"]
     options += ["--model.context", "16", "--data.source", str(text), "--batch-size", "4", "--warmup", "2"]
-    main(["train", "--run", str(run), "--steps", "6", *options])
+    main(["train", str(run), "--steps", "6", *options])
     main(["evaluate", str(run)])
     assert "nats" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:

@@ -94,7 +94,7 @@ def test_every_command_names_a_damaged_checkpoint(
     whole[tensor_places(file)[-5]] ^= 0x10
     file.write_bytes(whole)
     write_json(tmp_path / "a.json", settings(source, backend="reference", steps=22))
-    train = ["train", "--config", str(tmp_path / "a.json"), "--run"]
+    train = ["train", "--config", str(tmp_path / "a.json")]
     arguments = {
         "train": [*train, str(copy)],
         "evaluate": ["evaluate", str(copy), "--device", "cpu"],
@@ -278,7 +278,7 @@ def test_a_folder_that_is_no_run_keeps_its_files(
         shutil.copy(whole / name, mine / name)
     before = {path.name: path.read_bytes() for path in mine.iterdir()}
     with pytest.raises(
-        UserError, match=rf"mine holds {', '.join(plain)}, which a run would overwrite.*Give another --run"
+        UserError, match=rf"mine holds {', '.join(plain)}, which a run would overwrite.*Give another run directory"
     ):
         if command == "train":
             quietly(longer(source), mine)

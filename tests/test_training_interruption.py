@@ -38,7 +38,7 @@ def test_kill_and_resume(source: Path, uninterrupted: Path, tmp_path: Path, chec
     """SIGKILL in the midst of a step, or of a checkpoint where one is written after every step."""
     settings, run = config(source, **LONG | {"checkpoint_every": checkpoint_every}), tmp_path / "run"
     write_json(tmp_path / "config.json", to_plain(settings))
-    with start("train", "--run", run, "--config", tmp_path / "config.json", cwd=tmp_path) as process:
+    with start("train", run, "--config", tmp_path / "config.json", cwd=tmp_path) as process:
         wait_for_step(run, step, process)
         process.kill()
         assert process.wait() == -signal.SIGKILL
@@ -56,7 +56,7 @@ def test_kill_and_resume(source: Path, uninterrupted: Path, tmp_path: Path, chec
 def test_signal_and_resume(source: Path, uninterrupted: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     write_json(tmp_path / "config.json", to_plain(config(source, **LONG)))
-    with start("train", "--run", run, "--config", tmp_path / "config.json", cwd=tmp_path) as process:
+    with start("train", run, "--config", tmp_path / "config.json", cwd=tmp_path) as process:
         wait_for_step(run, 31, process)
         process.send_signal(number)
         printed = process.communicate()[0]

@@ -326,7 +326,7 @@ def test_a_missing_compiler(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_path_that_cannot_be_a_run_directory(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match=r"cannot be a folder for results: .*Give another --run"):
+        with pytest.raises(UserError, match=r"cannot be a folder for results: .*Give another run directory"):
             quietly(config(source), path)
 
 

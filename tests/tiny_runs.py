@@ -100,7 +100,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> TrainConfi
         return Trained(0, False, None)
 
     monkeypatch.setattr(deepdelta.cli.runs, "train", note)
-    main(["train", "--run", "unused", *map(str, arguments)])
+    main(["train", "unused", *map(str, arguments)])
     return given[0]
 
 
@@ -138,10 +138,10 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def launch(run: Run) -> Ended:
-        module, train, *command = run.command()
+        module, train, path, *command = run.command()
         names.append(run.name)
         given = dict(zip(command[::2], command[1::2], strict=True))
-        assert (module, train, given.pop("--run")) == ("deepdelta", "train", str(run.path))
+        assert (module, train, path) == ("deepdelta", "train", str(run.path))
         settings = from_plain(TrainConfig, json.loads(Path(given.pop("--config")).read_text()))
         with contextlib.suppress(UserError):  # as of a process: what is left of it is in its directory
             quietly(settings, run.path, init_from=Path(given.pop("--init-from")) if given else None)

@@ -220,7 +220,7 @@ def check_folder(out: Path, option: str = "--out") -> None:
     """Refuse what can be no folder for results, before the work that leads to them, by a try that leaves nothing.
 
     Args:
-        option: what gives another folder, for the message.
+        option: the option or argument that gives another folder, for the message.
 
     Raises:
         UserError: there can be none, or nothing can be written there.

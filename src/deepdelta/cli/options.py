@@ -46,7 +46,7 @@ def parse(given: list[str]) -> Any:
         SystemExit: help was asked for, or tyro has said what is wrong with an option.
     """
     command = _parse(given)
-    # Shells leave the ~ of --run=~/runs alone.
+    # Shells leave the ~ of --out=~/runs alone.
     return replace(command, **{name: _home(path) for name, path in vars(command).items() if isinstance(path, Path)})
 
 

@@ -24,7 +24,7 @@ from deepdelta.training.loop import corpus_facts
 class Train:
     """Train a GPT into a run directory, or continue the run that is there."""
 
-    run: Path
+    run: Positional[Path]
     """The run directory, made if absent; the same command continues it, with more --steps extends it."""
     recipe: str | None = None
     """Settings of a whole run by name, small or medium as the authors have them, large, xl, 3b, 7b; what is given by
@@ -117,7 +117,7 @@ class Generate:
             imported = "imported_from" in RunDirectory(self.run).environment()
             raise UserError(
                 f"{self.run} was imported without a text, so it keeps no tokenizer; import the model again, into "
-                "another --run, with --source TEXT --tokenizer FILE.json."
+                "another run directory, with --source TEXT --tokenizer FILE.json."
                 if imported
                 else f"{self.run} was trained on bare token ids, so there is no text; train with --data.tokenizer "
                 "FILE.json to have the tokenizer kept with the run."
@@ -213,7 +213,7 @@ class Import:
             following(*_uses(self.run))
         else:
             onward = ("--config", self.run / "config.json", "--init-from", self.run, "--data.source", "TEXT")
-            following(("deepdelta", "train", "--run", "NEW", *onward))
+            following(("deepdelta", "train", "NEW", *onward))
 
 
 def _uses(run: Path) -> list[tuple[str | Path, ...]]:

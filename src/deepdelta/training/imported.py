@@ -30,9 +30,9 @@ def import_published(folder: AnyPath, run: AnyPath, data: DataConfig | None) -> 
     """
     directory = RunDirectory(run)
     if directory.started:
-        raise UserError(f"{run} already holds a run; give another --run directory.")
+        raise UserError(f"{run} already holds a run; give another run directory.")
     directory.cut_short()
-    check_folder(directory.path, "--run")
+    check_folder(directory.path, "run directory")
     model = load_published(*read_published(folder))
     environment: dict[str, Any] = {"imported_from": str(folder), "versions": versions(), "corpus_sha256": None}
     corpus = None

@@ -48,7 +48,7 @@ def train(
     run = RunDirectory(path)
     if not run.started:
         run.cut_short()  # refused before the work, if at all
-    check_folder(run.path, "--run")
+    check_folder(run.path, "run directory")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     chosen = choose_device(config.device, config.precision)
@@ -144,7 +144,7 @@ def _check_continues(
     if init_from is not None and str(init_from) != there:
         raise UserError(
             f"{run.path} already holds a run, started from {there or 'new weights'}; --init-from {init_from} starts a "
-            "new one: give another --run directory."
+            "new one: give another run directory."
         )
     run.check_continues(config)
     run.check_environment(environment, exact=not inexact)

@@ -92,7 +92,7 @@ class RunDirectory:
             lock = (self.path / LOCK).open("a")
         except OSError as error:
             raise UserError(
-                f"{self.path} cannot be a run directory: {error.strerror}. Give another --run directory."
+                f"{self.path} cannot be a run directory: {error.strerror}. Give another run directory."
             ) from None
         with lock:
             try:
@@ -128,7 +128,7 @@ class RunDirectory:
         if not ours:
             raise UserError(
                 f"{self.path} holds {', '.join(file.name for file in there)}, which a run would overwrite, but no "
-                f"{CONFIG}, so it is no run. Give another --run directory, or move them away."
+                f"{CONFIG}, so it is no run. Give another run directory, or move them away."
             )
         return there
 
@@ -207,7 +207,7 @@ class RunDirectory:
         if different:
             raise UserError(
                 f"{self.path} already holds a run with another configuration ({'; '.join(different)}). "
-                "Give the same settings to continue it, or another --run directory."
+                "Give the same settings to continue it, or another run directory."
             )
 
     def check_environment(self, environment: Mapping[str, Any], *, exact: bool) -> None:

@@ -138,7 +138,7 @@ class TrainingRun(Run):
                 )
             begin = ["--init-from", str(self.start.path)]
         write_json(self.launched, to_plain(self.settings))
-        return ["deepdelta", "train", "--config", str(self.launched), "--run", str(self.path), *begin]
+        return ["deepdelta", "train", str(self.path), "--config", str(self.launched), *begin]
 
     def differences(self, record: RunRecord) -> list[str]:
         """Stored settings are read as a configuration first: where it gained a field since, they hold its default."""
