@@ -1,4 +1,4 @@
-"""The GPT in transformers: importing this makes its Auto classes know the model type `deepdelta`."""
+"""The GPT in transformers: importing this makes its Auto classes know the model type `deepdelta`, and retrofits."""
 
 import warnings
 from importlib.metadata import version
@@ -27,9 +27,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E4
 from deepdelta.hf.configuration import DeepDeltaConfig  # noqa: E402
 from deepdelta.hf.decay import DeltaDecay  # noqa: E402
 from deepdelta.hf.modeling import DeepDeltaForCausalLM, DeepDeltaModel  # noqa: E402
+from deepdelta.hf.retrofits import register  # noqa: E402
 
 AutoConfig.register(DeepDeltaConfig.model_type, DeepDeltaConfig, exist_ok=True)
 AutoModel.register(DeepDeltaConfig, DeepDeltaModel, exist_ok=True)
 AutoModelForCausalLM.register(DeepDeltaConfig, DeepDeltaForCausalLM, exist_ok=True)
+register()
 
 __all__ = ["DeepDeltaConfig", "DeepDeltaForCausalLM", "DeepDeltaModel", "DeltaDecay"]

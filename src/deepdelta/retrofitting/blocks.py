@@ -12,15 +12,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deepdelta.config import to_plain
 from deepdelta.errors import UserError
 from deepdelta.nn import DeltaResidual, DeltaStream
 from deepdelta.retrofitting.config import RetrofitConfig
 from deepdelta.retrofitting.describing import full_name
 from deepdelta.retrofitting.places import join
-
-MARK = "deepdelta_retrofit"
-"""The attribute of a library's settings that holds the options of the retrofits of models with these settings."""
 
 
 class Absent:
@@ -145,12 +141,14 @@ class Job:
         self.config = config
         self.parts: list[str] = []
         """Names of the modules that new parameters are in."""
+        self.told = False
+        """Whether it has been said that what was added is frozen beside an adapter."""
         self._names = names
         self._streams = 0
         self._changes: list[tuple[Any, str, Any, Any]] = []
-        self._frozen: list[nn.Parameter] = []
+        self._frozen: list[tuple[nn.Module, str]] = []
         self._hooks: list[RemovableHandle] = []
-        self._marked: list[tuple[Any, dict[str, Any]]] = []
+        self._marked: list[tuple[Any, str, dict[str, Any]]] = []
 
     def stream(self, width: int, **options: Any) -> DeltaStream:
         """A stream of these vectors; each has a seed of its own."""
@@ -180,18 +178,29 @@ class Job:
         """A hook that lasts as long as the retrofit."""
         self._hooks.append(handle)
 
-    def mark(self, settings: Any, version: type[Remade]) -> None:
-        """Give the settings of a library, which several models may share, the class that writes `MARK`."""
+    def mark(self, settings: Any, name: str, version: type[Remade], entry: dict[str, Any]) -> None:
+        """Add `entry` to the attribute `name` of a library's settings, which several models may share; they become of
+        the class that writes it. Settings that have been marked stay as they are."""
+        if any(one is settings for one, _, _ in self._marked):
+            return
         if not isinstance(settings, version):
-            setattr(settings, MARK, [])
+            setattr(settings, name, [])
             settings.__class__ = delta_class(version, type(settings))  # type: ignore[arg-type]
-        self._marked.append((settings, to_plain(self.config)))
-        getattr(settings, MARK).append(self._marked[-1][1])
+        self._marked.append((settings, name, entry))
+        getattr(settings, name).append(entry)
 
-    def freeze(self, parameter: nn.Parameter) -> None:
-        if parameter.requires_grad:
+    def freeze(self, module: nn.Module, name: str) -> None:
+        """No gradient for a parameter that has one; its module is noted, since loading may put another in its place."""
+        parameter = module._parameters[name]
+        if parameter is not None and parameter.requires_grad:
             parameter.requires_grad_(False)
-            self._frozen.append(parameter)
+            self._frozen.append((module, name))
+
+    def frozen(self, requires_grad: bool) -> None:
+        """Set it for what was frozen, where it still is."""
+        for module, name in self._frozen:
+            if (parameter := module._parameters.get(name)) is not None:
+                parameter.requires_grad_(requires_grad)
 
     def check_undo(self) -> None:
         """Refuse what `undo` would break.
@@ -213,14 +222,13 @@ class Job:
 
     def undo(self) -> None:
         """Everything as it was before."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        self.frozen(True)
         for hook in self._hooks:
             hook.remove()
-        for settings, options in self._marked:
-            getattr(settings, MARK).remove(options)
-            if not getattr(settings, MARK):
-                delattr(settings, MARK)
+        for settings, name, entry in self._marked:
+            getattr(settings, name).remove(entry)
+            if not getattr(settings, name):
+                delattr(settings, name)
                 settings.__class__ = type(settings).__bases__[1]
         for module, name, value, _ in reversed(self._changes):
             if value is Absent:

@@ -1,6 +1,7 @@
 """Delta residuals for a network that exists, which computes the same function until it is trained further."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, Unpack
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, Unpack
 import torch
 from torch import nn
 
-from deepdelta.config import from_plain
+from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
 from deepdelta.nn.presets import PRESETS, preset_named
 from deepdelta.retrofitting.blocks import Deltas, Job, has_own_forward
@@ -18,7 +19,8 @@ from deepdelta.retrofitting.describing import full_name
 from deepdelta.retrofitting.encoder import retrofit_encoder, retrofit_layer
 from deepdelta.retrofitting.families import STACKS
 from deepdelta.retrofitting.gpt import retrofit_gpt
-from deepdelta.retrofitting.places import named, places
+from deepdelta.retrofitting.huggingface import MARK, MarkedConfig, is_pretrained
+from deepdelta.retrofitting.places import named, of_peft, places
 from deepdelta.retrofitting.resnet import retrofit_resnet
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -108,9 +110,18 @@ def retrofit(
     except BaseException:
         job.undo()
         raise
+    families = tuple(_short(name) for _, name in found)
+    converted = {module for stack, _ in found for module in stack.modules()}
+    for module in model.modules():
+        if is_pretrained(module) and not converted.isdisjoint(module.modules()):
+            mark = {"options": to_plain(config), "families": list(families)}
+            job.mark(module.config, MARK, MarkedConfig, mark)
     if config.trainable == "residual":
-        for parameter in before:
-            job.freeze(parameter)
+        old = set(before)
+        for module in list(model.modules()):
+            for name, parameter in module._parameters.items():
+                if parameter in old:
+                    job.freeze(module, name)
     job.hook(model.register_state_dict_pre_hook(refuse_losing))  # type: ignore[no-untyped-call]
     tensors = places(model, {})
     new = tuple(key for key in tensors if key not in keys)
@@ -118,7 +129,7 @@ def retrofit(
     for key in new:
         part = next(part for part in added if f"{key}.".startswith(f"{part}.") or not part)
         added[part] += tensors[key].value().numel()
-    plain, families = sum(parameter.numel() for parameter in before), tuple(_short(name) for _, name in found)
+    plain = sum(parameter.numel() for parameter in before)
     names = {module: name for name, module in named(model, {})}
     setattr(model, ATTRIBUTE, Retrofitted(job, families, plain, added, names, new, frozenset(tensors)))
     return model
@@ -149,22 +160,39 @@ def undo_retrofit(model: Model) -> Model:
     return model
 
 
+def refreeze(model: nn.Module) -> None:
+    """Freeze what `trainable='residual'` froze, when loading has put other parameters in its place."""
+    record_of(model).job.frozen(False)
+
+
 def refuse_losing(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     """State-dict hook: what a retrofit added and a PEFT adapter does not hold is lost when that is saved.
+
+    Where it is frozen beside the adapter, as PEFT leaves it, that is said once.
 
     Raises:
         UserError: it is trained beside such an adapter.
     """
     inside = prefix.startswith("base_model.") and "peft" in sys.modules
-    if not inside and not any(type(module).__module__.startswith("peft.") for module in model.modules()):
+    if not inside and not any(map(of_peft, model.modules())):
         return
     record = record_of(model)
     found = places(model, record.names)
-    if lost := [key for key in record.keys if key in found and found[key].trained]:
+    beside = [key for key in record.keys if key in found]
+    if lost := [key for key in beside if found[key].trained]:
         raise UserError(
             f"a PEFT adapter does not save what is trained outside of it, and '{lost[0]}' and {len(lost) - 1} more "
             "tensors of the retrofit are: give the adapter modules_to_save=['delta'], or freeze them first and keep "
             "them with deepdelta.save_retrofit."
+        )
+    held = (child for module in model.modules() if of_peft(module) for child in module.children())
+    if beside and not record.job.told and not any(isinstance(child, Deltas) for child in held):
+        record.job.told = True
+        warnings.warn(
+            f"what the retrofit added ({len(beside)} tensors) is frozen beside this adapter, and so stays as it was; "
+            "to train and save it, give the adapter modules_to_save=['delta'].",
+            UserWarning,
+            stacklevel=2,
         )
 
 

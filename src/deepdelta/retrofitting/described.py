@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from deepdelta.errors import UserError
 from deepdelta.retrofitting.blocks import DeltaBlock, Deltas, Job, check_blocks
 from deepdelta.retrofitting.describing import Block, Branch, Stack, Takes, each, found, full_name
-from deepdelta.retrofitting.huggingface import MarkedConfig, check_version
+from deepdelta.retrofitting.huggingface import check_version
 
 
 class DescribedDeltas(Deltas):
@@ -138,8 +138,6 @@ def retrofit_stack(owner: nn.Module, stack: Stack, job: Job) -> None:
         job.hook(module.register_forward_hook(reduced))
     if end := next((one for name in stack.end if (one := getattr(owner, name, None)) is not None), None):
         job.hook(end.register_forward_pre_hook(reduced.before))
-    if hasattr(owner, "config") and full_name(type(owner)).startswith("transformers."):
-        job.mark(owner.config, MarkedConfig)
 
 
 def _fitting(block: nn.Module, descriptions: tuple[Block, ...]) -> Block:

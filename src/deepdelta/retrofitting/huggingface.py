@@ -1,18 +1,37 @@
-"""What only models of the library transformers need, which is never imported here: its release, and their settings."""
+"""What only models of the library transformers need, which is never imported here: its release, and what they save.
 
+`config.json` of a retrofit has a model type of its own. The plain settings stand in it as text: transformers takes
+settings of the type that it looks for from any part of the file that has them, and would make a plain model of them.
+"""
+
+import copy
+import json
 import sys
 from typing import Any
 
+from torch import nn
+
 from deepdelta.errors import UserError
 from deepdelta.retrofitting.blocks import Remade
+from deepdelta.retrofitting.describing import full_name
 
 OLDEST = (5, 24)
 """The release of transformers whose blocks the tables describe."""
-NOT_PLAIN = "a retrofit by deepdelta: load the plain model, then what save_retrofit wrote with deepdelta.load_retrofit"
-"""Stands for the number of layers in `config.json`: transformers 5 names it when it refuses it."""
+MODEL_TYPE = "deepdelta-retrofit"
+MARK = "deepdelta_retrofit"
+"""The attribute of settings that holds the retrofits of models with these settings, and their key in `config.json`."""
+PLAIN = "plain_config"
+NOT_PLAIN = (
+    "a retrofit by deepdelta, no plain model: import deepdelta.hf and load it by an Auto class, or load "
+    "the plain model and then what save_retrofit wrote with deepdelta.load_retrofit"
+)
+COMMON = ("num_hidden_layers", "num_layers", "n_layer", "depths", "projection_dim")
+"""Settings in whose place stands a sentence, which the classes of other models refuse by its type. The base class, by
+which the Trainer looks at the file, takes it."""
 
 
 def check_version() -> None:
+    """Raise UserError for a release that the tables do not describe."""
     version: str = sys.modules["transformers"].__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         raise UserError(
@@ -21,11 +40,61 @@ def check_version() -> None:
         )
 
 
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether it saves itself as transformers' models do."""
+    return any(full_name(kind) == "transformers.modeling_utils.PreTrainedModel" for kind in type(module).__mro__)
+
+
 class MarkedConfig(Remade):
-    """A configuration of models that were retrofitted: nothing can load what it writes, least of all a plain model."""
+    """Settings of models that were retrofitted: what they write makes no plain model, least of all silently."""
 
     def to_dict(self) -> dict[str, Any]:
+        """As part of other settings, too."""
         config: Any = super()
         written: dict[str, Any] = config.to_dict()
-        written[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = NOT_PLAIN
-        return written
+        return written | _refusing(type(self).__bases__[1])
+
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        config: Any = unmarked(self)
+        write(json_file_path, config, getattr(self, MARK), use_diff)
+
+
+def _refusing(kind: type) -> dict[str, Any]:
+    """Settings that neither this class nor those of other models take."""
+    numbers = (name for name, what in vars(kind).get("__annotations__", {}).items() if what in (int, "int"))
+    return {name: [NOT_PLAIN] for name in (*COMMON, next(numbers, COMMON[0]))}
+
+
+def unmarked(config: Any) -> Any:
+    """A copy of settings, and of those that they hold, of the classes that they had."""
+    return _unmarked(copy.deepcopy(config))
+
+
+def _unmarked(config: Any) -> Any:
+    """Settings, and those that they hold, of the classes that they had."""
+    if isinstance(config, MarkedConfig):
+        delattr(config, MARK)
+        config.__class__ = type(config).__bases__[1]
+        for part in vars(config).values():
+            _unmarked(part)
+    return config
+
+
+def write(path: Any, config: Any, marks: list[dict[str, Any]], use_diff: bool) -> None:
+    """The file of a retrofit with these plain settings."""
+    plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff))
+    kept = {key: plain[key] for key in ("architectures", "dtype", "transformers_version") if key in plain}
+    written = _refusing(type(config)) | {"model_type": MODEL_TYPE, PLAIN: json.dumps(plain), **kept}
+    # Of different retrofits with one object of settings it is not known whose weights these are.
+    first, *others = marks
+    if all(one["families"] == first["families"] and _shape(one) == _shape(first) for one in others):
+        written[MARK] = (
+            first  # of different retrofits with one object of settings, nobody knows whose weights these are
+        )
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(written, file, indent=2, sort_keys=True)
+        file.write("\n")
+
+
+def _shape(mark: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in mark["options"].items() if name != "seed"}

@@ -71,13 +71,13 @@ def named(model: nn.Module, known: Mapping[nn.Module, str]) -> Iterator[tuple[st
         if module in seen:
             return
         seen.add(module)
-        foreign = bool(known) and module not in known and _of_peft(module)
+        foreign = bool(known) and module not in known and of_peft(module)
         if not foreign:
             yield name, module
         for child, inner in module._modules.items():
             if inner is None or (child == "parametrizations" and is_parametrized(module)):
                 continue
-            if not foreign or inner in known or _of_peft(inner):
+            if not foreign or inner in known or of_peft(inner):
                 yield from walk(inner, name if child in WRAPPERS else join(name, child))
 
     return walk(model, "")
@@ -102,5 +102,5 @@ def join(*parts: str) -> str:
     return ".".join(filter(None, parts))
 
 
-def _of_peft(module: nn.Module) -> bool:
+def of_peft(module: nn.Module) -> bool:
     return type(module).__module__.startswith("peft.")
