@@ -15,6 +15,7 @@ from deepdelta.lab.analysis.results import (
     Measurements,
     RewriteSummary,
     RunResult,
+    Sample,
     StudyResults,
     Validation,
 )
@@ -47,6 +48,7 @@ def rewrite(layer: int, sublayer: str) -> RewriteSummary:
         discrepancy_after=0.125,
         direction_norm=1.0,
         cosine=0.0625,
+        state_norm=2.5,
     )
 
 
@@ -69,6 +71,7 @@ def condition(name: str, losses: list[float], number: int) -> ConditionResult:
         ),
         runs=tuple(run(seed, loss) for seed, loss in enumerate(losses)),
         rewrites=tuple(rewrite(layer, sublayer) for layer in (0, 1) for sublayer in ("attention", "mlp") if number),
+        sample=Sample(prompt="def <b>", text=f"{name} & more"),
     )
 
 

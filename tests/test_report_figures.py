@@ -1,6 +1,7 @@
 """The pictures of a report: what they draw is what the results hold."""
 
 import dataclasses
+import html
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,6 +12,7 @@ import pytest
 from deepdelta.lab.analysis.results import RewriteSummary
 from deepdelta.lab.measure.rewrites import GATE_BINS
 from deepdelta.lab.views import figures as pictures
+from deepdelta.lab.views.drawing import told
 from deepdelta.lab.views.page import render_page
 from deepdelta.lab.views.plot import plot, study_figure
 from report_samples import HOSTILE, Page, anew, bare, many_seeds, plain, run, study
@@ -19,9 +21,28 @@ from report_samples import HOSTILE, Page, anew, bare, many_seeds, plain, run, st
 def test_pictures_are_valid_and_each_has_its_place() -> None:
     page = Page(render_page(many_seeds()))
     assert set(page.data) <= set(page.ids) and len(set(page.ids)) == len(page.ids)
-    assert {"difference", "steps", "flops", "seconds", "gates-1", "gates-2", "discrepancy-1"} <= set(page.data)
+    assert {"difference", "curves", "gates-1", "gates-2", "discrepancy-1", "cosine", "state_norm"} <= set(page.data)
     for figure in page.data.values():
         go.Figure(figure)  # raises on any property that plotly.js does not know
+
+
+def test_every_picture_is_told_in_words_with_the_numbers_that_it_draws() -> None:
+    results = many_seeds()
+    alternatives = re.findall(r'class="plot"[^>]*aria-label="([^"]*)"', render_page(results))
+    assert len(alternatives) == len(Page(render_page(results)).data) and len(set(alternatives)) == len(alternatives)
+    mean = results.against_baseline()[0].comparison.mean
+    assert f"mean {mean:.4g} ({HOSTILE})" in told(pictures.differences(results))
+    curve = pictures.mean_curve(results.conditions[0], pictures.axes(results)[0], "validation")
+    (start, first), (end, last) = next(iter(curve.values())), list(curve.values())[-1]
+    assert f"additive {first:.4g} at {start:.3g}, {last:.4g} at {end:.3g}" in told(pictures.loss_curves(results))
+    assert "mean gate 1.25 (0 attention)" in told(pictures.gate_heatmap(results, results.conditions[1]))
+
+
+def test_what_lies_over_depth_is_what_the_rewrites_say() -> None:
+    figure = plain(pictures.over_depth(study(), "cosine", "cos"))
+    assert [trace["name"] for trace in figure["data"]] == [html.escape(HOSTILE), "write only"]
+    assert figure["data"][0]["x"] == [0.0625] * 4 and figure["data"][0]["y"][0] == "0 attention"
+    assert pictures.over_depth(bare(), "cosine", "cos") is None
 
 
 def test_differences_show_every_seed_the_mean_and_the_interval() -> None:
@@ -33,8 +54,10 @@ def test_differences_show_every_seed_the_mean_and_the_interval() -> None:
     base, better = results.conditions[0].losses(), results.conditions[1].losses()
     assert dots["x"] == [better[seed] - base[seed] for seed in results.seeds]
     assert mean["x"] == [comparison.mean]
+    reach = mean["error_x"]
+    assert mean["x"][0] - reach["arrayminus"][0] == pytest.approx(comparison.t_interval.low)
+    assert mean["x"][0] + reach["array"][0] == pytest.approx(comparison.t_interval.high)
     spans = {(shape["x0"], shape["x1"]) for shape in figure["layout"]["shapes"]}
-    assert (comparison.t_interval.low, comparison.t_interval.high) in spans
     assert comparison.smallest_resolvable is not None
     assert (-comparison.smallest_resolvable, comparison.smallest_resolvable) in spans
 
@@ -89,13 +112,14 @@ def test_loss_curves_lie_on_steps_flops_and_seconds() -> None:
         "flops": [step * 2048 * 4.9e6 * 1.1 for step in (0, 10, 20, 30, 40)],
         "seconds": [1.0, 2.0, 3.0, 4.0, 5.0],  # seeds start 0, 1 and 2 seconds late: 1 on average
     }
-    for axis in pictures.axes(results):
-        figure = plain(pictures.loss_curves(results, axis))
-        mean = figure["data"][-1]
-        assert mean["x"] == pytest.approx(expected[axis.key])
-        assert mean["y"] == pytest.approx([1.7 + 50 / (step + 10) - 0.5 for step in (0, 10, 20, 30, 40)])
-        # The start, five times as high, does not set the range.
-        assert figure["layout"]["yaxis"]["range"][1] < 3.5
+    figure = plain(pictures.loss_curves(results))
+    mean = figure["data"][-1]
+    assert list(figure["layout"]["meta"]["axes"]) == list(expected)
+    for key, places in expected.items():
+        assert ({"steps": mean["x"]} | mean["meta"]["x"])[key] == pytest.approx(places, rel=1e-5)
+    assert mean["y"] == pytest.approx([1.7 + 50 / (step + 10) - 0.5 for step in (0, 10, 20, 30, 40)], rel=1e-5)
+    # The start, five times as high, does not set the range.
+    assert figure["layout"]["yaxis"]["range"][1] < 3.5
 
 
 def test_curves_fall_back_to_training_loss_and_say_so() -> None:
@@ -113,7 +137,7 @@ def test_curves_fall_back_to_training_loss_and_say_so() -> None:
     results = anew(results, conditions=tuple(conditions))
     assert pictures.measured_loss(results) == "train"
     page = Page(render_page(results))
-    assert page.data["steps"]["layout"]["yaxis"]["title"]["text"] == "training loss (nats)"
+    assert page.data["curves"]["layout"]["yaxis"]["title"]["text"] == "training loss (nats)"
     assert "Training loss falls" in page.visible
 
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from deepdelta import load
 from deepdelta.cli import main
@@ -21,7 +22,7 @@ from deepdelta.config import from_plain, merged
 from deepdelta.data import load_corpus
 from deepdelta.files import HELD, locked, write_text
 from deepdelta.lab import runner
-from deepdelta.lab.analysis.results import StudyResults, load_results
+from deepdelta.lab.analysis.results import Sample, StudyResults, load_results
 from deepdelta.lab.experiments import pool
 from deepdelta.lab.experiments.config import load_study
 from deepdelta.lab.experiments.plan import Plan
@@ -149,7 +150,22 @@ def test_rewrites_are_counted_on_whole_windows_of_text(finished: tuple[Path, str
         assert rewrite.gate_mean == pytest.approx(1.0, abs=0.2)
         assert rewrite.discrepancy_before is not None and rewrite.discrepancy_after is not None
         assert rewrite.discrepancy_after < rewrite.discrepancy_before
+        assert rewrite.state_norm is not None and rewrite.state_norm > 0
     assert all(r.gate_histogram is None and r.gate_mean is None for r in additive.rewrites)
+
+
+def test_a_sample_is_what_the_trained_model_writes_after_the_held_out_text(finished: tuple[Path, str]) -> None:
+    for condition in load_results(finished[0] / "results.json").conditions:
+        run = finished[0] / "runs" / f"{condition.name}-seed0"
+        (model, tokenizer), validation = load(run), load_corpus(RunDirectory(run).config().data).validation
+        assert tokenizer is not None and condition.sample is not None
+        ids = [int(one) for one in validation[:8]]
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            while len(ids) < 16:  # the whole text in one pass for each new token: no cache
+                logits = model(torch.tensor([ids])).logits[0, -1].double() / 0.8
+                ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=draw)))
+        assert condition.sample == Sample(prompt=tokenizer.decode(ids[:8]), text=tokenizer.decode(ids[8:]))
 
 
 def test_report_and_words(finished: tuple[Path, str]) -> None:

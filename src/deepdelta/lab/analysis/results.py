@@ -83,6 +83,7 @@ class RewriteSummary:
         discrepancy_before, discrepancy_after: root mean square over tokens and value channels of k^T X - v,
             before and after the rewrite, with the same k and v.
         direction_norm: mean ||k||. cosine: mean over tokens and value channels of |cos(k, X)|.
+        state_norm: mean over tokens and value channels of |X_j|, the norm of a channel before the rewrite.
     """
 
     layer: int
@@ -93,11 +94,20 @@ class RewriteSummary:
     discrepancy_after: float | None = None
     direction_norm: float | None = None
     cosine: float | None = None
+    state_norm: float | None = None
 
     def __post_init__(self) -> None:
         counts = self.gate_histogram
         if counts is not None and (len(counts) != GATE_BINS or min(counts) < 0):
             raise UserError(f"gate_histogram must hold {GATE_BINS} counts >= 0, got {counts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What a trained model writes on its own after `prompt`, the beginning of the validation part."""
+
+    prompt: str
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +179,7 @@ class ConditionResult:
         control: the condition that this one is compared with besides the baseline.
         factors: its level of each factor.
         runs: at the study's first budget. matched: at the others; a run that serves two budgets has its curve once.
+        sample: of its first finished run; None where there is no tokenizer, or from before there were samples.
     """
 
     name: str
@@ -184,6 +195,7 @@ class ConditionResult:
     factors: dict[str, str] = field(default_factory=dict)
     tuned: Tuned | None = None
     matched: dict[BudgetName, tuple[RunResult, ...]] = field(default_factory=dict)
+    sample: Sample | None = None
 
     def __post_init__(self) -> None:
         for runs in (self.runs, *self.matched.values()):
@@ -317,7 +329,7 @@ class StudyResults(Measurements):
         if (one := self.primary) is None:
             return None
         wanted = (one.condition, one.reference or self.baseline, self.budgets[0])
-        return next(own for own in self.contrasts if (own.condition, own.reference, own.budget) == wanted)
+        return next((own for own in self.contrasts if (own.condition, own.reference, own.budget) == wanted), None)
 
     def save(self, path: AnyPath) -> None:
         """Write the file atomically, without the curves, which the records of the runs hold."""

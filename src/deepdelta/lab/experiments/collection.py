@@ -130,6 +130,7 @@ def _condition(
         cost=cost,
         runs=tuple(_run(record, points) for record in own),
         rewrites=merged_rewrites(own),
+        sample=next((record.sample for record in own if record.sample is not None), None),
         control=config.conditions[name].control,
         factors=config.conditions[name].factors,
         tuned=tuned,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from deepdelta.lab.analysis.results import CurvePoint, RewriteSummary
+from deepdelta.lab.analysis.results import CurvePoint, RewriteSummary, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class RunRecord:
         diverged: how its training went where the loss was no longer finite.
         seconds: of training steps, up to the last one made; of a task's run all of it.
         commit, versions, machine, threads: of the run's first start.
+        sample: of a training run that kept a tokenizer.
     """
 
     name: str
@@ -40,6 +41,7 @@ class RunRecord:
     machine: dict[str, str]
     threads: int
     finished: str
+    sample: Sample | None = None
 
     @property
     def validation_loss(self) -> float | None:
@@ -79,4 +81,5 @@ def _merged(group: Sequence[RewriteSummary]) -> RewriteSummary:
         discrepancy_after=mean("discrepancy_after", 2),
         direction_norm=mean("direction_norm"),
         cosine=mean("cosine"),
+        state_norm=mean("state_norm"),
     )

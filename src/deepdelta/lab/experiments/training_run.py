@@ -6,7 +6,8 @@ needs.
 """
 
 import shutil
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,21 +16,25 @@ import torch
 
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.data import Corpus, spread
+from deepdelta.decoding import generate
 from deepdelta.errors import UserError
 from deepdelta.files import read_object, write_json
-from deepdelta.lab.analysis.results import CurvePoint, RewriteSummary
+from deepdelta.lab.analysis.results import CurvePoint, RewriteSummary, Sample
 from deepdelta.lab.experiments.pool import Claimed
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.run import Run
 from deepdelta.lab.measure.rewrites import RewriteTotals, rewrite_totals
 from deepdelta.provenance import now
-from deepdelta.training import RunDirectory, TrainConfig, load
+from deepdelta.training import Loaded, RunDirectory, TrainConfig, load
 from deepdelta.training.evaluation import contexts
 from deepdelta.training.loop import resolve
 from deepdelta.training.rundir import CHECKPOINT
 
 CURVE_POINTS = 60
 """The most points of a record's curve, unless it was validated more often than that."""
+
+PROMPT, TEMPERATURE = 32, 0.8
+"""Of samples: ids of the validation part that one begins with, half a context at most, and how freely it goes on."""
 
 PLACES = {"device", "threads", "checkpoint_every"}
 """Settings that say where and how a run is made, not what comes out of it."""
@@ -195,6 +200,7 @@ class TrainingRun(Run):
             )
         final = next((row for row in rows if row.get("final")), None)
         steps = max((row["step"] for row in rows if "loss" in row), default=0)
+        rewrites, sample = self._looked_at() if final is not None and self._rewrites_wanted else ((), None)
         measured = {} if final is None else {key: float(final[key]) for key in ("validation_loss", "validation_tokens")}
         return RunRecord(
             name=self.name,
@@ -213,7 +219,8 @@ class TrainingRun(Run):
             diverged=None if final else f"the loss was no longer finite at step {steps + 1}",
             seconds=max((row.get("seconds", 0.0) for row in rows), default=0.0),
             curve=curve(rows),
-            rewrites=self._rewrites() if final is not None and self._rewrites_wanted else (),
+            rewrites=rewrites,
+            sample=sample,
             commit=environment["commit"],
             versions=environment["versions"],
             machine=environment["machine"],
@@ -225,17 +232,27 @@ class TrainingRun(Run):
     def _rewrites_wanted(self) -> bool:
         return self.rewrite_tokens > 0 and self.settings.model.rival is None
 
-    def _rewrites(self) -> tuple[RewriteSummary, ...]:
+    def _looked_at(self) -> tuple[tuple[RewriteSummary, ...], Sample | None]:
+        """What the trained model's rewrites do, and a text of its own."""
         chosen = spread(self.corpus.validation, context=self.settings.model.context, limit=self.rewrite_tokens)
         batches = (part[:, :-1] for part in torch.split(chosen, self.settings.batch_size))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            totals = rewrite_totals(load(self.path).model, batches)
-        finally:
-            torch.set_num_threads(threads)
+        with _threads(self.threads):
+            trained = load(self.path)
+            totals = rewrite_totals(trained.model, batches)
+            sample = self._sample(trained)
         self.corpus.check_unchanged()
-        return tuple(_rewrite(residual, total) for residual, total in totals.items())
+        return tuple(_rewrite(residual, total) for residual, total in totals.items()), sample
+
+    def _sample(self, trained: Loaded) -> Sample | None:
+        """As long as the context, so that every id comes from the cache; the same for the same weights."""
+        model, tokenizer = trained
+        if tokenizer is None:
+            return None
+        context = self.settings.model.context
+        prompt = [int(one) for one in self.corpus.validation[: min(PROMPT, context // 2)]]
+        left, known = context - len(prompt), tokenizer.vocab_size
+        text = generate(model, prompt, tokens=left, temperature=TEMPERATURE, vocab_size=known)
+        return Sample(prompt=tokenizer.decode(prompt), text=tokenizer.decode(list(text)))
 
 
 def claim(runs: Iterable[TrainingRun]) -> Claimed:
@@ -301,6 +318,16 @@ def curve(rows: Sequence[dict[str, Any]]) -> tuple[CurvePoint, ...]:
     return tuple(sorted(points, key=lambda point: (point.step, point.train_loss is None)))
 
 
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _rewrite(residual: str, total: RewriteTotals) -> RewriteSummary:
     """The totals of the residual named 'layers.<number>.<sublayer>'."""
     _, layer, sublayer = residual.split(".")
@@ -315,4 +342,5 @@ def _rewrite(residual: str, total: RewriteTotals) -> RewriteSummary:
         discrepancy_after=None if after is None else after**0.5,
         direction_norm=total.mean("norm"),
         cosine=total.mean("cosine"),
+        state_norm=total.mean("state_norm"),
     )

@@ -38,6 +38,7 @@ class RewriteTotals:
             self._sum("product", (read - target) * (after - target))
         self._sum("norm", record.norm.double())
         self._sum("cosine", record.cosine.double().abs())
+        self._sum("state_norm", record.state_norm.double())
 
     def mean(self, name: str) -> float | None:
         return self.sums[name] / self.counts[name] if name in self.sums else None

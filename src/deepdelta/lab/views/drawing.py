@@ -5,6 +5,7 @@ plotly reads tags in texts, so names come here escaped.
 """
 
 from collections.abc import Sequence
+from html import unescape
 from typing import Any
 
 from deepdelta.errors import without_extra
@@ -62,6 +63,7 @@ def row_figure(rows: Sequence[str], x: str, more: int = 84) -> Any:
         categoryorder="array",
         categoryarray=list(rows),
     )
+    made.update_layout(meta={"rows": "sublayer"})
     return made
 
 
@@ -109,6 +111,7 @@ def gate_map(
         dx=width,
         y=rows,
         z=[shares(histogram) for histogram in histograms],
+        name="share of gates",
         zmin=0,
         zmax=top or 1,
         colorscale=[[0, "rgba(59,130,214,0)"], [1, "rgba(59,130,214,1)"]],
@@ -116,9 +119,9 @@ def gate_map(
         ygap=2,
         hovertemplate="%{y}: %{z:.1%} of gates at %{x:.2f} ± 0.05<extra></extra>",
     )
-    dots(made, means, rows, "%{y}: mean gate %{x:.3f}", COLOURS[1], "line-ns", 11)
+    dots(made, means, rows, "%{y}: mean gate %{x:.3f}", COLOURS[1], "line-ns", 11, name="mean gate")
     made.data[-1].marker.line = {"width": 2.5, "color": COLOURS[1]}
-    made.update_xaxes(range=[-0.04, 2.04], tickvals=[0, 0.5, 1, 1.5, 2], showgrid=False, fixedrange=True)
+    made.update_xaxes(range=[-0.04, 2.04], tickvals=[0, 0.5, 1, 1.5, 2], showgrid=False)
     made.update_yaxes(showgrid=False)
     made.update_layout(margin_t=26)
     for x, word, anchor in zip((0, 1, 2), REGIMES.get(rule, ("", "", "")), ("left", "center", "right"), strict=True):
@@ -148,10 +151,35 @@ def before_and_after(points: Sequence[tuple[str, float, float]], colour: str) ->
         line={"width": 3, "color": colour},
         opacity=0.45,
         hoverinfo="skip",
+        meta={"ornament": True},
     )
-    dots(made, [before for _, before, _ in points], rows, "%{y}: %{x:.3g} before", colour, "circle-open")
-    dots(made, [after for _, _, after in points], rows, "%{y}: %{x:.3g} after", colour)
+    _, before, after = zip(*points, strict=True)
+    for name, values, symbol in (("before", before, "circle-open"), ("after", after, "circle")):
+        dots(made, values, rows, f"%{{y}}: %{{x:.3g}} {name}", colour, symbol, name=name)
     return made
+
+
+def told(made: Any) -> str:
+    """What a picture shows, for those who do not see it: of every line its ends, of every mark over rows its range."""
+    rows = made.layout.yaxis.type == "category"
+    said = []
+    for trace in made.data:
+        if trace.type == "heatmap" or trace.hoverinfo == "skip":
+            continue
+        values, places = (trace.median if trace.type == "box" else trace.x, trace.y) if rows else (trace.y, trace.x)
+        points = [(value, place) for value, place in zip(values, places, strict=True) if value is not None]
+        if not points:
+            continue
+        if rows:
+            (low, there), (high, here) = min(points), max(points)
+            text = f"{low:.4g} ({there})" if low == high else f"{low:.4g} ({there}) to {high:.4g} ({here})"
+        elif trace.mode == "markers":
+            text = f"{len(points)} points"
+        else:
+            (start, there), (end, here) = points[0], points[-1]
+            text = f"{start:.4g} at {there:.3g}, {end:.4g} at {here:.3g}"
+        said.append(f"{trace.name} {text}" if trace.name else text)
+    return unescape(f"{made.layout.xaxis.title.text}. {'; '.join(said)}.")
 
 
 def shares(counts: Sequence[int]) -> list[float]:

@@ -10,6 +10,7 @@ from deepdelta.explorer import operator_page
 from deepdelta.files import AnyPath, write_text
 from deepdelta.lab.analysis.results import ConditionResult, StudyResults
 from deepdelta.lab.views import figures
+from deepdelta.lab.views.drawing import told
 from deepdelta.lab.views.study import detail_tables, main_table
 from deepdelta.lab.views.summary import summarise
 from deepdelta.lab.views.tables import si
@@ -27,6 +28,11 @@ class Chart:
     key: str
     title: str
     figure: Any
+
+    @property
+    def alternative(self) -> str:
+        """What it shows, in words."""
+        return f"{self.title}. {told(self.figure)}"
 
 
 def write_report(results: StudyResults, path: AnyPath, *, self_contained: bool = False) -> None:
@@ -51,16 +57,18 @@ def render_page(results: StudyResults, *, self_contained: bool = False) -> str:
         baseline=[one.name for one in results.conditions].index(results.baseline),
         details=detail_tables(results),
         looks=figures.looks(results),
-        difference=chart("difference", "Differences to the baseline", figures.differences(results)),
-        curves=[
-            drawn
-            for axis in figures.axes(results)
-            if (drawn := chart(axis.key, f"Loss against {axis.title}", figures.loss_curves(results, axis)))
-        ],
+        controls=any(condition.control for condition in results.conditions),
+        difference=chart("difference", "Differences, seed by seed", figures.differences(results)),
+        curves=chart("curves", "Loss during training", figures.loss_curves(results)),
         measured_loss=figures.measured_loss(results),
         gates=_per_condition(results, "gates", figures.gate_heatmap),
         highest_share=figures.highest_share(results),
         discrepancies=_per_condition(results, "discrepancy", figures.discrepancies),
+        depth=[
+            drawn
+            for key, title in (("cosine", "mean |cos(k, X)|"), ("state_norm", "mean norm of a value channel of X"))
+            if (drawn := chart(key, title[0].upper() + title[1:], figures.over_depth(results, key, title)))
+        ],
     )
 
 

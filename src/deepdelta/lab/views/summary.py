@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from deepdelta.lab.analysis.comparison import MINIMUM_SEEDS
 from deepdelta.lab.analysis.results import StudyResults
@@ -10,8 +11,10 @@ from deepdelta.lab.views.tables import verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """`headline` answers the study's question; `verdicts` pairs condition and finding; `remarks` are the rest."""
+    """`answer` says which condition, how much, how sure, at what cost; `headline` sorts all of them; `verdicts` pairs
+    condition and finding; `remarks` are the rest."""
 
+    answer: str
     headline: str
     verdicts: tuple[tuple[str, str], ...]
     remarks: tuple[str, ...]
@@ -20,13 +23,60 @@ class Summary:
 def summarise(results: StudyResults) -> Summary:
     """What came out, in plain English."""
     return Summary(
-        headline=" ".join(filter(None, (_answer(results), _headline(results)))),
+        answer=_answer(results),
+        headline=" ".join(filter(None, (_primary(results), _headline(results)))),
         verdicts=tuple((one.condition, verdict(one.comparison)) for one in results.against_baseline()),
         remarks=tuple(filter(None, (_runs(results), _costs(results), _gates(results)))),
     )
 
 
 def _answer(results: StudyResults) -> str:
+    """One sentence on the primary contrast; without one on the lowest mean, of conditions that are lower if any is."""
+    against = results.against_baseline()
+    lower = [one for one in against if one.condition in results.headline.lower]
+    one = results.answer or min(lower or against, key=lambda own: own.comparison.mean, default=None)
+    if one is None:
+        return _headline(results)
+    chosen = results.answer is not None
+    name, other, found = one.condition, one.reference, one.comparison
+    size, seeds = f"{abs(found.mean):.4f} nats per token", _count(found.n, "seed")
+    if (interval := found.t_interval) is None:
+        if found.n >= MINIMUM_SEEDS:
+            return _headline(results)
+        which = "" if chosen else ", the lowest mean of all others"
+        side = "below" if found.mean < 0 else "above"
+        said = (
+            f"{name} ends {size} {side} {other}{which}, but {seeds} {'is' if found.n == 1 else 'are'} too few to tell"
+        )
+    elif found.separated and (chosen or found.mean < 0):
+        ends = sorted((abs(interval.low), abs(interval.high)))
+        side = "lower" if found.mean < 0 else "higher"
+        sure = f"95 % interval {ends[0]:.4f} to {ends[1]:.4f}, {seeds}"
+        said = f"{name} has a {side} loss than {other}, by {size} ({sure})"
+    else:
+        begin = f"{name} and {other} are not told apart: the difference is"
+        if not chosen:
+            begin = f"No condition is sure to have a lower loss than {other}: the lowest, {name}, differs by"
+        sure = f"95 % interval {interval.low:+.4f} to {interval.high:+.4f}, {seeds}"
+        said = f"{begin} {found.mean:+.4f} nats per token ({sure})"
+    return f"{said}, at {_price(results, name)}{_floor(results, name)}."
+
+
+def _price(results: StudyResults, name: str) -> str:
+    condition, baseline = results.condition(name), results.condition(results.baseline)
+    flops = f"{condition.flops_per_token / baseline.flops_per_token:.2f} times the FLOPs per token of {baseline.name}"
+    return flops if condition.cost is None else f"{condition.cost.speed_ratio:.2f} times the speed and {flops}"
+
+
+def _floor(results: StudyResults, name: str) -> str:
+    """What counted n-grams have."""
+    if results.ngram is None or not (losses := results.condition(name).losses()):
+        return ""
+    counted, own = fmean(results.ngram.losses.values()), fmean(losses.values())
+    return f"; counted {results.ngram.order}-grams have {counted:.4f}, {name} {own:.4f}"
+
+
+def _primary(results: StudyResults) -> str:
     if (one := results.answer) is None:
         return ""
     return f"The primary contrast, {one.condition} against {one.reference}: {verdict(one.comparison)}."
