@@ -59,8 +59,8 @@ def test_threads_are_the_run_s_own_unless_given(
 
 def test_every_command_that_computes_in_its_own_process_takes_threads() -> None:
     own = {name for name, kind in COMMANDS.items() if "threads" in {one.name for one in dataclasses.fields(kind)}}
-    # train has them among its settings, import and plan compute nothing, the runs of a task have one thread each.
-    assert own == set(COMMANDS) - {"train", "import", "plan", "task"}
+    # train has them among its settings, import, plan and watch compute nothing, a task's runs have one thread each.
+    assert own == set(COMMANDS) - {"train", "import", "plan", "task", "watch"}
 
 
 def test_threads_of_a_study_are_those_of_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_paths_of_every_command_may_lie_in_the_home_directory(monkeypatch: pytes
         for field, hint in get_type_hints(kind).items():
             if hint is Path or (isinstance(hint, UnionType) and set(get_args(hint)) == {Path, NoneType}):
                 given = words.get(name, "")
-                if f"{name} {field}" == "explore run":
+                if f"{name} {field}" in ("explore run", "watch path"):
                     typed_words = ["~/file"]
                 elif f"{name} {field}" in ("train run", "evaluate run", "generate run", "audit run", "import folder"):
                     typed_words = given.replace("r", "~/file", 1).split()

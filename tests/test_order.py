@@ -32,7 +32,7 @@ lab.analysis
 lab.audit
 lab.experiments
 lab.views
-lab.tasks lab.bench
+lab.tasks lab.bench lab.watching
 lab.runner
 cli
 __main__

@@ -16,6 +16,7 @@ from deepdelta.cli.doctor import Doctor
 from deepdelta.cli.explore import Explore
 from deepdelta.cli.plan import Plan
 from deepdelta.cli.runs import Audit, Evaluate, Generate, Import, Train
+from deepdelta.cli.watch import Watch
 from deepdelta.errors import UserError, check_utf8, nearest
 from deepdelta.files import read_object
 from deepdelta.nn.config import Rule
@@ -31,6 +32,7 @@ COMMANDS = {
     "explore": Explore,
     "study": Study,
     "task": Task,
+    "watch": Watch,
     "import": Import,
     "plan": Plan,
     "doctor": Doctor,

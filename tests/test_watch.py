@@ -1,0 +1,195 @@
+"""`deepdelta watch`: what it says of files in every state, and that it leaves them as they are."""
+
+import io
+import json
+import lzma
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from deepdelta import UserError
+from deepdelta.cli import main
+from deepdelta.config import to_plain
+from deepdelta.files import locked, write_json
+from deepdelta.lab import watching
+from deepdelta.lab.experiments.record import RunRecord
+from deepdelta.lab.experiments.records import RecordFile
+from deepdelta.lab.watching import look, watch
+from deepdelta.training import RunDirectory
+from tiny_runs import config, quietly, start, text_file, wait_for_step
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_file(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.rglob("*") if file.is_file()}
+
+
+def begun(run: Path, source: Path, rows: list[dict[str, Any]], steps: int = 20) -> Path:
+    """A run directory as one at work has it."""
+    run.mkdir(parents=True)
+    write_json(run / "config.json", to_plain(config(source, steps=steps)))
+    (run / ".lock").touch()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def step(number: int, **more: float) -> dict[str, Any]:
+    return {"step": number, "loss": 4.0 - number / 10, "lr": 0.1, "gradient_norm": 1.0, "seconds": number / 2, **more}
+
+
+VALIDATION = {
+    "step": 3,
+    "validation_loss": 3.25,
+    "validation_tokens": 64,
+    "final": False,
+    "seconds": 1.5,
+    "gate_mean": 0.75,
+}
+SKIPPED = {"step": 4, "skipped": 1, "lr": 0.1, "seconds": 2.0}
+
+
+def test_a_finished_run_is_shown_once_and_left_as_it_is(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    quietly(config(source), run)
+    before = contents(run)
+    capsys.readouterr()
+    main(["watch", str(run)])
+    (line,) = capsys.readouterr().out.splitlines()
+    rows = list(RunDirectory(run).metrics())
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert line.startswith(
+        f"run  finished  step 20/20  loss {losses[-1]:.4f}  validation {rows[-1]['validation_loss']:.4f}"
+    )
+    assert "tokens/s" in line and "gate" in line and "ETA" not in line
+    assert contents(run) == before
+
+
+def test_pace_time_left_gate_and_skips_of_a_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begun(tmp_path / "run", source, [step(1), step(2), step(3), VALIDATION, SKIPPED])
+    assert look(run)[0][0].state == "stopped"
+    with RunDirectory(run).locked():
+        (one,), at_work = look(run)
+        assert at_work and one.state == "running" and (one.step, one.steps, one.skipped) == (4, 20, 1)
+        # 2 x 16 tokens a step, a step each half second.
+        assert one.pace == 64.0 and one.left == 8.0
+        assert (one.loss, one.validation_loss, one.gate) == (3.7, 3.25, 0.75)
+        assert one.line == (
+            "run  running, 1 skipped  step 4/20  loss 3.7000  validation 3.2500  tokens/s 64  ETA 0:08  gate 0.750"
+        )
+        # Half-written, damaged and foreign lines are passed over.
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"ste\n5\n\x00\n' + json.dumps(step(5)) + "\n" + json.dumps(step(6))[:30])
+        assert look(run)[0][0].step == 5
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"step": 6, "diverged": True}) + "\n")
+    assert look(run)[0][0].state == "diverged" and not look(run)[1]
+    # Where the system does not tell who holds a lock, by how young the files are.
+    monkeypatch.setattr(watching, "LOCKS", tmp_path / "absent")
+    again = begun(tmp_path / "again", source, [step(1), step(2)])
+    assert look(again)[1]
+    for file in again.iterdir():
+        os.utime(file, (0, 0))
+    assert not look(again)[1]
+
+
+def test_before_the_first_step(source: Path, tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", source, [])
+    for name in ("metrics.jsonl", "config.json"):
+        (run / name).unlink()
+        with RunDirectory(run).locked():
+            assert [one.state for one in look(run)[0]] == ["running"]
+        assert [one.state for one in look(run)[0]] == ["waiting"]
+
+
+def record(name: str, **changes: Any) -> RunRecord:
+    given = {"metrics": {"validation_loss": 2.5, "steps": 20.0}, "seconds": 1.0, "commit": None, "finished": "now"}
+    given |= {"kind": "training", "experiment": "e", "condition": "c", "seed": 0, "settings": {"steps": 20}}
+    return RunRecord(name=name, versions={}, machine={}, threads=1, **given | changes)
+
+
+def test_a_study_by_its_records_and_its_runs(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    with locked(out):
+        file = RecordFile(out)
+        file.append(to_plain(record("a-1.5-seed0")))
+        file.append(to_plain(record("b-seed0", diverged="at step 5", metrics={"steps": 4.0})))
+        begun(out / "runs" / "c-seed0", source, [step(1), step(2)])
+        for name in ("a-1.5-seed0", "c-seed0", "d-seed0"):
+            (out / "runs" / f"{name}.log").touch()
+        with (out / "runs.jsonl.xz").open("ab") as being_written:
+            being_written.write(lzma.compress(b"half")[:9])
+        runs, at_work = look(out)
+        assert at_work and [(one.name, one.state) for one in runs] == [
+            ("a-1.5-seed0", "finished"),
+            ("b-seed0", "diverged"),
+            ("c-seed0", "stopped"),
+            ("d-seed0", "running"),
+        ]
+        assert runs[0].line == "a-1.5-seed0  finished  step 20/20  validation 2.5000"
+    assert not look(out)[1]
+    # A study over sizes holds studies.
+    assert [one.name for one in look(tmp_path)[0]] == [f"out/{one.name}" for one in runs]
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    watch(out, screen)
+    shown = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "2 of 4 runs ended" in shown and "c-seed0" in shown
+
+
+def test_in_a_pipe_a_line_a_change(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begun(tmp_path / "run", source, [step(1)])
+    lock = RunDirectory(run).locked()
+    lock.__enter__()
+    looks = iter([lambda: None, lambda: begun_further(run), lambda: lock.__exit__(None, None, None)])
+    monkeypatch.setattr(watching.time, "sleep", lambda seconds: next(looks)())
+    pipe = io.StringIO()
+    watch(run, Console(file=pipe))
+    assert [line.split("  loss")[0] for line in pipe.getvalue().splitlines()] == [
+        "run  running  step 1/20",
+        "run  running  step 2/20",
+        "run  stopped  step 2/20",
+    ]
+
+
+def begun_further(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(step(2)) + "\n")
+
+
+def test_what_is_no_run_and_no_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(SystemExit) as ended:
+            main(["watch", str(path)])
+        assert ended.value.code == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "must be the folder of a run or of a study, but holds neither" in said
+    with pytest.raises(UserError, match="holds neither"):
+        look(tmp_path / "absent")
+
+
+def test_beside_a_run_at_work(source: Path, tmp_path: Path) -> None:
+    """Until it ends; Ctrl-C ends the watching with code 130, and the run goes on."""
+    run = tmp_path / "run"
+    write_json(
+        tmp_path / "config.json", to_plain(config(source, steps=10**6, eval_every=10**6, checkpoint_every=10**6))
+    )
+    with start("train", run, "--config", tmp_path / "config.json", cwd=tmp_path) as process:
+        wait_for_step(run, 3, process)
+        with start("watch", run, cwd=tmp_path) as leaving, start("watch", run, cwd=tmp_path) as staying:
+            assert leaving.stdout is not None and leaving.stdout.readline().startswith("run  ")
+            leaving.send_signal(signal.SIGINT)
+            assert leaving.wait() == 130
+            process.terminate()
+            process.communicate()
+            assert process.returncode == 0
+            said = staying.communicate()[0].splitlines()
+    assert staying.returncode == 0 and said[-1].startswith(f"run  stopped  step {RunDirectory(run).step():,}/1,000,000")
