@@ -27,6 +27,7 @@ data interop
 training
 retrofitting selfcheck planning
 explorer hf
+exporting
 lab.measure
 lab.analysis
 lab.audit

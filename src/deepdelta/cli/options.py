@@ -14,6 +14,7 @@ from tyro.conf import subcommand
 from deepdelta.cli.comparisons import Bench, Study, Task
 from deepdelta.cli.doctor import Doctor
 from deepdelta.cli.explore import Explore
+from deepdelta.cli.export import Export
 from deepdelta.cli.plan import Plan
 from deepdelta.cli.runs import Audit, Evaluate, Generate, Import, Train
 from deepdelta.cli.watch import Watch
@@ -34,6 +35,7 @@ COMMANDS = {
     "task": Task,
     "watch": Watch,
     "import": Import,
+    "export": Export,
     "plan": Plan,
     "doctor": Doctor,
     "bench": Bench,

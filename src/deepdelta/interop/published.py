@@ -214,6 +214,34 @@ def to_published(model: GPT, grads: bool = False) -> dict[str, Tensor]:
     return result
 
 
+def published_config(config: GPTConfig) -> dict[str, Any]:
+    """The published keys of a model with this configuration, from which `load_published` reads it again.
+
+    Raises:
+        UserError: the model has settings that the published code does not have.
+    """
+    _check_published(config)
+    residual, scalar = config.residual, config.residual.value_channels == 1
+    whole = replace(config, head_dim=config.head_width, embedding_std=config.embedding_scale)
+    constant = residual.target == "constant"
+    setting = PublishedResidual(
+        ddl_value_channels=residual.value_channels,
+        ddl_state_shortconv_kernel_size=None if scalar else residual.compression_kernel,
+        input_embed_shortconv_kernel_size=residual.expansion_kernel,
+        ddl_k_eps=residual.direction_eps,
+        ddl_beta_hidden_size=residual.gate_hidden,
+        ddl_beta_single_linear=residual.gate == "linear",
+        ddl_beta_init=residual.gate_init,
+        ddl_v_sigmoid=residual.target != "linear_input",
+        ddl_v_sigmoid_scale=residual.target_scale,
+        ddl_v_constant=constant and not scalar,
+        ddl_v_constant_value=residual.target_value,
+        ddl_v_dim1_constant=constant and scalar,
+        ddl_v_dim1_constant_value=residual.target_value,
+    )
+    return {theirs: getattr(whole, ours) for theirs, (ours, _) in SIZES.items()} | vars(setting)
+
+
 def published_names(config: GPTConfig) -> dict[str, tuple[str, Layout]]:
     """Published tensor name: our parameter name, and how the axes are laid out."""
     residual = config.residual

@@ -1,0 +1,56 @@
+"""From a run directory to a folder that other programs read."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal, get_args
+
+from deepdelta.config import to_plain
+from deepdelta.errors import UserError, nearest
+from deepdelta.files import AnyPath, check_folder, write_json
+from deepdelta.interop import to_published
+from deepdelta.interop.published import published_config
+from deepdelta.tensors import save_tensors
+from deepdelta.training import load
+
+Target = Literal["hf", "safetensors", "authors"]
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def export(run: AnyPath, to: Target, out: AnyPath) -> Path:
+    """Write the model of a run directory into a new folder; it appears there whole or not at all.
+
+    Args:
+        to: `hf`, what `from_pretrained` of transformers and its tokenizers read; `safetensors`, the parameters by their
+            names in `GPT`, its configuration and the run's tokenizer; `authors`, their tensor names and keys.
+        out: a folder that does not exist or is empty.
+
+    Raises:
+        UserError: `run` holds no model with delta residuals; one that the target cannot hold; `out` holds something;
+            the extra `hf` is missing.
+    """
+    if to not in get_args(Target):
+        raise UserError(f"there is no export '{to}'; {nearest(to, get_args(Target))}")
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} must be a new or empty folder, but there is something; give another --out.")
+    check_folder(out)
+    model, tokenizer = load(run)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        folder = Path(temporary) / out.name
+        folder.mkdir()
+        if to == "hf":
+            from deepdelta.hf.export import export_hf  # here: the other targets do without transformers
+
+            export_hf(model, tokenizer, folder)
+        elif to == "authors":
+            save_tensors(folder / WEIGHTS, to_published(model), {"format": "pt"})
+            write_json(folder / CONFIG, published_config(model.config))
+        else:
+            save_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
+            write_json(folder / CONFIG, to_plain(model.config))
+        if tokenizer is not None and to != "hf":
+            tokenizer.save(folder)
+        os.replace(folder, out)
+    return out
