@@ -32,7 +32,7 @@ test-hf: .venv/test.stamp .venv/torchvision.stamp
 
 # The pages in Debian's Chromium, with axe-core for what people with other senses need.
 test-browser: chromium .venv/test.stamp .venv/browser.stamp build/axe/package/axe.min.js
-	$(BIN)/python -m pytest tests/test_browser.py -m browser
+	$(BIN)/python -m pytest tests/test_browser.py tests/test_browser_report.py -m browser
 
 chromium:
 	@command -v chromium > /dev/null || { echo "Chromium is needed to see the pages: sudo apt-get install -y chromium"; exit 2; }

@@ -1,11 +1,9 @@
-"""The pages as people meet them, in Debian's Chromium: make test-browser. axe-core lies in build/axe."""
+"""The explorer's pages as people meet them, in Debian's Chromium: make test-browser."""
 
 import json
 import random
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,62 +11,14 @@ import pytest
 import torch
 
 import deepdelta
+from browsing import LAYOUT, NASTY, SIZES, focused, opened, serious
 from deepdelta import GPT, DeltaOperator, GPTConfig
 from deepdelta.cli import main
 from deepdelta.data.tokenizer import ByteTokenizer
 from helpers import perturb
 
 pytestmark = pytest.mark.browser
-ROOT = Path(__file__).parents[1]
-NASTY = "<script>alert(1)</script>"
-SIZES = [(width, theme) for width in (390, 1440) for theme in ("light", "dark")]
 REGIMES = {0.0: "Identity", 0.4: "Under-relaxed", 1.0: "Projection", 1.6: "Over-relaxed", 2.0: "Reflection"}
-# Texts that stand on each other, or are cut: rectangles of what each element says itself.
-LAYOUT = """() => {
-  const problems = [], boxes = [];
-  const wide = document.documentElement.scrollWidth;
-  if (wide > innerWidth) problems.push(`the page is ${wide} wide`);
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  for (let node; (node = walker.nextNode()); ) {
-    const parent = node.parentElement;
-    if (!node.textContent.trim() || parent.closest("script, style, .handle, [hidden]")) continue;
-    const range = document.createRange();
-    range.selectNodeContents(node);
-    const scroller = parent.closest(".scroll, .tokens")?.getBoundingClientRect();
-    for (const r of range.getClientRects()) {
-      if (r.width < 1 || (scroller && (r.right > scroller.right || r.bottom > scroller.bottom))) continue;
-      if (getComputedStyle(parent).visibility === "hidden") continue;
-      const text = node.textContent.trim().slice(0, 40);
-      if (r.left < -1 || r.right > innerWidth + 1) problems.push(`cut at the side: ${text}`);
-      const frame = parent.closest("svg")?.getBoundingClientRect();
-      if (frame && (r.left < frame.left - 1 || r.right > frame.right + 1 || r.top < frame.top - 1 || r.bottom > frame.bottom + 1)) problems.push(`cut by its picture: ${text}`);
-      boxes.push([r, text, node, getComputedStyle(parent.closest("#panel, .stage") ?? parent).position]);
-    }
-    const box = parent.getBoundingClientRect();
-    if (getComputedStyle(parent).overflow === "hidden" && parent.scrollWidth > parent.clientWidth + 1 && getComputedStyle(parent).textOverflow !== "ellipsis") problems.push(`cut: ${node.textContent}`);
-  }
-  for (let i = 0; i < boxes.length; i += 1) for (let j = i + 1; j < boxes.length; j += 1) {
-    const [a, s, m, p] = boxes[i], [b, t, n, q] = boxes[j];
-    if (m === n || p === "sticky" || q === "sticky") continue;
-    const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
-    const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
-    if (across > 2 && down > 0.35 * Math.min(a.height, b.height)) problems.push(`${s} | ${t}`);
-  }
-  return problems;
-}"""  # noqa: E501
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.fail("Chromium is absent: sudo apt-get install -y chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
@@ -84,23 +34,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         perturb(models[name])
     deepdelta.explore(models, ByteTokenizer(), f"def f(x):\n\treturn {NASTY}é", folder / "token.html")
     return {name: folder / f"{name}.html" for name in ("operator", "token")}
-
-
-@contextmanager
-def opened(chromium: Any, file: Path, width: int = 1440, theme: str = "light") -> Iterator[Any]:
-    """The page; nothing it does may leave it, be written to the console, or ask the person."""
-    context = chromium.new_context(
-        viewport={"width": width, "height": 900}, color_scheme=theme, reduced_motion="reduce"
-    )
-    page, wrong = context.new_page(), []
-    page.on("request", lambda request: None if request.url == file.as_uri() else wrong.append(request.url))
-    page.on("console", lambda message: wrong.append(message.text))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
-    page.goto(file.as_uri())
-    yield page
-    context.close()
-    assert wrong == []
 
 
 def number(text: str) -> complex:
@@ -262,27 +195,10 @@ def views(page: Any, name: str) -> Iterator[str]:
 def test_nothing_overlaps_or_is_cut_and_axe_finds_nothing_serious(
     chromium: Any, pages: dict[str, Path], name: str, width: int, theme: str
 ) -> None:
-    axe = (ROOT / "build/axe/package/axe.min.js").read_text(encoding="utf-8")
     with opened(chromium, pages[name], width, theme) as page:
         for view in views(page, name):
             assert page.evaluate(LAYOUT) == [], view
-        page.evaluate(axe)
-        found = page.evaluate("axe.run()")["violations"]
-        serious = [
-            (one["id"], one["nodes"][0]["html"][:200], one["nodes"][0]["failureSummary"][:300])
-            for one in found
-            if one["impact"] in ("serious", "critical")
-        ]
-        assert serious == []
-
-
-def focused(page: Any) -> Iterator[str]:
-    """What Tab comes to, from the beginning of the page to its end."""
-    page.keyboard.press("Tab")
-    focus = "document.activeElement"
-    while label := page.evaluate(f"{focus} === document.body ? '' : {focus}.id || {focus}.textContent"):
-        yield label
-        page.keyboard.press("Tab")
+        assert serious(page) == []
 
 
 def test_the_operator_needs_no_pointer(chromium: Any, pages: dict[str, Path]) -> None:

@@ -153,7 +153,7 @@ def loss_curves(results: StudyResults) -> Any | None:
     made = figure(400, first.title)
     made.update_xaxes(rangemode="tozero")
     made.update_yaxes(title_text="validation loss (nats)" if kind == "validation" else "training loss (nats)")
-    made.update_layout(meta={"axes": {axis.key: axis.title for axis in axes(results)}})
+    made.update_layout(meta={"axes": [(axis.key, axis.title) for axis in axes(results)]})
     late: list[float] = []
     for number, condition in enumerate(results.conditions):
         look, name = looks(results)[condition.name], escape(condition.name)

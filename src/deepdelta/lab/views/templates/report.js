@@ -31,7 +31,7 @@ function columnsOf(trace, layout) {
   if (trace.name) cells.series = () => trace.name;
   if (trace.meta?.seed) cells.seed = () => trace.meta.seed;
   if (trace.text) cells.run = at(trace.text);
-  for (const [key, title] of Object.entries(layout.meta?.axes ?? {})) cells[title] = at(trace.meta.x[key]);
+  for (const [key, title] of layout.meta?.axes ?? []) cells[title] = at(trace.meta.x[key]);
   if (trace.error_x?.array) {
     cells["95 % from"] = (i) => trace.x[i] - (trace.error_x.arrayminus ?? trace.error_x.array)[i];
     cells["95 % to"] = (i) => trace.x[i] + trace.error_x.array[i];
@@ -110,7 +110,7 @@ function tools(plot, initial) {
   const reading = html("p", { class: "reading", "aria-live": "polite" });
   const place = html("div", { class: "scroll data", tabindex: 0, role: "group", "aria-label": `Data of: ${title}`, hidden: "" });
   const button = (text, says, action) => {
-    const made = html("button", { type: "button", "aria-label": `${says}: ${title}`, title: says }, text);
+    const made = html("button", { type: "button", "aria-label": `${text}: ${says}, ${title}`, title: says }, text);
     made.addEventListener("click", () => action(made));
     return made;
   };
@@ -138,7 +138,7 @@ for (const source of document.querySelectorAll("script[data-plot]")) {
   const figure = JSON.parse(source.textContent);
   const plot = document.getElementById(source.dataset.plot);
   figure.layout.dragmode = touch ? false : "zoom"; // a finger on a picture scrolls the page
-  const [first] = Object.keys(figure.layout.meta?.axes ?? {});
+  const [[first]] = figure.layout.meta?.axes ?? [[]];
   if (first) for (const trace of figure.data) trace.meta.x[first] = trace.x;
   Plotly.newPlot(plot, figure.data, figure.layout, { displayModeBar: false, responsive: true }).then(() => {
     const initial = {};
@@ -170,6 +170,6 @@ for (const button of switches) {
     pressed(switches, button);
     const plot = document.getElementById("curves");
     const axis = button.dataset.axis;
-    Plotly.update(plot, { x: plot.data.map((trace) => trace.meta.x[axis]) }, { "xaxis.title.text": plot.layout.meta.axes[axis], "xaxis.autorange": true });
+    Plotly.update(plot, { x: plot.data.map((trace) => trace.meta.x[axis]) }, { "xaxis.title.text": button.textContent, "xaxis.autorange": true });
   });
 }
