@@ -19,15 +19,18 @@ class DataConfig(Settings):
 
     Attributes:
         source: "stdlib", the source code of the running interpreter's standard library; or the path to a text file,
-            to a folder of text files, to a nanoGPT `.bin` file of uint16 ids, or to a folder holding train.bin and
-            val.bin. (A folder that is itself called stdlib is written ./stdlib.) What is no text, such as a compressed
-            file, a table or JSON records, is refused by name, also within a folder.
+            to a folder of text files, to a `.bin` file of ids (bare, as nanoGPT writes them, or behind the header of
+            llm.c), or to a folder holding train.bin and val.bin or shards called so. (A folder that is itself called
+            stdlib is written ./stdlib.) Text may be compressed (`.gz`, `.zst`) and may stand in records, a document
+            each: `.jsonl`, `.ndjson`, `.parquet`. What else is no text is refused by name, also within a folder.
+        field: the field of JSON records, the column of a Parquet table, that holds the text.
         pattern: which files of a folder are documents, as a shell's glob relative to it; `**` spans folders. As in a
             shell, names that begin with a dot are left out unless the pattern spells the dot.
         tokenizer: "bytes", 256 ids; "bpe", a byte-level BPE trained on the training split; or the path to a
             `tokenizers` JSON file. A `.bin` source holds ids already: "bytes" then means "no tokenizer is known", a
             path names the one that wrote them.
         bpe_vocab_size: the most ids that "bpe" may have: 256 bytes, the separator, and merges.
+        bin_dtype: of ids in `.bin` files without a header, which would say it.
         bin_vocab_size: the number of ids of a `.bin` source without tokenizer; the default is GPT-2's 50,257, padded.
         validation_fraction: the share of the bytes (of the ids in a `.bin` file) held out for validation. Without
             effect on a folder that holds train.bin and val.bin.
@@ -37,21 +40,27 @@ class DataConfig(Settings):
 
     source: str = "stdlib"
     pattern: str = "**/*"
+    field: str = "text"
     tokenizer: str = "bytes"
     bpe_vocab_size: Annotated[int, Ge(257), Le(MOST_MERGED), "the 256 bytes and a separator"] = 4096
+    bin_dtype: Literal["uint16", "uint32"] = "uint16"
     bin_vocab_size: int = 50304
     validation_fraction: float = 0.1
     held_out: Literal["validation", "train_tail"] = "validation"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("source", "pattern", "tokenizer"):
+        for name in ("source", "pattern", "field", "tokenizer"):
             if not getattr(self, name):
                 raise UserError(f"{name} must not be empty.")
             check_utf8(name, getattr(self, name))
         if PurePath(self.pattern).is_absolute() or ".." in PurePath(self.pattern).parts:
             raise UserError(f"pattern must stay inside the folder that source names, got '{self.pattern}'.")
-        if not 2 <= self.bin_vocab_size <= 65536:
-            raise UserError(f"bin_vocab_size must lie in 2 to 65536 (ids are uint16), got {self.bin_vocab_size}.")
+        most = 1 << (16 if self.bin_dtype == "uint16" else 31)
+        if not 2 <= self.bin_vocab_size <= most:
+            raise UserError(
+                f"bin_vocab_size must lie in 2 to {most} (ids are {self.bin_dtype}, as bin_dtype says), got "
+                f"{self.bin_vocab_size}."
+            )
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}.")

@@ -88,19 +88,24 @@ def load_corpus(config: DataConfig, *, cache: AnyPath | None = None, progress: S
             written, or is damaged.
     """
     say, cache = progress or (lambda _: None), None if cache is None else Path(cache)
-    listing = list_source(config)
-    sources = _states(listing.documents)
-    mapped = sources
+    listing = list_source(config, cache)
+    files = _states(listing.documents)
+    sources = (*files, *listing.origins)
+    mapped = files
     given = _given_tokenizer(config, listing)
     hashes = _hashes(listing, cache, say)
     train, validation = _split(listing, hashes, config.validation_fraction)
     sha256 = _corpus_hash(train, validation, hashes)
     tokenizer: Tokenizer | None
-    if listing.ids:
+    if listing.dtype is not None:
         tokenizer = given
         vocab_size = tokenizer.vocab_size if tokenizer else config.bin_vocab_size
-        _check_ids(listing.documents, vocab_size, cache, say)
-        maps = (_map(train[0], "<u2"), _map(validation[0], "<u2"))
+        _check_ids(listing.documents, listing.dtype, vocab_size, cache, say)
+        if len(train) == len(validation) == 1:
+            maps = (_map(train[0], listing.dtype), _map(validation[0], listing.dtype))
+        else:
+            folder = built_once(cache, f"{sha256}-ids", lambda folder: _join(folder, train, validation, say))
+            maps, mapped = _mapped(folder, listing.dtype)
     elif listing.split_by == "position" and isinstance(given, ByteTokenizer):
         tokenizer, vocab_size = given, given.vocab_size
         maps = (_map(train[0], "u1"), _map(validation[0], "u1"))
@@ -116,10 +121,7 @@ def load_corpus(config: DataConfig, *, cache: AnyPath | None = None, progress: S
         tokenizer = load_tokenizer(folder)
         assert tokenizer is not None
         vocab_size = tokenizer.vocab_size
-        files = [folder / f"{split}.bin" for split in ("train", "validation")]
-        with reading(folder):
-            maps = (np.memmap(files[0], _dtype(vocab_size), "r"), np.memmap(files[1], _dtype(vocab_size), "r"))
-        mapped = tuple(FileState.now(file) for file in files)
+        maps, mapped = _mapped(folder, _dtype(vocab_size))
     sizes = [sum(document.size for document in split) for split in (train, validation)]
     corpus = Corpus(
         train=maps[0],
@@ -216,38 +218,39 @@ def _corpus_hash(train: Sequence[Document], validation: Sequence[Document], hash
     return sha.hexdigest()
 
 
-def _check_ids(documents: Sequence[Document], vocab_size: int, cache: Path | None, say: Say) -> None:
+def _check_ids(documents: Sequence[Document], dtype: str, vocab_size: int, cache: Path | None, say: Say) -> None:
+    width = np.dtype(dtype).itemsize
+
     def find() -> list[int]:
         total = sum(document.size for document in documents)
-        say(f"Checking {total // 2:,} ids.")
+        say(f"Checking {total // width:,} ids.")
         count = telling(say, "Checked", total)
-        return [max(int(_ids(chunk).max()) for chunk in chunks(document, count)) for document in documents]
+        return [
+            max(int(np.frombuffer(chunk, dtype).max()) for chunk in chunks(document, count)) for document in documents
+        ]
 
     for document, largest in zip(documents, remembered(cache, "largest id", documents, find), strict=True):
         if largest < vocab_size:
             continue
-        position = document.start // 2
+        position = document.start // width
         for chunk in chunks(document):
-            beyond = np.flatnonzero(_ids(chunk) >= vocab_size)
+            ids = np.frombuffer(chunk, dtype)
+            beyond = np.flatnonzero(ids >= vocab_size)
             if len(beyond):
                 raise UserError(
                     f"{document.path}: every id must be below the vocabulary size of {vocab_size:,}; position "
-                    f"{position + int(beyond[0]):,} holds {int(_ids(chunk)[beyond[0]]):,}. Set bin_vocab_size to at "
+                    f"{position + int(beyond[0]):,} holds {int(ids[beyond[0]]):,}. Set bin_vocab_size to at "
                     f"least {largest + 1:,}, or tokenizer to the one that wrote the ids."
                 )
-            position += len(chunk) // 2
+            position += len(ids)
         raise UserError(f"{document.path} changed while it was read; start again.")
 
 
-def _ids(chunk: bytes) -> UInt[np.ndarray, " ids"]:
-    return np.frombuffer(chunk, "<u2")
-
-
 def _states(documents: Sequence[Document]) -> tuple[FileState, ...]:
-    """The files of the documents, which are whole between them, as they were listed."""
+    """The files of the documents, which go to their ends, as they were listed."""
     sizes: Counter[Path] = Counter()
     for document in documents:
-        sizes[document.path] += document.size
+        sizes[document.path] = max(sizes[document.path], document.stop)
     modified = {document.path: document.modified_ns for document in documents}
     return tuple(FileState(path=path, size=size, modified_ns=modified[path]) for path, size in sizes.items())
 
@@ -294,6 +297,27 @@ def _encode_split(path: Path, documents: Sequence[Document], tokenizer: Tokenize
                     file.write(np.array(tokenizer.encode(text), dtype).tobytes())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _join(folder: Path, train: Sequence[Document], validation: Sequence[Document], say: Say) -> None:
+    """Write the ids of shards, one after another, into `folder`."""
+    for split, documents in (("train", train), ("validation", validation)):
+        say(f"Joining the {split} split: {len(documents):,} shards.")
+        count = telling(say, "Joined", sum(d.size for d in documents))
+        with (folder / f"{split}.bin").open("wb") as file:
+            for document in documents:
+                for chunk in chunks(document, count):
+                    file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _mapped(folder: Path, dtype: str) -> tuple[tuple[np.ndarray, np.ndarray], tuple[FileState, ...]]:
+    """The two splits of a folder in the cache, and their files."""
+    files = [folder / f"{split}.bin" for split in ("train", "validation")]
+    with reading(folder):
+        maps = (np.memmap(files[0], dtype, "r"), np.memmap(files[1], dtype, "r"))
+    return maps, tuple(FileState.now(file) for file in files)
 
 
 def _dtype(vocab_size: int) -> str:

@@ -1,7 +1,8 @@
-"""What is neither text nor a file of uint16 ids, recognised before anything is trained on its bytes."""
+"""What is neither text nor a file of ids, recognised before anything is trained on its bytes."""
 
 import json
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,12 +24,12 @@ class _Kind(NamedTuple):
     """A regular expression."""
 
 
-_RECORDS = "write the text of its records to a text file, or to one file per document in a folder"
+_RECORDS = "let its name end in .jsonl, and name the field with the text by field"
 _TABLE = "write its text column to a text file, or to one file per document in a folder"
 _IDS = "write ids by numpy as array.astype('uint16').tofile('ids.bin')"
 _KINDS = (
-    _Kind("is compressed", "decompress it (gunzip)", ".gz .tgz", rb"\x1f\x8b"),
-    _Kind("is compressed", "decompress it (zstd -d)", ".zst .zstd", rb"\x28\xb5\x2f\xfd"),
+    _Kind("is compressed", "decompress it (gunzip), or let its name end in .gz", ".tgz", rb"\x1f\x8b"),
+    _Kind("is compressed", "decompress it (zstd -d), or let its name end in .zst", ".zstd", rb"\x28\xb5\x2f\xfd"),
     _Kind("is compressed", "decompress it (bunzip2)", ".bz2 .tbz2", rb"BZh[1-9]1AY&SY"),
     _Kind("is compressed", "decompress it (unxz)", ".xz .txz .lzma", rb"\xfd7zXZ\0"),
     _Kind("is compressed", "decompress it", ".lz4 .br .z .snappy", rb"\x04\x22\x4d\x18|\x1f\x9d"),
@@ -38,7 +39,7 @@ _KINDS = (
     _Kind("is a table", _TABLE, ".xlsx .ods .xls", rb"(?!)"),
     _Kind("is an archive", "unpack it to a folder", ".zip .jar .whl", rb"PK(\x03\x04|\x05\x06|\x07\x08)"),
     _Kind("is an archive", "unpack it to a folder", ".tar .7z .rar", rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07|.{257}ustar"),
-    _Kind("is a Parquet file", _TABLE, ".parquet", rb"PAR1"),
+    _Kind("is a Parquet file", "let its name end in .parquet", "", rb"PAR1"),
     _Kind("is a table", _TABLE, ".arrow .feather .avro", rb"ARROW1|FEA1|Obj\x01"),
     _Kind("is a database", _TABLE, ".sqlite .h5 .hdf5", rb"SQLite format 3\0|\x89HDF\r\n\x1a\n"),
     _Kind("holds weights", "give text", ".safetensors .gguf", rb".{5}\0\0\0\{\"|GGUF"),
@@ -54,7 +55,7 @@ _KINDS = (
     _Kind(
         "is JSON, one record a line",
         _RECORDS,
-        ".jsonl .ndjson",
+        "",
         rb"\s*\[?\s*\{\s*\"(text|content|messages|prompt)\"\s*:",
     ),
     _Kind(
@@ -63,7 +64,7 @@ _KINDS = (
     _Kind("is UTF-16 or UTF-32", "convert it to UTF-8 (iconv)", "", rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff"),
     _Kind(
         "holds ids, not text",
-        "give one .bin file of uint16 ids, or a folder with train.bin and val.bin, for which shards are joined",
+        "give one .bin file, or a folder with train.bin and val.bin, or with shards called train_... and val_...",
         ".bin .idx",
         rb"MMIDIDX",
     ),
@@ -71,8 +72,11 @@ _KINDS = (
 _BY_SUFFIX = {suffix: kind for kind in _KINDS for suffix in kind.suffixes.split()}
 _BY_START = [(re.compile(kind.start, re.DOTALL), kind) for kind in _KINDS]
 
-_LLM_C = {20240520: "uint16", 20240522: "uint16", 20240801: "uint32"}
-"""How files of llm.c begin, as an int32, and the ids that follow its header of 1,024 bytes."""
+_LLM_C = {20240520: "<u2", 20240801: "<u4"}
+"""How files of llm.c begin, as an int32, and the ids that follow its header."""
+HEADER = 1024
+"""Bytes of that header: 256 int32, of which the third is the number of ids."""
+_BITS = {"uint16": "<u2", "uint32": "<u4"}
 _HALVES = 64
 """16-bit numbers needed to tell that every second one is the upper half of a wider id."""
 
@@ -89,7 +93,7 @@ def check_text(document: Document, *, pattern: str | None = None) -> None:
     start = head(document, HEAD)
     kind = _BY_SUFFIX.get(document.path.suffix.lower()) or _kind_by_start(start)
     if kind is None and _is_json_lines(start):
-        kind = _BY_SUFFIX[".jsonl"]
+        kind = next(one for one in _KINDS if one.mend is _RECORDS)
     if kind is not None:
         what, mend = kind.what, kind.mend
     elif (position := start.find(b"\0")) >= 0:
@@ -100,36 +104,46 @@ def check_text(document: Document, *, pattern: str | None = None) -> None:
     raise UserError(f"{document.path} must be plain text, but {what}: {mend}{apart}.")
 
 
-def check_ids(document: Document) -> None:
-    """Refuse a file that is no bare row of uint16 ids, as far as its length and its beginning tell.
+def ids_in(document: Document, bare: str) -> tuple[Document, str]:
+    """The ids of a file without the header of llm.c, if it has one, and their dtype, as far as its length and its
+    beginning tell.
+
+    Args:
+        bare: uint16 or uint32, for a file without a header.
 
     Raises:
-        UserError: with what it is, and what to do.
+        UserError: it is no row of ids, with what it is, and what to do.
     """
-    where = f"{document.path} must hold uint16 ids of 2 bytes each"
     start = head(document, HEAD)
+    if dtype := _LLM_C.get(int.from_bytes(start[:4], "little")):
+        width, count = np.dtype(dtype).itemsize, int.from_bytes(start[8:12], "little")
+        if document.size != HEADER + count * width:
+            raise UserError(
+                f"{document.path} begins with a header of llm.c that announces {count:,} ids of {width} bytes each, "
+                f"and holds {max(document.size - HEADER, 0):,} bytes of them. It is cut off; give a whole one."
+            )
+        return replace(document, start=HEADER), dtype
+    dtype = _BITS[bare]
+    width = np.dtype(dtype).itemsize
+    where = f"{document.path} must hold {bare} ids of {width} bytes each"
     # Two or three bytes can be an id.
     if kind := _kind_by_start(start, least=4):
         raise UserError(f"{where}, but {kind.what}: {kind.mend}.")
-    if dtype := _LLM_C.get(int.from_bytes(start[:4], "little")):
-        mend = (
-            "drop its header (tail -c +1025 FILE > ids.bin)"
-            if dtype == "uint16"
-            else "tokenize with a vocabulary of at most 65,536 ids"
-        )
-        raise UserError(f"{where}, but begins with a header of llm.c, before {dtype} ids: {mend}.")
-    if document.size % 2:
+    if document.size % width:
+        length = "odd" if width == 2 else "no multiple of 4"
         raise UserError(
-            f"{where}; its length of {document.size:,} bytes is odd. It is cut off, or was not written by "
-            "numpy.uint16's tofile."
+            f"{where}; its length of {document.size:,} bytes is {length}. It is cut off, or was not written by "
+            f"numpy.{bare}'s tofile."
         )
     halves = np.frombuffer(start[: len(start) // 4 * 4], "<u2")
     # Ids of the largest vocabularies in use are below 4 * 65,536.
-    if not document.size % 4 and len(halves) >= _HALVES and halves[1::2].max() < 4 <= halves[::2].max():
+    wide = not document.size % 4 and len(halves) >= _HALVES and halves[1::2].max() < 4 <= halves[::2].max()
+    if wide and bare == "uint16":
         raise UserError(
-            f"{where}, but every second number is near 0, as where ids are uint32 or wider: {_IDS}, if all of them are "
-            "below 65,536."
+            f"{where}, but every second number is near 0, as where ids are uint32 or wider: set bin_dtype to uint32, "
+            f"or {_IDS}, if all of them are below 65,536."
         )
+    return document, dtype
 
 
 def _kind_by_start(start: bytes, least: int = 1) -> _Kind | None:

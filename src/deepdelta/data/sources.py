@@ -4,24 +4,29 @@ import glob
 import hashlib
 import os
 import platform
+import re
 import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Literal
 
+import numpy as np
+
 from deepdelta.data.config import DataConfig
-from deepdelta.data.documents import Document, reading
-from deepdelta.data.formats import check_ids, check_text
+from deepdelta.data.documents import Document, FileState, reading
+from deepdelta.data.formats import check_text, ids_in
+from deepdelta.data.packed import holds_records, is_packed, unpacked
 from deepdelta.errors import UserError
 
 # Near-duplicates, generated files and tests, wherever they lie; then what is no part of the library.
 _LEFT_OUT = {"encodings", "pydoc_data", "idlelib", "lib2to3", "test", "tests", "idle_test"}
 _LEFT_OUT |= {"site-packages", "dist-packages", "lib-dynload", "_bundled", "__pycache__"}
 _LEFT_OUT |= {"sitecustomize.py", "usercustomize.py"}
+_SHARD = re.compile(r"(?:.*[_-])?(train|val)[_-]\d+\.bin")
 _LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")
 
 
@@ -33,20 +38,27 @@ class Listing:
         title: the source in plain English.
         split_by: "module" and "document" leave the split to `split_by_group`; with "position" and "file" the group
             of a document is its split, "train" or "validation".
-        ids: the documents are uint16 ids, not text.
+        dtype: of the ids that the documents are, as numpy writes it; None where they are text.
+        origins: files that the documents were unpacked from.
     """
 
     title: str
     documents: Sequence[Document]
     split_by: Literal["module", "document", "position", "file"]
-    ids: bool = False
+    dtype: str | None = None
+    origins: tuple[FileState, ...] = ()
+
+    @property
+    def ids(self) -> bool:
+        """Whether the documents are ids, not text."""
+        return self.dtype is not None
 
 
-def list_source(config: DataConfig) -> Listing:
-    """The documents of `config.source`.
+def list_source(config: DataConfig, cache: Path | None = None) -> Listing:
+    """The documents of `config.source`; packed ones are unpacked to the cache, `default_cache()` if None.
 
     Raises:
-        UserError: it is missing, empty, unreadable or no text, or a `.bin` file is no bare row of uint16 ids.
+        UserError: it is missing, empty, unreadable or no text, or a `.bin` file is no row of ids.
     """
     if config.source == "stdlib":
         return _list_stdlib()
@@ -56,15 +68,38 @@ def list_source(config: DataConfig) -> Listing:
             raise UserError(
                 f"source must be 'stdlib' or the path of a file or folder; there is nothing at '{config.source}'."
             )
-        held = os.listdir(path) if path.is_dir() else None
+        held = sorted(os.listdir(path)) if path.is_dir() else None
     if held is not None:
-        present = [name for name in ("train.bin", "val.bin") if name in held]
-        if len(present) == 1:
+        shards = _shards(path, held)
+        return _list_token_files(path, shards, config.bin_dtype) if shards else _list_folder(path, config, cache)
+    if is_packed(path) and holds_records(path):
+        documents = unpacked(path, path.name, config.field, cache)
+        if not documents:
+            raise UserError(f"{path} must hold at least one record whose '{config.field}' is not empty; it holds none.")
+        title, origins = f"the records of {path}", (FileState.now(path),)
+        return Listing(title=title, documents=documents, split_by="document", origins=origins)
+    return _list_file(path, config, cache)
+
+
+def _shards(folder: Path, held: list[str]) -> dict[str, list[str]]:
+    """The token files in a folder by split: train.bin and val.bin, or shards that are called so; or none."""
+    if pair := [name for name in ("train.bin", "val.bin") if name in held]:
+        if len(pair) == 1:
             raise UserError(
-                f"a folder with token files must hold train.bin and val.bin; {path} holds {present[0]} only."
+                f"a folder with token files must hold train.bin and val.bin; {folder} holds {pair[0]} only."
             )
-        return _list_token_files(path) if present else _list_folder(path, config.pattern)
-    return _list_file(path, config.validation_fraction)
+        return {"train": ["train.bin"], "validation": ["val.bin"]}
+    found: dict[str, list[str]] = {"train": [], "validation": []}
+    for name in held:
+        if match := _SHARD.fullmatch(name):
+            found["train" if match[1] == "train" else "validation"].append(name)
+    if any(found.values()) and not all(found.values()):
+        there, missing = ("training", "val_") if found["train"] else ("validation", "train_")
+        raise UserError(
+            f"a folder with shards of token files must hold both splits; {folder} holds {there} shards only, and none "
+            f"called {missing}....bin."
+        )
+    return found if found["train"] else {}
 
 
 def split_by_group(
@@ -117,18 +152,24 @@ def _list_stdlib() -> Listing:
     return Listing(title=title, documents=documents, split_by="module")
 
 
-def _list_folder(folder: Path, pattern: str) -> Listing:
+def _list_folder(folder: Path, config: DataConfig, cache: Path | None) -> Listing:
+    pattern = config.pattern
     _check_folders(folder, PurePath(pattern).parts)
-    documents = []
+    documents: list[Document] = []
+    origins = []
     for name in sorted(set(glob.iglob(pattern, root_dir=folder, recursive=True))):
         if document := _whole_file(folder / name, Path(name).as_posix(), group=Path(name).as_posix()):
-            check_text(document, pattern=pattern)
-            documents.append(document)
+            if is_packed(document.path):
+                documents += unpacked(document.path, document.name, config.field, cache)
+                origins.append(FileState.now(document.path))
+            else:
+                check_text(document, pattern=pattern)
+                documents.append(document)
     if not documents:
         raise UserError(
             f"the folder {folder} must hold at least one non-empty file that matches '{pattern}'; none does."
         )
-    return Listing(title=f"the folder {folder}", documents=documents, split_by="document")
+    return Listing(title=f"the folder {folder}", documents=documents, split_by="document", origins=tuple(origins))
 
 
 def _whole_file(path: Path, name: str, *, group: str) -> Document | None:
@@ -166,39 +207,51 @@ def _check_folders(folder: Path, parts: Sequence[str]) -> None:
             above[child] = (*above[here], real)
 
 
-def _list_token_files(folder: Path) -> Listing:
-    documents = []
-    for name, group in (("train.bin", "train"), ("val.bin", "validation")):
-        document = _whole_file(folder / name, "ids", group=group)
-        if document is None:
-            raise UserError(f"{folder / name} must hold uint16 ids; it is empty.")
-        check_ids(document)
-        documents.append(document)
-    return Listing(title=f"the token files in {folder}", documents=documents, split_by="file", ids=True)
+def _list_token_files(folder: Path, shards: dict[str, list[str]], bare: str) -> Listing:
+    documents, dtypes = [], {}
+    for group, names in shards.items():
+        for name in names:
+            whole = _whole_file(folder / name, "ids" if len(names) == 1 else name, group=group)
+            if whole is None:
+                raise UserError(f"{folder / name} must hold {bare} ids; it is empty.")
+            document, dtypes[name] = ids_in(whole, bare)
+            documents.append(document)
+    if len(set(dtypes.values())) > 1:
+        one, two = (next(name for name, dtype in dtypes.items() if dtype == kind) for kind in ("<u2", "<u4"))
+        raise UserError(f"the token files in {folder} must hold ids of one width; {one} holds uint16, {two} uint32.")
+    return Listing(
+        title=f"the token files in {folder}", documents=documents, split_by="file", dtype=next(iter(dtypes.values()))
+    )
 
 
-def _list_file(path: Path, fraction: float) -> Listing:
-    ids = path.suffix == ".bin"
-    whole = _whole_file(path, "ids" if ids else "text", group="")
+def _list_file(given: Path, config: DataConfig, cache: Path | None) -> Listing:
+    ids, fraction = given.suffix == ".bin", config.validation_fraction
+    whole = _whole_file(given, "ids" if ids else "text", group="")
     if whole is None:
-        raise UserError(f"source must be a file with something in it or a folder; '{path}' is not.")
+        raise UserError(f"source must be a file with something in it or a folder; '{given}' is not.")
+    dtype: str | None = None
+    origins: tuple[FileState, ...] = ()
     if ids:
-        check_ids(whole)
-        cut = int(whole.size // 2 * (1 - fraction)) * 2
+        whole, dtype = ids_in(whole, config.bin_dtype)
+        width = np.dtype(dtype).itemsize
+        cut = whole.start + int(whole.size // width * (1 - fraction)) * width
     else:
+        if is_packed(given):
+            origins = (FileState.now(given),)
+            whole = next(iter(unpacked(given, "text", config.field, cache)), None)
+            if whole is None:
+                raise UserError(f"source must be a file with something in it; what '{given}' holds is empty.")
+            whole = replace(whole, name="text")
         check_text(whole)
-        cut = _start_of_character(path, int(whole.size * (1 - fraction)))
-    if not 0 < cut < whole.size:
+        cut = _start_of_character(whole.path, int(whole.size * (1 - fraction)))
+    if not whole.start < cut < whole.stop:
         raise UserError(
-            f"{path} with its {whole.size:,} bytes is too short to hold out {fraction:.0%} of it at the end: one split "
-            "would be empty."
+            f"{given} with its {whole.size:,} bytes is too short to hold out {fraction:.0%} of it at the end: one "
+            "split would be empty."
         )
-    parts = [
-        Document(name=whole.name, group=group, path=path, start=start, stop=stop, modified_ns=whole.modified_ns)
-        for group, start, stop in (("train", 0, cut), ("validation", cut, whole.size))
-    ]
-    title = f"the {'token' if ids else 'text'} file {path}"
-    return Listing(title=title, documents=parts, split_by="position", ids=ids)
+    parts = [replace(whole, group="train", stop=cut), replace(whole, group="validation", start=cut)]
+    title = f"the {'token' if ids else 'text'} file {given}"
+    return Listing(title=title, documents=parts, split_by="position", dtype=dtype, origins=origins)
 
 
 def _start_of_character(path: Path, position: int) -> int:
