@@ -17,6 +17,7 @@ from deepdelta.errors import UserError, printable
 from deepdelta.files import locked
 from deepdelta.progress import reporting, show
 from deepdelta.training import RunDirectory, TrainConfig, evaluate, import_published, load, train
+from deepdelta.training.checkpoints import CHECKPOINT
 from deepdelta.training.loop import corpus_facts
 
 
@@ -54,6 +55,8 @@ class Evaluate:
     """A run directory."""
     tokens: int | None = None
     """Evaluate on about so many tokens, in whole windows evenly spread over the split; all of it by default."""
+    checkpoint: str = CHECKPOINT
+    """Which of the run's: best.safetensors where keep_best was set."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     batch_size: int = 8
     """Windows per forward pass."""
@@ -71,7 +74,7 @@ class Evaluate:
             raise UserError(f"{self.run} was imported without a corpus; import it again with --source.")
         corpus = load_corpus(config.data, progress=lambda text: print(printable(text), file=sys.stderr))
         directory.check_environment(corpus_facts(corpus), exact=False)
-        model = directory.model().eval().to(chosen.device)
+        model = directory.model(self.checkpoint).eval().to(chosen.device)
         total = corpus.validation.shape[0]
         with reporting(f"Evaluating {self.run}", total) as reporter:
             result = evaluate(

@@ -60,6 +60,10 @@ class TrainConfig(Settings):
     final_eval_tokens: Count | None = None
     """Validation tokens of the final number after the last step, spread likewise; None is the whole split."""
     checkpoint_every: Count = 250
+    keep_last: Count = 1
+    """Checkpoints that are kept: where the last is damaged, the same command goes on from the one before it."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest validation loss too, as best.safetensors."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a CUDA device that has it, else fp32."""

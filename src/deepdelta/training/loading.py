@@ -6,6 +6,7 @@ from deepdelta.data import Tokenizer
 from deepdelta.errors import UserError
 from deepdelta.files import AnyPath
 from deepdelta.models import GPT
+from deepdelta.training.checkpoints import CHECKPOINT
 from deepdelta.training.rundir import RunDirectory
 
 
@@ -15,15 +16,18 @@ class Loaded(NamedTuple):
     """None for a corpus of bare token ids."""
 
 
-def load(run: AnyPath) -> Loaded:
+def load(run: AnyPath, checkpoint: str = CHECKPOINT) -> Loaded:
     """The trained model of a run directory, in evaluation mode on the CPU, and its tokenizer.
+
+    Args:
+        checkpoint: the file in the directory that has the weights; `best.safetensors` where `keep_best` was set.
 
     Raises:
         UserError: `run` is not a run directory, its model has no delta residuals, or its checkpoint or tokenizer is
             damaged.
     """
     directory = RunDirectory(run)
-    model = directory.model()
+    model = directory.model(checkpoint)
     if not isinstance(model, GPT):
         raise UserError(
             f"{directory.path} holds the rival '{model.config.rival}', which has no delta residuals; "

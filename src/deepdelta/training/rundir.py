@@ -5,16 +5,18 @@ environment.json         versions, machine, threads, device, commit, corpus, the
 metrics.jsonl            one line per step, and one per validation
 tokenizer.json           absent for corpora of bare ids
 checkpoint.safetensors   weights, optimiser state and step, in one file so that they belong together, with a checksum
+best.safetensors         on request the same of the step with the lowest validation loss
+checkpoints/             on request the same of the checkpoints before the last
 """
 
 import fcntl
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,13 +28,27 @@ from deepdelta.files import FORMAT, AnyPath, check_format, read_object, sha256_o
 from deepdelta.limits import check_memory
 from deepdelta.models import LanguageModel, language_model, least_bytes, parameter_count
 from deepdelta.tensors import check_finite, load_tensors, save_tensors
+from deepdelta.training.checkpoints import (
+    BEST,
+    CHECKPOINT,
+    Checkpoint,
+    earlier,
+    keep_last,
+    last_good,
+    name_of,
+    read_checkpoint,
+    write_checkpoint,
+)
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.metrics import damaged, is_step, last_row, read_rows
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
-CHECKPOINT, UNUSED, LOCK = "checkpoint.safetensors", "unused_published.safetensors", ".lock"
+UNUSED, LOCK = "unused_published.safetensors", ".lock"
 
-CHANGEABLE = ("steps", "cooldown", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every", "not_finite")
+CHANGEABLE = (
+    *("steps", "cooldown", "eval_every", "eval_tokens", "final_eval_tokens"),
+    *("checkpoint_every", "keep_last", "keep_best", "not_finite"),
+)
 """What may differ when a run is continued: none of it touches the steps already made."""
 
 NUMERICS = ("versions", "machine", "threads", "device", "precision", "backend")
@@ -58,16 +74,6 @@ class _Made(_Imported):
     machine: dict[str, str]
     threads: int
     init_config: dict[str, Any] | None = field(default=None)
-
-
-class Checkpoint(NamedTuple):
-    """What checkpoint.safetensors holds: tensors by the model's names, and by the model's names and the optimiser's."""
-
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    step: int
-    seconds: float
-    """Of training, up to this step."""
 
 
 @dataclass(frozen=True, init=False)
@@ -120,9 +126,11 @@ class RunDirectory:
             UserError: there are files of these names that no such start has left.
         """
         there = [self.path / name for name in (CHECKPOINT, METRICS, ENVIRONMENT, FILE_NAME, UNUSED)]
-        there = [file for file in there if os.path.lexists(file)]
+        later = [self.path / BEST, *(file for file in earlier(self.path) if file.name != name_of(0))]
+        later = [file for file in later if os.path.lexists(file)]
+        there = [*(file for file in there if os.path.lexists(file)), *later]
         try:
-            ours = not there or (self.metrics_path not in there and self.step() == 0)
+            ours = not there or (not later and self.metrics_path not in there and self.step() == 0)
         except UserError:
             ours = False
         if not ours:
@@ -253,37 +261,33 @@ class RunDirectory:
             )
         write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def save_checkpoint(self, model: nn.Module, optimizer: Optimizer, step: int, seconds: float) -> None:
-        """Write weights, optimiser state, step and training seconds as one file, whole or not at all."""
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
+    def save_checkpoint(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        step: int,
+        seconds: float,
+        *,
+        name: str = CHECKPOINT,
+        last: int = 1,
+    ) -> None:
+        """Write weights, optimiser state, step and training seconds as one file, whole or not at all.
+
+        Args:
+            name: of the file.
+            last: how many are kept: this one, and the ones before it in EARLIER.
+        """
         if self.metrics_path.exists():
             # On disk before the checkpoint is: a machine that fails must not leave a step whose line is lost.
             with self.metrics_path.open("rb") as rows:
                 os.fsync(rows.fileno())
-        save_tensors(self.path / CHECKPOINT, tensors, {"step": str(step), "seconds": repr(seconds)})
+        write_checkpoint(self.path / name, model, optimizer, step, seconds)
+        if name == CHECKPOINT:
+            keep_last(self.path, step, last)
 
-    def checkpoint(self) -> Checkpoint:
-        """The last checkpoint, verified.
-
-        Raises:
-            UserError: there is none, or it is not as it was written.
-        """
-        file = self.path / CHECKPOINT
-        if not file.exists():
-            raise UserError(f"{self.path} holds no {CHECKPOINT}; restore it, or delete the directory and train anew.")
-        mend = f"restore a copy, or delete {self.path} and train anew"
-        tensors, metadata = load_tensors(file, mend)
-        if not {"step", "seconds"} <= metadata.keys():
-            raise UserError(f"{file} must be a checkpoint, but has no step; {mend}.")
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-        for key, tensor in tensors.items():
-            part, _, name = key.partition(".")
-            parts[part][name] = tensor
-        return Checkpoint(parts["model"], parts["optimizer"], int(metadata["step"]), float(metadata["seconds"]))
+    def checkpoint(self, name: str = CHECKPOINT) -> Checkpoint:
+        """The last checkpoint, or the one of that name, verified; see `read_checkpoint`."""
+        return read_checkpoint(self.path / name)
 
     def step(self) -> int:
         """The step of the last checkpoint."""
@@ -297,18 +301,19 @@ class RunDirectory:
         file = self.path / UNUSED
         return load_tensors(file, f"restore it, or import {self.path} anew")[0] if file.exists() else {}
 
-    def model(self) -> LanguageModel:
-        """The model that the run's configuration describes, with the checkpoint's weights, on the CPU.
+    def model(self, name: str = CHECKPOINT) -> LanguageModel:
+        """The model that the run's configuration describes, with the weights of the last checkpoint, or of that one, on
+        the CPU.
 
         Raises:
             UserError: see `config` and `load_weights`; a configuration that describes a larger model than the weights
                 are of, which is said before that model is made.
         """
-        config, checkpoint = self.config().model, self.checkpoint()
+        config, checkpoint = self.config().model, self.checkpoint(name)
         held = sum(tensor.numel() for tensor in checkpoint.weights.values())
         if config.layers > len(checkpoint.weights) or parameter_count(config) > held:
             raise UserError(
-                f"{self.path / CHECKPOINT} does not fit {CONFIG}, which describes a model of {config.layers:,} layers "
+                f"{self.path / name} does not fit {CONFIG}, which describes a model of {config.layers:,} layers "
                 f"and {parameter_count(config):,} numbers: it holds {len(checkpoint.weights):,} tensors of {held:,}."
             )
         check_memory(least_bytes(config), f"the model of {self.path}")
@@ -324,13 +329,14 @@ class RunDirectory:
         """
         self._load_weights(self.checkpoint(), model, absent)
 
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> tuple[int, float]:
-        """Load the checkpoint's weights and optimiser state; the step and the training seconds that it was made at.
+    def restore(self, model: nn.Module, optimizer: Optimizer, say: Callable[[str], None]) -> tuple[int, float]:
+        """Load the last checkpoint's weights and optimiser state, or, where it is damaged, those of the one before it,
+        which is said; the step and the training seconds that it was made at.
 
         Raises:
             UserError: see `load_weights`.
         """
-        checkpoint = self.checkpoint()
+        checkpoint = last_good(self.path, say)
         self._load_weights(checkpoint, model)
         for name, parameter in model.named_parameters():
             prefix = f"{name}."

@@ -21,6 +21,7 @@ from deepdelta.device import Device
 from deepdelta.errors import UserError
 from deepdelta.models import LanguageModel
 from deepdelta.progress import Reporter, duration, reporting
+from deepdelta.training.checkpoints import BEST
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.evaluation import evaluate
 from deepdelta.training.health import Health, first_not_finite, health
@@ -67,6 +68,8 @@ class Trainer:
         self.read_every = 1 if chosen.device.type == "cpu" else READ_EVERY
         self.began = 0.0
         """When the first of them began."""
+        self.best = math.inf
+        """The lowest validation loss so far."""
         self.skipped, self.in_a_row = 0, 0
         """Steps whose loss or gradient was not finite: of the run, and after the last that was."""
         self.warned = config.model.residual.plain_start  # such gates are closed on purpose at first
@@ -114,21 +117,25 @@ class Trainer:
         Raises:
             UserError: the checkpoint or the metrics are damaged, or it is beyond the last step.
         """
-        self.step, self.seconds = self.run.restore(self.model, self.optimizer)
+        self.step, self.seconds = self.run.restore(self.model, self.optimizer, self.say)
         self.saved = self.step
         if self.step > self.config.steps:
             raise UserError(
                 f"{self.run.path} is at step {self.step} already; steps={self.config.steps} must not be fewer."
             )
         self.run.cut_metrics(self.step)
-        for row in filter(is_step, self.run.metrics()):
-            self.skipped = row.get("skipped", self.skipped)
-            self.in_a_row = self.in_a_row + 1 if "skipped" in row else 0
+        for row in self.run.metrics():
+            if is_step(row):
+                self.skipped = row.get("skipped", self.skipped)
+                self.in_a_row = self.in_a_row + 1 if "skipped" in row else 0
+            elif not row["final"]:
+                self.best = min(self.best, row["validation_loss"])
         self.say(f"Continuing {self.run.path} at step {self.step} of {self.config.steps}.")
 
     def save(self) -> None:
         with self._naming_the_last_good():
-            self.run.save_checkpoint(self.model, self.optimizer, self.step, self.seconds)
+            last = self.config.keep_last
+            self.run.save_checkpoint(self.model, self.optimizer, self.step, self.seconds, last=last)
         self.saved = self.step
 
     def _record(self, row: dict[str, Any]) -> None:
@@ -238,6 +245,11 @@ class Trainer:
                 reporter.note(found.warning)
         self._record(row)
         reporter.note(f"step {self.step}: validation loss {result.loss:.4f} on {result.tokens:,} tokens")
+        if not final and result.loss < self.best:
+            self.best = result.loss
+            if self.config.keep_best:
+                with self._naming_the_last_good():
+                    self.run.save_checkpoint(self.model, self.optimizer, self.step, self.seconds, name=BEST)
         return result.loss
 
     def _health(self) -> Health | None:

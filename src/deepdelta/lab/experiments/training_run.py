@@ -26,9 +26,9 @@ from deepdelta.lab.experiments.run import Run
 from deepdelta.lab.measure.rewrites import RewriteTotals, rewrite_totals
 from deepdelta.provenance import now
 from deepdelta.training import Loaded, RunDirectory, TrainConfig, load
+from deepdelta.training.checkpoints import CHECKPOINT
 from deepdelta.training.evaluation import contexts
 from deepdelta.training.loop import resolve
-from deepdelta.training.rundir import CHECKPOINT
 
 CURVE_POINTS = 60
 """The most points of a record's curve, unless it was validated more often than that."""

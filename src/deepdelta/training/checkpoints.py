@@ -1,0 +1,116 @@
+"""A run's checkpoints: safetensors with a checksum each, the last one, those before it and the best."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deepdelta.errors import UserError
+from deepdelta.files import naming
+from deepdelta.tensors import load_tensors, save_tensors
+
+CHECKPOINT, BEST, EARLIER = "checkpoint.safetensors", "best.safetensors", "checkpoints"
+"""The last one, the one of the lowest validation loss, and the folder of those before the last."""
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds: tensors by the model's names, and by the model's names and the optimiser's."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    step: int
+    seconds: float
+    """Of training, up to this step."""
+
+
+def write_checkpoint(file: Path, model: nn.Module, optimizer: Optimizer, step: int, seconds: float) -> None:
+    """Write weights, optimiser state, step and training seconds as one file, whole or not at all."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
+    save_tensors(file, tensors, {"step": str(step), "seconds": repr(seconds)})
+
+
+def read_checkpoint(file: Path) -> Checkpoint:
+    """A checkpoint, verified.
+
+    Raises:
+        UserError: there is none, or it is not as it was written.
+    """
+    run = file.parent.parent if file.parent.name == EARLIER else file.parent
+    if not file.exists():
+        raise UserError(f"{run} holds no {file.name}; restore it, or delete the directory and train anew.")
+    mend = f"restore a copy, or delete {run} and train anew"
+    tensors, metadata = load_tensors(file, mend)
+    if not {"step", "seconds"} <= metadata.keys():
+        raise UserError(f"{file} must be a checkpoint, but has no step; {mend}.")
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = tensor
+    return Checkpoint(parts["model"], parts["optimizer"], int(metadata["step"]), float(metadata["seconds"]))
+
+
+def keep_last(run: Path, step: int, last: int) -> None:
+    """Have EARLIER hold the last checkpoint, just written at `step`, and the `last` - 1 before it, and no others.
+
+    The last one is there as a second name of the same file, so it takes no room until the next is written.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = run / EARLIER
+    if last == 1 and not folder.exists():
+        return
+    with naming(folder, "written"):
+        folder.mkdir(exist_ok=True)
+        here = folder / name_of(step)
+        here.unlink(missing_ok=True)
+        try:
+            here.hardlink_to(run / CHECKPOINT)
+        except OSError:  # a file system without links
+            shutil.copyfile(run / CHECKPOINT, here)
+        # What is of later steps is of a run that was damaged there, and those steps are made again.
+        kept = [file for file in earlier(run) if file.name <= here.name][:last]
+        for file in earlier(run):
+            if file not in kept:
+                file.unlink()
+        if last == 1:
+            shutil.rmtree(folder)
+
+
+def name_of(step: int) -> str:
+    """The file in EARLIER."""
+    return f"step-{step:012d}.safetensors"
+
+
+def earlier(run: Path) -> list[Path]:
+    """The checkpoints in EARLIER, the last first."""
+    return sorted((run / EARLIER).glob("step-*.safetensors"), reverse=True)
+
+
+def last_good(run: Path, say: Callable[[str], None]) -> Checkpoint:
+    """The last checkpoint, or, where it is damaged or gone, the last before it that is neither, which is said.
+
+    Raises:
+        UserError: none is good; what is wrong with the last.
+    """
+    last = run / CHECKPOINT
+    problem: UserError | None = None
+    for file in (last, *(one for one in earlier(run) if not (last.exists() and os.path.samefile(one, last)))):
+        try:
+            checkpoint = read_checkpoint(file)
+        except UserError as error:
+            problem = problem or error
+            continue
+        if problem is not None:
+            say(f"{problem} Going on from the checkpoint before it instead, {file}.")
+        return checkpoint
+    assert problem is not None
+    raise problem
