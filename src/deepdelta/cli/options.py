@@ -16,6 +16,7 @@ from deepdelta.cli.doctor import Doctor
 from deepdelta.cli.explore import Explore
 from deepdelta.cli.export import Export
 from deepdelta.cli.plan import Plan
+from deepdelta.cli.prepare import Prepare
 from deepdelta.cli.runs import Audit, Evaluate, Generate, Import, Train
 from deepdelta.cli.watch import Watch
 from deepdelta.errors import UserError, check_utf8, nearest
@@ -31,6 +32,7 @@ COMMANDS = {
     "generate": Generate,
     "audit": Audit,
     "explore": Explore,
+    "prepare": Prepare,
     "study": Study,
     "task": Task,
     "watch": Watch,

@@ -74,6 +74,7 @@ _BY_START = [(re.compile(kind.start, re.DOTALL), kind) for kind in _KINDS]
 
 _LLM_C = {20240520: "<u2", 20240801: "<u4"}
 """How files of llm.c begin, as an int32, and the ids that follow its header."""
+MAGIC = {dtype: number for number, dtype in _LLM_C.items()}
 HEADER = 1024
 """Bytes of that header: 256 int32, of which the third is the number of ids."""
 _BITS = {"uint16": "<u2", "uint32": "<u4"}

@@ -55,7 +55,7 @@ def unpacked(path: Path, name: str, field: str, cache: Path | None) -> list[Docu
     def build(folder: Path) -> None:
         ends, end = [], 0
         with (folder / _TEXT).open("wb") as file:
-            for piece in records_of(path, field) if records else _bytes(path):
+            for piece in records_of(path, field) if records else bytes_of(path):
                 file.write(piece)
                 end += len(piece)
                 if records and piece:
@@ -126,7 +126,8 @@ def _rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path} must be a Parquet file; it says: {error}.") from None
 
 
-def _bytes(path: Path) -> Iterator[bytes]:
+def bytes_of(path: Path) -> Iterator[bytes]:
+    """What a file holds, decompressed, in pieces."""
     with _opened(path) as file:
         while piece := file.read(CHUNK):
             yield piece

@@ -152,23 +152,38 @@ def _list_stdlib() -> Listing:
     return Listing(title=title, documents=documents, split_by="module")
 
 
+def files_in(path: Path, pattern: str) -> list[Document]:
+    """A file, or those of a folder that match, each whole and not empty, in the order of their names.
+
+    Raises:
+        UserError: there is none, or one cannot be read.
+    """
+    with reading(path):
+        if not path.exists() and not path.is_symlink():
+            raise UserError(f"source must be the path of a file or folder; there is nothing at '{path}'.")
+    names, folder = [path.name], path.parent
+    if path.is_dir():
+        folder = path
+        _check_folders(folder, PurePath(pattern).parts)
+        names = [Path(name).as_posix() for name in sorted(set(glob.iglob(pattern, root_dir=folder, recursive=True)))]
+    found = [document for name in names if (document := _whole_file(folder / name, name, group=name))]
+    if not found and path.is_dir():
+        raise UserError(f"the folder {path} must hold at least one non-empty file that matches '{pattern}'; none does.")
+    if not found:
+        raise UserError(f"source must be a file with something in it or a folder; '{path}' is not.")
+    return found
+
+
 def _list_folder(folder: Path, config: DataConfig, cache: Path | None) -> Listing:
-    pattern = config.pattern
-    _check_folders(folder, PurePath(pattern).parts)
     documents: list[Document] = []
     origins = []
-    for name in sorted(set(glob.iglob(pattern, root_dir=folder, recursive=True))):
-        if document := _whole_file(folder / name, Path(name).as_posix(), group=Path(name).as_posix()):
-            if is_packed(document.path):
-                documents += unpacked(document.path, document.name, config.field, cache)
-                origins.append(FileState.now(document.path))
-            else:
-                check_text(document, pattern=pattern)
-                documents.append(document)
-    if not documents:
-        raise UserError(
-            f"the folder {folder} must hold at least one non-empty file that matches '{pattern}'; none does."
-        )
+    for document in files_in(folder, config.pattern):
+        if is_packed(document.path):
+            documents += unpacked(document.path, document.name, config.field, cache)
+            origins.append(FileState.now(document.path))
+        else:
+            check_text(document, pattern=config.pattern)
+            documents.append(document)
     return Listing(title=f"the folder {folder}", documents=documents, split_by="document", origins=tuple(origins))
 
 

@@ -136,6 +136,10 @@ class BPETokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, on all cores."""
+        return [one.ids for one in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
     def decode(self, ids: Ids) -> str:
         return self._tokenizer.decode(id_list(ids, "ids"), skip_special_tokens=False)
 

@@ -1,0 +1,44 @@
+"""The command prepare."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from deepdelta.cli.shared import following
+from deepdelta.data.prepare import prepare
+from deepdelta.errors import printable
+from deepdelta.progress import show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Write texts as shards of ids, which runs then map: once for many runs, on all cores; the same command goes on
+    where it was stopped."""
+
+    source: Positional[Path]
+    """A text file or a folder; compressed files, JSON lines and Parquet tables too, a document a record."""
+    out: Path
+    """The folder of the shards, made if absent."""
+    tokenizer: Path
+    """A JSON file of the tokenizers library."""
+    field: str = "text"
+    """The field of JSON records, the column of a Parquet table, that holds the text."""
+    pattern: str = "**/*"
+    """Which files of a folder are documents."""
+    shard_tokens: int = 100_000_000
+    """A shard ends with the document with which it holds so many."""
+    validation_fraction: float = 0.005
+    """The share of the documents that is held out."""
+    header: bool = True
+    """Begin each shard with the header of llm.c; without it shards are bare, as nanoGPT has them."""
+
+    def __call__(self) -> None:
+        options = {name: value for name, value in vars(self).items() if name not in ("source", "out")}
+        sums = prepare(
+            self.source, self.out, progress=lambda line: print(printable(line), file=sys.stderr, flush=True), **options
+        )
+        show(f"{sums['train']:,} training and {sums['val']:,} validation tokens in {self.out}")
+        tokenizer = ("--data.tokenizer", self.out / "tokenizer.json")
+        following(("deepdelta", "train", "runs/new", "--data.source", self.out, *tokenizer))

@@ -1,0 +1,198 @@
+"""Texts to shards of ids that training maps: once for many runs, on all cores, going on where it was stopped."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepdelta.data.config import DataConfig
+from deepdelta.data.documents import Document, Say
+from deepdelta.data.formats import HEADER, MAGIC, check_text
+from deepdelta.data.packed import bytes_of, holds_records, is_packed, records_of
+from deepdelta.data.sources import files_in
+from deepdelta.data.tokenizer import BPETokenizer, Tokenizer, read_tokenizer
+from deepdelta.errors import UserError
+from deepdelta.files import FORMAT, AnyPath, atomic_path, check_format, locked, read_object, sha256_of, write_json
+
+MANIFEST = "prepared.json"
+_AT_ONCE = 1 << 22  # characters that are encoded together, on all cores
+
+
+@dataclass(kw_only=True)
+class _Split:
+    """The shards of one split: what is written, and what comes next."""
+
+    name: str
+    dtype: str
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    held: list[np.ndarray] = field(default_factory=list)
+    tokens: int = 0
+
+    @property
+    def written(self) -> int:
+        """Tokens in whole shards."""
+        return sum(shard["tokens"] for shard in self.shards)
+
+    def add(self, ids: list[int]) -> None:
+        self.held.append(np.array(ids, self.dtype))
+        self.tokens += len(ids)
+
+    def flush(self, out: Path, header: bool) -> None:
+        """Write a shard of what is held, if anything is."""
+        if not self.tokens:
+            return
+        path = out / f"{self.name}_{len(self.shards):06d}.bin"
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            if header:
+                numbers = np.zeros(HEADER // 4, "<i4")
+                numbers[:3] = MAGIC[self.dtype], 1, self.tokens
+                file.write(numbers.tobytes())
+            for ids in self.held:
+                file.write(ids.tobytes())
+        self.shards.append({"name": path.name, "tokens": self.tokens, "sha256": sha256_of(path)})
+        self.held, self.tokens = [], 0
+
+
+def prepare(
+    source: AnyPath,
+    out: AnyPath,
+    *,
+    tokenizer: AnyPath,
+    field: str = "text",
+    pattern: str = "**/*",
+    shard_tokens: int = 100_000_000,
+    validation_fraction: float = 0.005,
+    header: bool = True,
+    progress: Say | None = None,
+) -> dict[str, int]:
+    """Write the documents of a file or folder as shards `train_000000.bin`, `val_000000.bin` and so on, and
+    `tokenizer.json`, to the folder `out`, which `DataConfig.source` takes.
+
+    Every document begins with the separator. Which split it is in depends on its file's name and its number there
+    alone. A shard ends with a document, when it holds `shard_tokens` or more. Ids are uint16, or uint32 for more than
+    65,536 of them; the header is that of llm.c. Stopped, the same call goes on after the last whole shard, with the
+    same result.
+
+    Args:
+        source: text files, compressed ones, records and tables, as `DataConfig.source` takes them.
+        tokenizer: a JSON file of the `tokenizers` library.
+        progress: called with a line of text after each shard.
+
+    Returns:
+        Tokens by split.
+
+    Raises:
+        UserError: no documents, one that is no text, or none for a split; `out` holds something else, or what other
+            settings or sources wrote.
+    """
+    say, out, path = progress or (lambda _: None), Path(out), Path(os.path.expanduser(source))
+    DataConfig(source=str(source), pattern=pattern, field=field, validation_fraction=validation_fraction)
+    if shard_tokens < 1:
+        raise UserError(f"shard_tokens must be at least 1, got {shard_tokens}.")
+    encoder, files = read_tokenizer(tokenizer), files_in(path, pattern)
+    settings: dict[str, Any] = {
+        "files": [[one.name, one.size] for one in files],
+        "tokenizer": encoder.sha256,
+        "field": field,
+        "shard_tokens": shard_tokens,
+        "validation_fraction": validation_fraction,
+        "header": header,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        kept = _begun(out, settings)
+        dtype = "<u2" if encoder.vocab_size <= 1 << 16 else "<u4"
+        train, val = (_Split(name=name, dtype=dtype, shards=kept[name]) for name in ("train", "val"))
+        if not kept["finished"]:
+            encoder.save(out)
+            done = int(kept["documents"])
+
+            def commit(documents: int, finished: bool = False) -> None:
+                for split in (train, val):
+                    split.flush(out, header)
+                shards = {"train": train.shards, "val": val.shards}
+                about = {"format": FORMAT, "settings": settings, "documents": documents, "finished": finished}
+                write_json(out / MANIFEST, about | shards)
+
+            commit(done)  # what is written from here on is known to be of these settings
+            for number, name, ids in _encoded(files, field, encoder, done):
+                split = val if _share(name) < validation_fraction else train
+                split.add([encoder.separator, *ids])
+                done = number + 1
+                if train.tokens >= shard_tokens:
+                    commit(done)
+                    say(f"{done:,} documents, {train.written + val.written:,} tokens.")
+            commit(done, finished=True)
+    sums = {split.name: split.written for split in (train, val)}
+    if empty := [name for name, tokens in sums.items() if not tokens]:
+        raise UserError(
+            f"with validation_fraction={validation_fraction} no document of {source} fell to {empty[0]}; choose "
+            "another fraction and folder, or give more documents."
+        )
+    return sums
+
+
+def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is there already of these settings."""
+    file = out / MANIFEST
+    if not file.exists():
+        if held := [name for name in sorted(os.listdir(out)) if name.endswith(".bin")]:
+            raise UserError(f"{out} must be a folder for prepared text alone, and holds {held[0]}; choose another.")
+        return {"documents": 0, "finished": False, "train": [], "val": []}
+    kept = read_object(file, "choose another folder, or delete this one")
+    check_format(kept, file)
+    if other := sorted(name for name, value in settings.items() if kept["settings"].get(name) != value):
+        raise UserError(f"{out} was begun with other {', '.join(other)}; give those again, or choose another folder.")
+    for shard in (*kept["train"], *kept["val"]):
+        if not (path := out / shard["name"]).exists() or sha256_of(path) != shard["sha256"]:
+            raise UserError(f"{path} is damaged or gone; delete the folder and prepare anew.")
+    return kept
+
+
+def _encoded(files: list[Document], field: str, encoder: Tokenizer, skip: int) -> Iterator[tuple[int, str, list[int]]]:
+    """Number, name and ids of the documents from number `skip` on."""
+    waiting: list[tuple[int, str, str]] = []
+    size = 0
+    for number, (name, text) in enumerate(_texts(files, field)):
+        if number < skip or not text:
+            continue
+        waiting.append((number, name, text))
+        size += len(text)
+        if size >= _AT_ONCE:
+            yield from _encode(waiting, encoder)
+            waiting, size = [], 0
+    yield from _encode(waiting, encoder)
+
+
+def _encode(waiting: list[tuple[int, str, str]], encoder: Tokenizer) -> Iterator[tuple[int, str, list[int]]]:
+    texts = [text for _, _, text in waiting]
+    several = encoder.encode_all(texts) if isinstance(encoder, BPETokenizer) else map(encoder.encode, texts)
+    for (number, name, _), ids in zip(waiting, several, strict=True):
+        yield number, name, ids
+
+
+def _texts(files: list[Document], field: str) -> Iterator[tuple[str, str]]:
+    for one in files:
+        if is_packed(one.path) and holds_records(one.path):
+            parts: Iterator[bytes] = records_of(one.path, field)
+        else:
+            if not is_packed(one.path):
+                check_text(one)
+            parts = iter([b"".join(bytes_of(one.path))])
+        for number, part in enumerate(parts):
+            try:
+                yield f"{one.name}:{number}", part.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{one.path} must be UTF-8; byte {error.start:,} of document {number:,} in it is not. Convert the "
+                    "file, or leave it out by the pattern."
+                ) from None
+
+
+def _share(name: str) -> float:
+    """A number in [0, 1) that is the document's own."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
