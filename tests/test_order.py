@@ -15,7 +15,7 @@ import deepdelta
 SOURCE = Path(deepdelta.__file__).parent
 ORDER = """
 errors version
-config files ids device progress provenance interruption
+config files ids device progress provenance interruption notebook
 limits
 tensors
 ops

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Inexact, Int, Shaped
 from torch import Tensor
 
+from deepdelta import notebook
 from deepdelta.errors import UserError
 from deepdelta.ops.gates import check_gate, where
 
+SHOWN = 500  # batch entries, and eigenvalues, that a notebook shows
 ROUNDING_STEPS = 8  # numbers closer than this many machine epsilons of the dtype count as equal
 
 
@@ -62,6 +64,24 @@ class DeltaOperator:
             check_gate(gate)
         self.K = direction[..., None]
         self.T = gate[..., None, None]
+
+    def __repr__(self) -> str:
+        *batch, dim, directions = self.K.shape
+        return f"DeltaOperator(dim={dim}, directions={directions}, batch={tuple(batch)}, dtype={self.K.dtype})"
+
+    def _repr_html_(self) -> str:
+        """For a notebook: what it does and its nontrivial eigenvalues; of a large batch those of the first entries."""
+        *batch, dim, directions = self.K.shape
+        rows: list[tuple[str, object]] = [("width", dim), ("directions", directions), ("batch", tuple(batch))]
+        K_BDL, T_BLL = (factor.detach().flatten(0, -3)[:SHOWN] for factor in (self.K[None], self.T[None]))
+        some = self._from_factors(K_BDL, T_BLL)
+        if not (K_BDL.numel() and some.dense().isfinite().all()):
+            return notebook.table("DeltaOperator", rows)
+        if directions == 1:
+            rows.append(("it does", ", ".join(sorted(set(some.regime().tolist())))))
+        eigenvalues = some.eigenvalues()[..., -min(dim, directions) :].flatten().tolist()
+        rows += [("determinant", _span(some.determinant())), ("singular values", _span(some.singular_values()))]
+        return notebook.shown(notebook.table("DeltaOperator", rows), notebook.spectrum(eigenvalues[:SHOWN]))
 
     @classmethod
     def _from_factors(cls, K_BDL: Tensor, T_BLL: Tensor) -> "DeltaOperator":
@@ -255,6 +275,11 @@ class _DifferentiableOnce(torch.autograd.Function):
                 "a second one was asked for: take them from torch.linalg of dense() instead."
             )
         return _DifferentiableOnce.apply(grad, ctx.order + 1), None  # type: ignore[no-untyped-call]
+
+
+def _span(values: Tensor) -> str:
+    low, high = values.min().item(), values.max().item()
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
 def _eye_like(x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deepdelta.config import from_plain
+from deepdelta import notebook
+from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError, nearest
 from deepdelta.nn import config
 from deepdelta.nn.adding import refuse_adding, unwrapped
@@ -125,6 +126,14 @@ class DeltaStream(nn.Module):
             f"dim={self.dim}, value_channels={self.config.value_channels}, rule={self.config.rule}, "
             f"residuals start as backend={described('auto', Work.rewrite(self.config, self.dim), where)}"
         )
+
+    def _repr_html_(self) -> str:
+        """For a notebook: its width and every setting that is not the default one."""
+        plain, default = to_plain(self.config), to_plain(ResidualConfig())
+        rows: list[tuple[str, object]] = [("dim", self.dim), ("value_channels", self.config.value_channels)]
+        rows += [("rule", self.config.rule), ("parameters", f"{sum(p.numel() for p in self.parameters()):,}")]
+        rows += [(name, value) for name, value in plain.items() if value != default[name] and name not in dict(rows)]
+        return notebook.table("DeltaStream", rows)
 
     def expand(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The state (..., V, D) of vectors (..., D), or (N, V, C, *space) of (N, C, *space)."""

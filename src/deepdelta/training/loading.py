@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from deepdelta import notebook
 from deepdelta.data import Tokenizer
 from deepdelta.errors import UserError
 from deepdelta.files import AnyPath
@@ -14,6 +15,17 @@ class Loaded(NamedTuple):
     model: GPT
     tokenizer: Tokenizer | None
     """None for a corpus of bare token ids."""
+
+    def _repr_html_(self) -> str:
+        """For a notebook: what was loaded."""
+        config = self.model.config
+        rows = [
+            ("residual", f"{config.residual.rule}, V = {config.residual.value_channels}"),
+            ("model", f"{config.layers} layers of width {config.dim}, context {config.context}"),
+            ("parameters", f"{sum(p.numel() for p in self.model.parameters()):,}"),
+            ("tokenizer", "none" if self.tokenizer is None else f"{self.tokenizer.vocab_size:,} ids"),
+        ]
+        return notebook.table("Loaded run", rows)
 
 
 def load(run: AnyPath, checkpoint: str = CHECKPOINT) -> Loaded:

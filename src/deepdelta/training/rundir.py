@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from deepdelta import notebook
 from deepdelta.config import differences, from_plain, to_plain
 from deepdelta.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from deepdelta.errors import UserError, check_utf8
@@ -44,6 +45,9 @@ from deepdelta.training.metrics import damaged, is_step, last_row, read_rows
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 UNUSED, LOCK = "unused_published.safetensors", ".lock"
+
+SHOWN = 500
+"""Points of a loss that a notebook shows."""
 
 CHANGEABLE = (
     *("steps", "cooldown", "eval_every", "eval_tokens", "final_eval_tokens"),
@@ -85,6 +89,28 @@ class RunDirectory:
     def __init__(self, path: AnyPath) -> None:
         object.__setattr__(self, "path", Path(path))
         check_utf8("the name of a run directory", str(self.path))
+
+    def _repr_html_(self) -> str:
+        """For a notebook: what is trained here and how far it is, and its loss; a path alone where there is no run.
+
+        Raises:
+            UserError: see `config` and `metrics`.
+        """
+        if not self.started:
+            return notebook.table("No run", [("path", self.path)])
+        config, rows = self.config(), list(self.metrics())
+        losses = [(float(row["step"]), float(row["loss"])) for row in rows if "loss" in row]
+        validations = [row["validation_loss"] for row in rows if row.get("validation_loss") is not None]
+        model = config.model
+        facts: list[tuple[str, object]] = [
+            ("path", self.path),
+            ("residual", model.rival or f"{model.residual.rule}, V = {model.residual.value_channels}"),
+            ("model", f"{model.layers} layers of width {model.dim}, {parameter_count(model):,} parameters"),
+            ("steps", f"{len(losses):,} of {config.steps:,}"),
+        ]
+        facts += [("validation loss", f"{validations[-1]:.4f}")] if validations else []
+        few = losses[:: max(1, len(losses) // SHOWN)]
+        return notebook.shown(notebook.table("Run", facts), notebook.curve(few, "Training loss over steps"))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

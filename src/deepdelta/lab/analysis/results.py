@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from deepdelta import notebook
 from deepdelta.config import to_plain
 from deepdelta.errors import UserError
 from deepdelta.files import AnyPath, write_json
@@ -322,6 +323,22 @@ class StudyResults(Measurements):
         """The contrasts with the baseline at the study's first budget, one per condition at most."""
         wanted = (self.baseline, self.budgets[0])
         return tuple(one for one in self.contrasts if (one.reference, one.budget) == wanted)
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the conditions with their changes from the baseline, drawn where there are intervals."""
+        found = {one.condition: one.comparison for one in self.against_baseline()}
+        rows, drawn = [], []
+        for one in self.conditions:
+            losses, change = one.losses().values(), found.get(one.name)
+            loss = f"{sum(losses) / len(losses):.4f}" if losses else "-"
+            rows.append([one.name, loss, "-" if change is None else f"{change.mean:+.4f}", "-"])
+            if change is not None and (reach := change.t_interval) is not None:
+                rows[-1][-1] = f"{reach.low:+.4f} to {reach.high:+.4f}"
+                drawn.append((change.mean, reach.low, reach.high))
+        head = ("condition", "loss", f"change from {self.baseline}", "95 % interval")
+        says = f"Changes from {self.baseline} with their 95 % intervals, in the order of the table"
+        picture = notebook.intervals(drawn, says) if drawn else ""
+        return notebook.shown(notebook.table(f"{self.name}: {self.description}", rows, head), picture)
 
     @property
     def answer(self) -> Contrast | None:
