@@ -321,8 +321,8 @@ def test_a_branch_output_that_is_no_tensor_or_elsewhere_is_named(unchecked):
             return self.value
 
     stream, state = DeltaStream(D, V), torch.zeros(2, V, D)
-    for value, kind in (({"h": torch.zeros(2, D)}, "dict"), ([torch.zeros(2, D)], "list"), ((None, 1), "NoneType")):
-        with pytest.raises(UserError, match=f"must return a tensor, or a tuple that starts with one, got {kind}"):
+    for value, kind in (({"h": "text"}, "str"), ([], "NoneType"), ((None, 1), "NoneType"), ({1}, "set")):
+        with pytest.raises(UserError, match=f"tensor, or a tuple, list or dictionary that starts with one, got {kind}"):
             stream.wrap(Returning(value))(state)
     with pytest.raises(UserError, match="output on the device of its input, cpu, got meta; move it"):
         stream.wrap(Returning(torch.zeros(2, D, device="meta")))(state)

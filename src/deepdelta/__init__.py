@@ -4,7 +4,7 @@ from deepdelta import interruption as interruption  # first, for what importing 
 
 # isort: split
 from deepdelta import interop, ops
-from deepdelta.decoding import generate
+from deepdelta.decoding import generate, generate_batch
 from deepdelta.errors import UserError
 from deepdelta.explorer import explore
 from deepdelta.models import GPT, GPTConfig
@@ -50,6 +50,7 @@ __all__ = [
     "__version__",
     "explore",
     "generate",
+    "generate_batch",
     "interop",
     "intervening",
     "load",

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from pydantic import FiniteFloat
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from deepdelta.config import Settings
 from deepdelta.errors import UserError
@@ -111,6 +112,10 @@ class GPTOutput(NamedTuple):
     """(B, T, vocabulary)."""
     loss: Tensor | None
     """`label_loss`; None without labels."""
+
+
+# So that torch.export can write a program that returns it.
+pytree._register_namedtuple(GPTOutput, serialized_type_name="deepdelta.models.gpt.GPTOutput")
 
 
 def label_loss(logits: Float[Tensor, "B T vocabulary"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:

@@ -4,6 +4,7 @@ Shapes: V value channels, D compute width, r rank; `...` leading axes, the last 
 needs one. x_in is the compressed state, c its norm, h = F(c) the branch output.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -72,6 +73,29 @@ class Runtime(NamedTuple):
         return self.backend != "reference" and self.recorder is None and self.intervention is None
 
 
+def _first(output: Any) -> Any:
+    """h of what a branch returns."""
+    if isinstance(output, dict):
+        return next(iter(output.values()), None)
+    if isinstance(output, tuple | list):
+        return output[0] if output else None
+    return output
+
+
+def _replaced(output: Any, state: Tensor) -> Any:
+    """What a branch returned, with the state in the place of h."""
+    if isinstance(output, dict):
+        # A copy of its kind: the outputs of transformers are dictionaries with attributes.
+        changed = copy.copy(output)
+        changed[next(iter(output))] = state
+        return changed
+    if isinstance(output, list):
+        return [state, *output[1:]]
+    if isinstance(output, tuple):
+        return type(output)(*(state, *output[1:])) if hasattr(output, "_fields") else (state, *output[1:])
+    return state
+
+
 class DeltaResidual(nn.Module):
     """A branch F with a delta residual around it; made by `DeltaStream.wrap`.
 
@@ -130,7 +154,8 @@ class DeltaResidual(nn.Module):
         return self.branch_input(given), lambda h: self.closed(self.rewrite(given, h))
 
     def forward(self, state: Float[Tensor, "..."], *args: Any, input_map: InputMap | None = None, **kwargs: Any) -> Any:
-        """The rewritten state; of a branch that returns a tuple the first element is h and the others pass through.
+        """The rewritten state; of a branch that returns a tuple, a list or a dictionary the first value is h, and what
+        comes back is of the same kind, with the others as they were.
 
         A state is known by its last axes alone: vectors that were not expanded, of V tokens, are taken for one. Of a
         list of residuals that follow one another make a `DeltaStream.chain`. `input_map` takes the place of this
@@ -138,9 +163,7 @@ class DeltaResidual(nn.Module):
         """
         branch, given = self.wrapped(), self.opened(state, input_map or self.input_map())
         output = branch(self.branch_input(given), *args, **kwargs)
-        if isinstance(output, tuple):
-            return (self.closed(self.rewrite(given, output[0])), *output[1:])
-        return self.closed(self.rewrite(given, output))
+        return _replaced(output, self.closed(self.rewrite(given, _first(output))))
 
     def wrapped(self) -> nn.Module:
         """The branch; refused where there is none."""
@@ -237,8 +260,8 @@ class DeltaResidual(nn.Module):
         c = self.branch_input(given)
         if not isinstance(h, Tensor):
             raise UserError(
-                f"the branch must return a tensor, or a tuple that starts with one, got {type(h).__name__}; wrap a "
-                "module that returns its output so."
+                "the branch must return a tensor, or a tuple, list or dictionary that starts with one, got "
+                f"{type(h).__name__}; wrap a module that returns its output so."
             )
         if h.device != c.device:
             raise UserError(

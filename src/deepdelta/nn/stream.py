@@ -4,7 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import TypedDict, Unpack
+from typing import TypedDict, Unpack, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from deepdelta.nn.chain import Chain
 from deepdelta.nn.config import ResidualConfig, Rule
 from deepdelta.nn.layout import Layout, check_kind
 from deepdelta.nn.linear import initialise
-from deepdelta.nn.parts.compression import build_compression
+from deepdelta.nn.parts.compression import Pool, Reduce, build_compression
 from deepdelta.nn.parts.expansion import build_expansion
 from deepdelta.nn.presets import settled
 from deepdelta.nn.residual import DeltaResidual
@@ -74,6 +74,8 @@ class DeltaStream(nn.Module):
             x + branch(norm(x)) (with compression 'channel').
         rule: how the state is rewritten (docs/method.md#rules); None stands for the preset's, or for 'delta'.
         preset: a name in `deepdelta.PRESETS`, whose settings the options are laid over.
+        reduce: how `reduce` reads the state: learned, by a compression of the stream's own; sum or mean, of the value
+            channels, without parameters.
         channel_first: vectors are (N, C, *space) and states (N, V, C, *space), as convolutional networks have them,
             instead of (..., D) and (..., V, D).
         seed: what the parameters are drawn from, together with their names; None takes it from torch's generator.
@@ -91,6 +93,7 @@ class DeltaStream(nn.Module):
         rule: Rule | None = None,
         *,
         preset: str | None = None,
+        reduce: Reduce = "learned",
         channel_first: bool = False,
         seed: int | None = None,
         init_factor: float = 0.5,
@@ -101,7 +104,7 @@ class DeltaStream(nn.Module):
             raise UserError(f"dim must be at least 1, got {dim}.")
         known = [field.name for field in fields(ResidualConfig)]
         if unknown := sorted(options.keys() - known):
-            own = ("preset", "channel_first", "seed", "init_factor")
+            own = ("preset", "reduce", "channel_first", "seed", "init_factor")
             raise UserError(f"DeltaStream: unknown key '{unknown[0]}'; {nearest(unknown[0], [*known, *own])}")
         first = {"preset": preset, "value_channels": value_channels, "rule": rule}
         given = {name: value for name, value in first.items() if value is not None} | options
@@ -115,7 +118,9 @@ class DeltaStream(nn.Module):
         # On the CPU whatever the default device: on 'meta' there would be no number.
         self.seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
         self.expansion = build_expansion(self.config, dim)
-        self.readout = build_compression(self.config, dim, self.std)
+        if reduce not in get_args(Reduce):
+            raise UserError(f"DeltaStream: there is no reduce='{reduce}'; {nearest(str(reduce), get_args(Reduce))}")
+        self.readout = build_compression(self.config, dim, self.std) if reduce == "learned" else Pool(reduce)
         self._wrapped = 0
         initialise(self, self.seed, "stream")
 
@@ -153,7 +158,7 @@ class DeltaStream(nn.Module):
 
         Args:
             branch: any module from vectors to vectors of the same shape; extra arguments pass through, and of a
-                returned tuple the first element is the branch output. None leaves the manual form
+                returned tuple, list or dictionary the first value is the branch output. None leaves the manual form
                 `residual.open(state)`.
             norm: a norm that the network has already, from vectors to vectors, in place of the residual's own (with
                 norm='none'); it becomes the residual's `norm`. In a chain, nn.RMSNorm and those of transformers that

@@ -1,5 +1,6 @@
 """From a configuration to a run directory: what must hold before the first step, and what is written then."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ def train(
     init_from: AnyPath | None = None,
     inexact_resume: bool = False,
     say: Say = show,
+    on_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Trained:
     """Start the run in `path`, or continue the one that is there.
 
@@ -40,6 +42,7 @@ def train(
             `plain_start`, it is retrofitted: the function is the run's, and what delta residuals add has its own start.
         inexact_resume: continue even where versions, machine, threads or device differ from the run's.
         say: takes the lines meant for the user.
+        on_row: takes every row of `metrics.jsonl` once it is written.
 
     Raises:
         UserError: anything the user must mend; the run directory is then as it was. `not_finite` steps in a row whose
@@ -70,7 +73,7 @@ def train(
         say(config.warning)
     say(f"Rewrites by the backend '{rewrites.backend}' ({rewrites.reason}).")
     environment = describe(chosen, corpus) | {"backend": rewrites.backend}
-    trainer = Trainer(config, run, corpus, chosen, model, say)
+    trainer = Trainer(config, run, corpus, chosen, model, say, on_row)
     with run.locked():
         if run.started:
             _check_continues(run, config, environment, init_from, inexact_resume)

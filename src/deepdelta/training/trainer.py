@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -59,8 +59,16 @@ class Trainer:
     """One run from its last checkpoint to its last step."""
 
     def __init__(
-        self, config: TrainConfig, run: RunDirectory, corpus: Corpus, chosen: Device, model: LanguageModel, say: Say
+        self,
+        config: TrainConfig,
+        run: RunDirectory,
+        corpus: Corpus,
+        chosen: Device,
+        model: LanguageModel,
+        say: Say,
+        on_row: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
+        self.on_row = on_row
         self.config, self.run, self.corpus, self.chosen, self.model, self.say = config, run, corpus, chosen, model, say
         self.optimizer = build_optimizer(model, config)
         self.step, self.seconds = 0, 0.0
@@ -141,6 +149,8 @@ class Trainer:
     def _record(self, row: dict[str, Any]) -> None:
         with self._naming_the_last_good():
             append_json(self.run.metrics_path, row)
+        if self.on_row is not None:
+            self.on_row(row)
 
     @contextmanager
     def _naming_the_last_good(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, V value channels, D compute width, K taps.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,6 +16,8 @@ from deepdelta.nn.linear import Initialised
 from deepdelta.ops import without_autocast
 from deepdelta.ops.convolution import compress_tokens
 
+Reduce = Literal["learned", "sum", "mean"]
+
 
 class Squeeze(nn.Module):
     """`channel` at V = 1: the one value channel is the vector."""
@@ -24,6 +27,20 @@ class Squeeze(nn.Module):
 
     def forward(self, state_VD: Tensor) -> Tensor:
         return state_VD.squeeze(-2)
+
+
+class Pool(nn.Module):
+    """The sum or the mean over the value channels: a readout without weights."""
+
+    def __init__(self, kind: Reduce) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def extra_repr(self) -> str:
+        return self.kind
+
+    def forward(self, state_VD: Tensor) -> Tensor:
+        return state_VD.sum(-2) if self.kind == "sum" else state_VD.mean(-2)
 
 
 class ChannelCompression(Initialised):
