@@ -59,9 +59,9 @@ def test_threads_are_the_run_s_own_unless_given(
 
 def test_every_command_that_computes_in_its_own_process_takes_threads() -> None:
     own = {name for name, kind in COMMANDS.items() if "threads" in {one.name for one in dataclasses.fields(kind)}}
-    # train has them among its settings, import, plan and watch compute nothing, a task's runs have one thread each, and
-    # tokenizers, which prepare uses, has threads of its own.
-    assert own == set(COMMANDS) - {"train", "import", "plan", "prepare", "task", "watch"}
+    # train has them among its settings, import, export, plan and watch compute nothing, a task's runs have one thread
+    # each, and tokenizers, which prepare uses, has threads of its own.
+    assert own == set(COMMANDS) - {"train", "import", "export", "plan", "prepare", "task", "watch"}
 
 
 def test_threads_of_a_study_are_those_of_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -72,14 +72,20 @@ def test_threads_of_a_study_are_those_of_its_runs(monkeypatch: pytest.MonkeyPatc
     assert [seen[0].train_config(name, 0).threads for name in seen[0].conditions] == [3] * 5
 
 
-POSITIONAL = ("train run", "evaluate run", "generate run", "audit run", "import folder", "prepare source")
+POSITIONAL = ("train run", "evaluate run", "generate run", "audit run", "import folder", "export run", "prepare source")
 
 
 def test_paths_of_every_command_may_lie_in_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file").write_text("{}")
     words = {"train": "r", "import": "r --run r", "study": "quick", "task": "words"}
-    words |= {"prepare": "r --out r --tokenizer r", "evaluate": "r", "generate": "r --prompt a", "audit": "r"}
+    words |= {
+        "export": "r --to hf --out r",
+        "prepare": "r --out r --tokenizer r",
+        "evaluate": "r",
+        "generate": "r --prompt a",
+        "audit": "r",
+    }
     checked = set()
     for name, kind in COMMANDS.items():
         for field, hint in get_type_hints(kind).items():
