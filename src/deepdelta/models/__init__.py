@@ -1,7 +1,7 @@
 """Models built on the stream: GPT, and the same with another residual."""
 
 from deepdelta.models.building import LanguageModel, language_model, least_bytes, parameter_count, parameter_shapes
-from deepdelta.models.gpt import GPT, GPTConfig, GPTOutput, Rival
+from deepdelta.models.gpt import GPT, GPTConfig, GPTOutput, Rival, logits_at_once
 from deepdelta.models.rivals import RivalGPT, rival_problem
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "RivalGPT",
     "language_model",
     "least_bytes",
+    "logits_at_once",
     "parameter_count",
     "parameter_shapes",
     "rival_problem",

@@ -15,6 +15,7 @@ from pydantic import FiniteFloat
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from deepdelta.config import Settings
 from deepdelta.errors import UserError
@@ -29,6 +30,8 @@ from deepdelta.ops import accumulation_dtype
 
 LARGEST = 1 << 24
 """The largest size that a model may have in any one direction: products of such can be counted in 64 bits."""
+WHOLE_LOGITS, PART_OF_LOGITS = 1 << 26, 1 << 25
+"""Up to how many the logits of a batch stand whole, and of how many a part of more consists: 128 MiB in fp32."""
 Size = Annotated[int, Ge(1), Le(LARGEST)]
 Spread = Annotated[float, Interval(ge=0, le=1e6)]
 Rival = Literal[
@@ -108,8 +111,8 @@ its residuals."""
 
 
 class GPTOutput(NamedTuple):
-    logits: Tensor
-    """(B, T, vocabulary)."""
+    logits: Tensor | None
+    """(B, T, vocabulary); None where the loss alone was asked for."""
     loss: Tensor | None
     """`label_loss`; None without labels."""
 
@@ -128,6 +131,37 @@ def label_loss(logits: Float[Tensor, "B T vocabulary"], labels: Int[Tensor, "B T
     targets = targets.masked_fill(targets == -100, -1)
     total = F.cross_entropy(wide, targets, ignore_index=-1, reduction="sum")
     return total / (targets != -1).sum().clamp(min=1)
+
+
+def head_loss(
+    c_BTD: Float[Tensor, "B T D"], weight: Float[Tensor, "vocabulary D"], labels: Int[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """`label_loss` of the logits c W^T, which beyond `WHOLE_LOGITS` numbers are made of some tokens at a time.
+
+    Then they are made twice, for the loss and for its gradient, and never stand whole.
+    """
+    if labels.numel() * weight.shape[0] <= WHOLE_LOGITS:
+        return label_loss(F.linear(c_BTD, weight), labels)
+    rows, size = c_BTD.flatten(0, 1), max(1, PART_OF_LOGITS // weight.shape[0])
+    targets = labels.flatten().long()
+    targets = targets.masked_fill(targets == -100, -1)
+    totals = [
+        checkpoint(_total, part, weight, wanted, use_reentrant=False, preserve_rng_state=False)
+        for part, wanted in zip(torch.split(rows, size), torch.split(targets, size), strict=True)
+    ]
+    return torch.stack(totals).sum() / (targets != -1).sum().clamp(min=1)
+
+
+def logits_at_once(tokens: int, vocabulary: int) -> int:
+    """How many of the logits of so many tokens stand at one time where the loss alone is asked for."""
+    logits = tokens * vocabulary
+    return logits if logits <= WHOLE_LOGITS else PART_OF_LOGITS
+
+
+def _total(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The summed loss of some tokens."""
+    logits = F.linear(rows, weight)
+    return F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), targets, ignore_index=-1, reduction="sum")
 
 
 class Embedding(nn.Embedding, Initialised):
@@ -249,8 +283,11 @@ class GPT(nn.Module):
             return "each residual opens the next"
         return f"replaced, wrapped, sharded or with hooks, and so opening their own state: {', '.join(names)}"
 
-    def forward(self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"] | None = None) -> GPTOutput:
-        """Logits for every position, and where labels (the next tokens) are given their `label_loss`.
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"] | None = None, *, loss_alone: bool = False
+    ) -> GPTOutput:
+        """Logits for every position, and where labels (the next tokens) are given their `label_loss`; on request the
+        loss without the logits (`head_loss`).
 
         Raises:
             UserError: more tokens than the model's context.
@@ -259,5 +296,8 @@ class GPT(nn.Module):
             raise UserError(
                 f"the model's context is {self.config.context} tokens, got {input_ids.shape[1]}; cut the input."
             )
-        logits = F.linear(self.read(self.embedding(input_ids)), self.embedding.weight)
+        c_BTD = self.read(self.embedding(input_ids))
+        if loss_alone and labels is not None:
+            return GPTOutput(None, head_loss(c_BTD, self.embedding.weight, labels))
+        logits = F.linear(c_BTD, self.embedding.weight)
         return GPTOutput(logits, None if labels is None else label_loss(logits, labels))

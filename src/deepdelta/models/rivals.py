@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from deepdelta.errors import UserError
 from deepdelta.models.attention import Rotary
-from deepdelta.models.gpt import Embedding, GPTConfig, GPTOutput, Rival, label_loss, layer_branches
+from deepdelta.models.gpt import Embedding, GPTConfig, GPTOutput, Rival, head_loss, label_loss, layer_branches
 from deepdelta.nn import RMSNorm, initialise
 from deepdelta.nn.linear import Initialised, Linear
 
@@ -96,13 +96,17 @@ class RivalGPT(nn.Module):
         self.norm = RMSNorm(config.dim)
         initialise(self, seed)
 
-    def forward(self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"] | None = None) -> GPTOutput:
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"] | None = None, *, loss_alone: bool = False
+    ) -> GPTOutput:
         """As `GPT.forward`."""
         if input_ids.shape[1] > self.config.context:
             raise UserError(
                 f"the model's context is {self.config.context} tokens, got {input_ids.shape[1]}; cut the input."
             )
         c_BTD = self.norm(self.body(self.embedding(input_ids)))
+        if loss_alone and labels is not None:
+            return GPTOutput(None, head_loss(c_BTD, self.embedding.weight, labels))
         logits = F.linear(c_BTD, self.embedding.weight)
         return GPTOutput(logits, None if labels is None else label_loss(logits, labels))
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from deepdelta.data import Corpus, spread, window_count, windows
 from deepdelta.errors import UserError
 from deepdelta.limits import check_memory
-from deepdelta.models import LanguageModel
+from deepdelta.models import LanguageModel, logits_at_once
 
 
 def contexts(context: int, split: int, tokens: int | None) -> str:
@@ -70,8 +70,10 @@ def evaluate(
     split = corpus.validation
     if len(split) < 2:
         raise UserError(f"the validation split must hold at least 2 tokens to predict one, got {len(split)}.")
-    logits = min(batch_size, window_count(split, context=context)) * context * model.embedding.weight.shape[0]
-    check_memory(8 * logits, "the logits of a batch and their logarithms (batch_size times context)", device)
+    vocabulary, width = model.embedding.weight.shape
+    rows = min(batch_size, window_count(split, context=context)) * context
+    least = 8 * logits_at_once(rows, vocabulary) + 2 * rows * width
+    check_memory(least, "the logits of a batch and their logarithms (batch_size times context)", device)
     total, count = 0.0, 0
     corpus.check_mapped()
     if tokens is None or _whole(context, len(split), tokens):
@@ -84,11 +86,17 @@ def evaluate(
     model.eval()
     for index, (inputs, labels) in enumerate(pairs):
         inputs, labels = inputs.to(device), labels.to(device)
+        counted = int((labels != -1).sum())
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-            logits = model(inputs).logits
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1, reduction="none")
-        total += losses.double().sum().item()
-        count += int((labels != -1).sum())
+            if logits_at_once(labels.numel(), vocabulary) < labels.numel() * vocabulary:
+                total += model(inputs, labels, loss_alone=True).loss.double().item() * counted
+            else:
+                logits = model(inputs).logits
+                losses = F.cross_entropy(
+                    logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1, reduction="none"
+                )
+                total += losses.double().sum().item()
+        count += counted
         corpus.check_mapped()  # before the next windows are read
         if progress is not None:
             progress(index + 1, batches)

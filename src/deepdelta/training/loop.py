@@ -12,7 +12,7 @@ from deepdelta.device import Device, choose_device, compiler_problem, keep_freed
 from deepdelta.errors import UserError
 from deepdelta.files import AnyPath, check_folder
 from deepdelta.limits import check_memory
-from deepdelta.models import GPT, LanguageModel, language_model, least_bytes, parameter_count
+from deepdelta.models import GPT, LanguageModel, language_model, least_bytes, logits_at_once, parameter_count
 from deepdelta.nn import use_backend, use_memory
 from deepdelta.nn.backend import Chosen
 from deepdelta.nn.runtime import backend_taken
@@ -105,9 +105,11 @@ def check_size(config: TrainConfig, chosen: Device) -> None:
     assert config.model.vocab_size is not None, "the configuration is resolved"
     check_memory(least_bytes(config.model), "the model")
     check_memory(16 * config.tokens_per_step, "a batch (batch_size times accumulate times context)")
-    logits = config.batch_size * config.model.context * config.model.vocab_size
+    tokens = config.batch_size * config.model.context
+    logits = logits_at_once(tokens, config.model.vocab_size)
     state = least_bytes(config.model) + 12 * parameter_count(config.model)
-    check_memory(state + 8 * logits, "a training step (the model's size, batch_size times context)", chosen.device)
+    least = state + 8 * logits + 2 * tokens * config.model.dim
+    check_memory(least, "a training step (the model's size, batch_size times context)", chosen.device)
 
 
 def set_runtime(model: LanguageModel, config: TrainConfig) -> Chosen:

@@ -19,7 +19,7 @@ def micro_losses(
     """
     for part, part_labels in zip(inputs.chunk(accumulate), labels.chunk(accumulate), strict=True):
         with torch.autocast(chosen.device.type, dtype=torch.bfloat16, enabled=chosen.precision == "bf16"):
-            loss = forward(part.to(chosen.device), part_labels.to(chosen.device)).loss / accumulate
+            loss = forward(part.to(chosen.device), part_labels.to(chosen.device), loss_alone=True).loss / accumulate
         yield loss
 
 
