@@ -1,5 +1,8 @@
 """A run's model in other programs: for transformers with its tokenizer, as bare safetensors, as the authors have it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,36 @@ def test_for_transformers(runs, name, tmp_path, capsys):
     rows = gpt.embedding.weight.shape[0]
     unused = model.generation_config.suppress_tokens or []
     assert unused == list(range(tokenizer.vocab_size, rows)) and (name == "bytes") == (not unused)
+
+
+def test_for_transformers_without_the_library(runs, tmp_path):
+    """Code of the export's own, in a process that cannot import deepdelta nor what it needs besides."""
+    export(runs["bytes"], "hf", tmp_path / "out")
+    gpt, ids = load(runs["bytes"]).model, torch.tensor([[1, 2, 3, 4, 5]])
+    deepdelta.use_backend(gpt, "reference")
+    drawn = list(generate(gpt, ids, tokens=6, temperature=0.0))
+    torch.save({"logits": gpt(ids).logits, "ids": ids, "drawn": drawn}, tmp_path / "told.pt")
+    code = f"""
+import sys
+for name in ("deepdelta", "jaxtyping", "pydantic", "annotated_types", "numba", "rich", "tyro"):
+    sys.modules[name] = None
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+told = torch.load({str(tmp_path / "told.pt")!r})
+folder = {str(tmp_path / "out")!r}
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert model(told["ids"]).logits.equal(told["logits"])
+ids = model.generate(told["ids"], max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 5:].tolist()
+assert ids == told["drawn"], ids
+model.save_pretrained({str(tmp_path / "again")!r})
+again = AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+assert again(told["ids"]).logits.equal(told["logits"])
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+print(type(model).__module__.split(".")[0], tokenizer("ab")["input_ids"])
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "transformers_modules [97, 98]\n", done.stderr
 
 
 def test_as_safetensors(runs, tmp_path):

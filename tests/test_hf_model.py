@@ -1,6 +1,7 @@
 """The GPT as a model of transformers: numbers, caches, generation, files, training; held against the GPT itself."""
 
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 import warnings
@@ -348,6 +349,36 @@ def test_messages(unchecked, call, message):
 def test_attention_backends_that_are_not_there_are_refused_by_name():
     with pytest.raises((ValueError, ImportError), match=r"flash_attention_2|Flash Attention"):
         made(attn_implementation="flash_attention_2")
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    """The file of an export as a module of its own."""
+    from deepdelta.hf.flat import NAME, flat_source
+
+    file = tmp_path_factory.mktemp("flat") / f"{NAME}.py"
+    file.write_text(flat_source(), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(NAME, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[NAME] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[NAME]
+
+
+@pytest.mark.parametrize("name", NAMES[:5] + NAMES[6:])
+def test_the_flat_file_is_the_model_to_the_bit(flat, name):
+    model, ids, kept = made(VARIANTS[name], torch.float32), tokens(), mask()
+    other = flat.DeepDeltaForCausalLM(flat.DeepDeltaConfig.from_dict(model.config.to_dict()))
+    other.load_state_dict(model.state_dict())
+    found = []
+    for one in (model, other):
+        cache = one(ids[:, :4], attention_mask=kept[:, :4], use_cache=True).cache
+        logits = one(ids[:, 4:], attention_mask=kept, cache=cache).logits
+        output = one(ids, labels=ids, attention_mask=kept, output_hidden_states=True)
+        gradients = torch.autograd.grad(output.loss, list(one.parameters()))
+        found.append([logits, output.logits, output.loss, *output.hidden_states, *gradients])
+    assert all(one.equal(two) for one, two in zip(*found, strict=True))
 
 
 def test_decay():

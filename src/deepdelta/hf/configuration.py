@@ -86,6 +86,8 @@ class DeepDeltaConfig(PreTrainedConfig):
         self.residual = to_plain(from_plain(ResidualConfig, given, where="DeepDeltaConfig.residual"))
         config = self.gpt()
         self.head_dim, self.intermediate_size = config.head_width, config.mlp_width
+        if type(self).__module__.startswith("deepdelta."):
+            kwargs.pop("auto_map", None)  # of an export: the file that it names is not saved again
         super().__post_init__(**kwargs)
 
     def gpt(self) -> GPTConfig:

@@ -8,12 +8,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from deepdelta.data import ByteTokenizer, Tokenizer
 from deepdelta.data.tokenizer import FILE_NAME, SEPARATOR
+from deepdelta.files import write_text
+from deepdelta.hf.flat import AUTO_MAP, NAME, flat_source
 from deepdelta.hf.modeling import DeepDeltaForCausalLM
 from deepdelta.models import GPT
 
 
 def export_hf(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
-    """Write the model, and its tokenizer if it has one, into an existing folder.
+    """Write the model, and its tokenizer if it has one, into an existing folder, with the code that it needs where this
+    library is absent.
 
     The separator between documents is the token that begins, ends and pads texts. Ids that the tokenizer does not have
     are never generated.
@@ -24,7 +27,9 @@ def export_hf(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
     rows = model.embedding.weight.shape[0]
     unused = [] if tokenizer is None else list(range(tokenizer.vocab_size, rows))
     exported.generation_config = GenerationConfig(**ids, suppress_tokens=unused or None)
+    exported.config.auto_map = AUTO_MAP
     exported.save_pretrained(folder)
+    write_text(folder / f"{NAME}.py", flat_source())
     if tokenizer is not None:
         _write_tokenizer(tokenizer, model.config.context, folder)
 
