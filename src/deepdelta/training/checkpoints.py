@@ -2,19 +2,22 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from deepdelta.errors import UserError
 from deepdelta.files import naming
-from deepdelta.tensors import load_tensors, save_tensors
+from deepdelta.tensors import check_finite, load_tensors, save_tensors
 
-CHECKPOINT, BEST, EARLIER = "checkpoint.safetensors", "best.safetensors", "checkpoints"
-"""The last one, the one of the lowest validation loss, and the folder of those before the last."""
+CHECKPOINT, BEST, AVERAGE = "checkpoint.safetensors", "best.safetensors", "average.safetensors"
+"""The last one, the one of the lowest validation loss, and one of averaged weights."""
+EARLIER = "checkpoints"
+"""The folder of those before the last."""
 
 
 class Checkpoint(NamedTuple):
@@ -25,13 +28,23 @@ class Checkpoint(NamedTuple):
     step: int
     seconds: float
     """Of training, up to this step."""
+    average: dict[str, Tensor]
+    """What `AveragedModel` holds; empty where nothing is averaged."""
 
 
-def write_checkpoint(file: Path, model: nn.Module, optimizer: Optimizer, step: int, seconds: float) -> None:
-    """Write weights, optimiser state, step and training seconds as one file, whole or not at all."""
+def write_checkpoint(
+    file: Path,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    step: int,
+    seconds: float,
+    average: AveragedModel | None = None,
+) -> None:
+    """Write weights, optimiser state, average, step and training seconds as one file, whole or not at all."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
+    tensors |= {f"average.{name}": tensor for name, tensor in (average.state_dict() if average else {}).items()}
+    for parameter, state in (optimizer.state if optimizer else {}).items():
         for key, value in state.items():
             tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
     save_tensors(file, tensors, {"step": str(step), "seconds": repr(seconds)})
@@ -50,11 +63,12 @@ def read_checkpoint(file: Path) -> Checkpoint:
     tensors, metadata = load_tensors(file, mend)
     if not {"step", "seconds"} <= metadata.keys():
         raise UserError(f"{file} must be a checkpoint, but has no step; {mend}.")
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "average": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         parts[part][name] = tensor
-    return Checkpoint(parts["model"], parts["optimizer"], int(metadata["step"]), float(metadata["seconds"]))
+    step, seconds = int(metadata["step"]), float(metadata["seconds"])
+    return Checkpoint(parts["model"], parts["optimizer"], step, seconds, parts["average"])
 
 
 def keep_last(run: Path, step: int, last: int) -> None:
@@ -114,3 +128,25 @@ def last_good(run: Path, say: Callable[[str], None]) -> Checkpoint:
         return checkpoint
     assert problem is not None
     raise problem
+
+
+def load_into(model: nn.Module, checkpoint: Checkpoint, file: Path, absent: Collection[str] = ()) -> None:
+    """Load a checkpoint's weights, of that file, into `model`; those in `absent` keep their start where it has none.
+
+    Raises:
+        UserError: tensors that do not fit the model or are not finite.
+    """
+    tensors, own = checkpoint.weights, model.state_dict()
+    missing, unknown = sorted(set(own) - set(tensors) - set(absent)), sorted(set(tensors) - set(own))
+    if missing or unknown:
+        raise UserError(
+            f"{file} does not fit this model: missing tensors {missing[:5]}, unknown tensors {unknown[:5]}."
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"{file} does not fit this model: '{name}' has shape {tuple(tensor.shape)}, the model's has "
+                f"{tuple(own[name].shape)}."
+            )
+    check_finite(tensors, file)
+    model.load_state_dict(own | tensors)

@@ -53,6 +53,12 @@ class TrainConfig(Settings):
     """Largest gradient norm."""
     not_finite: Count = 3
     """A step whose loss or gradient is not finite changes nothing and is counted; so many in a row stop the run."""
+    average: Literal["none", "ema", "last"] = "none"
+    """Kept beside the weights, as average.safetensors, and evaluated at the end: their exponential moving average over
+    the steps, or their mean after each of the last `average_steps`, of an extended run those since the extension."""
+    ema_decay: Decay = 0.999
+    """Of the moving average: what is left of it in each step."""
+    average_steps: Count = 100
     eval_every: Count = 250
     """Steps between validations on `eval_tokens`."""
     eval_tokens: Count = 65536

@@ -5,6 +5,7 @@ environment.json         versions, machine, threads, device, commit, corpus, the
 metrics.jsonl            one line per step, and one per validation
 tokenizer.json           absent for corpora of bare ids
 checkpoint.safetensors   weights, optimiser state and step, in one file so that they belong together, with a checksum
+average.safetensors      on request averaged weights, at the end
 best.safetensors         on request the same of the step with the lowest validation loss
 checkpoints/             on request the same of the checkpoints before the last
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from deepdelta import notebook
 from deepdelta.config import differences, from_plain, to_plain
@@ -28,14 +30,16 @@ from deepdelta.errors import UserError, check_utf8
 from deepdelta.files import FORMAT, AnyPath, check_format, read_object, sha256_of, write_json, write_text
 from deepdelta.limits import check_memory
 from deepdelta.models import LanguageModel, language_model, least_bytes, parameter_count
-from deepdelta.tensors import check_finite, load_tensors, save_tensors
+from deepdelta.tensors import load_tensors, save_tensors
 from deepdelta.training.checkpoints import (
+    AVERAGE,
     BEST,
     CHECKPOINT,
     Checkpoint,
     earlier,
     keep_last,
     last_good,
+    load_into,
     name_of,
     read_checkpoint,
     write_checkpoint,
@@ -152,8 +156,8 @@ class RunDirectory:
             UserError: there are files of these names that no such start has left.
         """
         there = [self.path / name for name in (CHECKPOINT, METRICS, ENVIRONMENT, FILE_NAME, UNUSED)]
-        later = [self.path / BEST, *(file for file in earlier(self.path) if file.name != name_of(0))]
-        later = [file for file in later if os.path.lexists(file)]
+        later = [file for name in (BEST, AVERAGE) if os.path.lexists(file := self.path / name)]
+        later += [file for file in earlier(self.path) if file.name != name_of(0)]
         there = [*(file for file in there if os.path.lexists(file)), *later]
         try:
             ours = not there or (not later and self.metrics_path not in there and self.step() == 0)
@@ -290,14 +294,15 @@ class RunDirectory:
     def save_checkpoint(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         step: int,
         seconds: float,
+        average: AveragedModel | None = None,
         *,
         name: str = CHECKPOINT,
         last: int = 1,
     ) -> None:
-        """Write weights, optimiser state, step and training seconds as one file, whole or not at all.
+        """Write weights, optimiser state, average, step and training seconds as one file, whole or not at all.
 
         Args:
             name: of the file.
@@ -307,7 +312,7 @@ class RunDirectory:
             # On disk before the checkpoint is: a machine that fails must not leave a step whose line is lost.
             with self.metrics_path.open("rb") as rows:
                 os.fsync(rows.fileno())
-        write_checkpoint(self.path / name, model, optimizer, step, seconds)
+        write_checkpoint(self.path / name, model, optimizer, step, seconds, average)
         if name == CHECKPOINT:
             keep_last(self.path, step, last)
 
@@ -344,7 +349,7 @@ class RunDirectory:
             )
         check_memory(least_bytes(config), f"the model of {self.path}")
         model = language_model(config)
-        self._load_weights(checkpoint, model)
+        load_into(model, checkpoint, self.path / name)
         return model
 
     def load_weights(self, model: nn.Module, absent: Collection[str] = ()) -> None:
@@ -353,39 +358,27 @@ class RunDirectory:
         Raises:
             UserError: no checkpoint, a damaged one, or tensors that do not fit the model or are not finite.
         """
-        self._load_weights(self.checkpoint(), model, absent)
+        load_into(model, self.checkpoint(), self.path / CHECKPOINT, absent)
 
-    def restore(self, model: nn.Module, optimizer: Optimizer, say: Callable[[str], None]) -> tuple[int, float]:
-        """Load the last checkpoint's weights and optimiser state, or, where it is damaged, those of the one before it,
-        which is said; the step and the training seconds that it was made at.
+    def restore(
+        self, model: nn.Module, optimizer: Optimizer, average: AveragedModel | None, say: Callable[[str], None]
+    ) -> tuple[int, float]:
+        """Load the last checkpoint's weights, optimiser state and average, or, where it is damaged, those of the one
+        before it, which is said; the step and the training seconds that it was made at.
 
         Raises:
             UserError: see `load_weights`.
         """
         checkpoint = last_good(self.path, say)
-        self._load_weights(checkpoint, model)
+        load_into(model, checkpoint, self.path / CHECKPOINT)
         for name, parameter in model.named_parameters():
             prefix = f"{name}."
             state = {k.removeprefix(prefix): v for k, v in checkpoint.optimizer.items() if k.startswith(prefix)}
             if state:
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+        if average is not None:
+            average.load_state_dict(checkpoint.average)
         return checkpoint.step, checkpoint.seconds
-
-    def _load_weights(self, checkpoint: Checkpoint, model: nn.Module, absent: Collection[str] = ()) -> None:
-        file, tensors, own = self.path / CHECKPOINT, checkpoint.weights, model.state_dict()
-        missing, unknown = sorted(set(own) - set(tensors) - set(absent)), sorted(set(tensors) - set(own))
-        if missing or unknown:
-            raise UserError(
-                f"{file} does not fit this model: missing tensors {missing[:5]}, unknown tensors {unknown[:5]}."
-            )
-        for name, tensor in tensors.items():
-            if tensor.shape != own[name].shape:
-                raise UserError(
-                    f"{file} does not fit this model: '{name}' has shape {tuple(tensor.shape)}, the model's has "
-                    f"{tuple(own[name].shape)}."
-                )
-        check_finite(tensors, file)
-        model.load_state_dict(own | tensors)
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self.path / name

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,10 @@ from deepdelta.device import Device
 from deepdelta.errors import UserError
 from deepdelta.models import LanguageModel
 from deepdelta.progress import Reporter, duration, reporting
-from deepdelta.training.checkpoints import BEST
+from deepdelta.training.averaging import averaged, begin_anew, follow
+from deepdelta.training.checkpoints import AVERAGE, BEST
 from deepdelta.training.config import TrainConfig
-from deepdelta.training.evaluation import evaluate
+from deepdelta.training.evaluation import Evaluation, evaluate
 from deepdelta.training.health import Health, first_not_finite, health
 from deepdelta.training.metrics import append_json, is_step
 from deepdelta.training.optimizer import build_optimizer, learning_rate
@@ -71,6 +72,7 @@ class Trainer:
         self.on_row = on_row
         self.config, self.run, self.corpus, self.chosen, self.model, self.say = config, run, corpus, chosen, model, say
         self.optimizer = build_optimizer(model, config)
+        self.average = averaged(model, config)
         self.step, self.seconds = 0, 0.0
         self.unread: list[_Unread] = []
         self.read_every = 1 if chosen.device.type == "cpu" else READ_EVERY
@@ -112,6 +114,9 @@ class Trainer:
                 saved = "saved" if self.saved == self.step else f"saved at step {self.saved}"
                 self.say(f"Stopped at step {self.step} of {config.steps}, {saved}. The same command continues.")
                 return Trained(self.step, False, None)
+            if self.average is not None:
+                with self._naming_the_last_good():
+                    self.run.save_checkpoint(self.average.module, None, self.step, self.seconds, name=AVERAGE)
             validation_loss = self._validate(config.final_eval_tokens, reporter, final=True)
         self.say(
             f"Finished {config.steps} steps in {duration(self.seconds)}: validation loss {validation_loss:.4f} nats "
@@ -125,13 +130,15 @@ class Trainer:
         Raises:
             UserError: the checkpoint or the metrics are damaged, or it is beyond the last step.
         """
-        self.step, self.seconds = self.run.restore(self.model, self.optimizer, self.say)
+        self.step, self.seconds = self.run.restore(self.model, self.optimizer, self.average, self.say)
         self.saved = self.step
         if self.step > self.config.steps:
             raise UserError(
                 f"{self.run.path} is at step {self.step} already; steps={self.config.steps} must not be fewer."
             )
         self.run.cut_metrics(self.step)
+        if self.average is not None:
+            begin_anew(self.average, self.config, self.step)
         for row in self.run.metrics():
             if is_step(row):
                 self.skipped = row.get("skipped", self.skipped)
@@ -143,7 +150,7 @@ class Trainer:
     def save(self) -> None:
         with self._naming_the_last_good():
             last = self.config.keep_last
-            self.run.save_checkpoint(self.model, self.optimizer, self.step, self.seconds, last=last)
+            self.run.save_checkpoint(self.model, self.optimizer, self.step, self.seconds, self.average, last=last)
         self.saved = self.step
 
     def _record(self, row: dict[str, Any]) -> None:
@@ -173,6 +180,7 @@ class Trainer:
         rate, losses = learning_rate(config, self.step), self._losses(self.forward, self.step)
         made = training_step(self.model, self.optimizer, losses, clip=config.clip, rate=rate)
         self.step += 1
+        follow(self.average, self.model, config, self.step)
         self.unread.append(_Unread(self.step, rate, made))
 
     def _read(self, reporter: Reporter) -> None:
@@ -231,14 +239,7 @@ class Trainer:
         )
 
     def _validate(self, tokens: int | None, reporter: Reporter, *, final: bool) -> float:
-        result = evaluate(
-            self.model,
-            self.corpus,
-            batch_size=self.config.batch_size,
-            device=self.chosen.device,
-            autocast=self.chosen.precision == "bf16",
-            tokens=tokens,
-        )
+        result = self._evaluated(self.model, tokens)
         if not math.isfinite(result.loss):
             raise self._diverged(f"the validation loss is {result.loss} after step {self.step}", self.step + 1)
         row = {
@@ -253,14 +254,30 @@ class Trainer:
             if found.warning and not self.warned:
                 self.warned = True
                 reporter.note(found.warning)
+        said = f"step {self.step}: validation loss {result.loss:.4f} on {result.tokens:,} tokens"
+        if final and self.average is not None:
+            row["average_loss"] = self._evaluated(cast(LanguageModel, self.average.module), tokens).loss
+            said += f", of the averaged weights {row['average_loss']:.4f}"
         self._record(row)
-        reporter.note(f"step {self.step}: validation loss {result.loss:.4f} on {result.tokens:,} tokens")
+        reporter.note(said)
         if not final and result.loss < self.best:
             self.best = result.loss
             if self.config.keep_best:
                 with self._naming_the_last_good():
-                    self.run.save_checkpoint(self.model, self.optimizer, self.step, self.seconds, name=BEST)
+                    self.run.save_checkpoint(
+                        self.model, self.optimizer, self.step, self.seconds, self.average, name=BEST
+                    )
         return result.loss
+
+    def _evaluated(self, model: LanguageModel, tokens: int | None) -> Evaluation:
+        return evaluate(
+            model,
+            self.corpus,
+            batch_size=self.config.batch_size,
+            device=self.chosen.device,
+            autocast=self.chosen.precision == "bf16",
+            tokens=tokens,
+        )
 
     def _health(self) -> Health | None:
         """Of the first windows of the held-out text."""
