@@ -6,6 +6,7 @@
 # make figures   the pictures of docs/images, from real output (two small runs, Debian's chromium)
 # make docs    set up, then build the pages of docs/ as a site into build/site
 # make check   lint, format and types, without running anything
+# make wheel   wheel and sdist, checked, then a first run from the wheel alone in a clean environment; PYTHON=... chooses it
 # make fingerprint BASE=COMMIT   losses of 20 steps of every preset here and at that commit, bit for bit
 # make gpu     on a machine with a GPU: kernel tests, doctor, benchmark, in that order; DRY=1 goes through it without one
 # make triton-study   registers and spills of the Triton kernels for sm_90, without a GPU (about 10 minutes)
@@ -13,13 +14,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-EXTRAS_study := study,fast
+EXTRAS_study := lab
 EXTRAS_test := test
 EXTRAS_docs := docs
 EXTRAS_browser := browser
 AXE := axe-core@4.14.1
 
-.PHONY: study test test-hf test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
+.PHONY: study wheel test test-hf test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
@@ -56,6 +57,18 @@ check: .venv/test.stamp
 	$(BIN)/ruff check src tests docs/site
 	$(BIN)/ruff format --check src tests docs/site
 	$(BIN)/mypy
+
+# The sdist, the wheel of that sdist, and what someone does first who has nothing else.
+wheel:
+	rm -rf build/wheel
+	$(PYTHON) -m venv build/wheel/tools
+	build/wheel/tools/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	build/wheel/tools/bin/python -m build --outdir build/wheel/dist .
+	build/wheel/tools/bin/python -m twine check --strict build/wheel/dist/*
+	$(PYTHON) -m venv build/wheel/clean
+	build/wheel/clean/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		build/wheel/dist/*.whl
+	cd build/wheel && PATH=$$PWD/clean/bin:$$PATH bash -eu $(CURDIR)/tests/first_run.sh
 
 fingerprint: .venv/test.stamp
 	@test -n "$(BASE)" || { echo "Name the commit to compare with: make fingerprint BASE=COMMIT"; exit 2; }
