@@ -120,7 +120,7 @@ function update() {
   const s = strength(layer);
   const unit = Math.abs(dot(layer.k, layer.k) - 1) < 1e-9 ? "" : ` (β‖k‖² = ${shown(s, 3)})`;
   element("sentence").replaceChildren(html("b", { id: "regime" }, `${name[0].toUpperCase()}${name.slice(1)}`), `${unit}. ${sentence(layer)}`);
-  element("told").textContent = `${state.dim === 2 ? "The unit circle" : "The unit sphere; drag to turn it"} and 36 states, before (dashed, hollow) and after ${layers.length === 1 ? "the layer" : `all ${layers.length} layers`} (filled). Handles: k turns the direction, β slides where the direction is sent, v moves the target k·x = v.`;
+  element("told").textContent = `The unit ${state.dim === 2 ? "circle" : "sphere"} and 36 states, before (dashed, hollow) and after ${layers.length === 1 ? "the layer" : `all ${layers.length} layers`} (filled). ${state.dim === 2 ? "" : "Drag the picture to turn it. "}Handles: k turns the direction, β slides where the direction is sent, v moves the target k·x = v.`;
   layerButtons(layers);
   table(layers);
   drawLaw(layer, CLOUDS[state.dim]);

@@ -128,7 +128,7 @@ def _difference_name(results: StudyResults, one: Contrast) -> str:
 
 def _in_lines(name: str) -> str:
     """An escaped name in lines that a narrow page has room for."""
-    return "<br>".join(map(escape, wrap(unescape(name), 42)))
+    return "<br>".join(map(escape, wrap(unescape(name), 42, break_on_hyphens=False)))
 
 
 def measured_loss(results: StudyResults) -> str | None:
@@ -164,7 +164,7 @@ def loss_curves(results: StudyResults) -> Any | None:
                 **_laid_out(curves, number, str(run.seed)),
                 mode="lines",
                 name=name,
-                opacity=0.35,
+                opacity=0.35 if kind == "validation" else 0.15,  # a batch's loss jumps
                 hoverinfo="skip",
                 line={"width": 1, "color": look.colour},
             )
