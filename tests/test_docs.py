@@ -84,7 +84,11 @@ DEFAULTS = {f.name: getattr(kind(), f.name) for kind in (ResidualConfig, GPTConf
 LITERALS = [name for name, kind in FIELDS.items() if get_args(kind) and type(None) not in get_args(kind)]
 
 
-@pytest.mark.parametrize("page", [SETTINGS, AUDIT, DOCS / "transformers.md", *PARTS], ids=name_of)
+# What x-transformers uses when it is imported.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "page", [SETTINGS, AUDIT, DOCS / "migration.md", DOCS / "transformers.md", *PARTS], ids=name_of
+)
 def test_examples(page: Path) -> None:
     options = doctest.ELLIPSIS | doctest.REPORT_NDIFF
     result = doctest.testfile(str(page), module_relative=False, optionflags=options, encoding="utf-8")
