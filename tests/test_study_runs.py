@@ -31,7 +31,7 @@ from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import RecordFile
 from deepdelta.lab.experiments.training_run import TrainingRun
 from deepdelta.training import RunDirectory
-from tiny_runs import assert_same_run, forget, quietly, rows, start, tensors, text_file, wait_for_step
+from tiny_runs import assert_same_run, forget, quietly, rows, start, tensors, text_file, trained_here, wait_for_step
 
 # As users run it: tyro's mark for a missing option is no Path, which the run-time type checks would refuse.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -369,3 +369,38 @@ def test_costs_belong_to_their_baseline(tmp_path: Path, monkeypatch: pytest.Monk
     alone = replace(wider, conditions={"ddl-1.5": wider.conditions["ddl-1.5"]})
     assert costs.measure(alone, 256, tmp_path / "costs.json") == {"ddl-1.5": after["ddl-1.5"]}
     assert costs.measure(wider, 256, tmp_path / "costs.json") == after and len(asked) == 5
+
+
+def test_the_page_while_a_study_is_at_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each seed, also where the baseline diverged; it loads itself anew until the study ends or is stopped."""
+    file = study_file(tmp_path, "additive", "ddl-1.5", steps=4)
+    text = file.read_text().replace("seeds = [0]", "seeds = [0, 1]").replace("rewrite_tokens = 70", "")
+    file.write_text(text.replace(CONDITIONS["additive"], CONDITIONS["diverging"]))
+    out, pages = tmp_path / "out", []
+    launched = trained_here(monkeypatch)
+    write, here = runner.write_report, pool.launch
+
+    def note(results: StudyResults, path: Path, **options: Any) -> None:
+        write(results, path, **options)
+        pages.append(path.read_text())
+
+    def stopped(run: Any) -> Any:
+        if len(launched) == 3:
+            raise KeyboardInterrupt
+        return here(run)
+
+    monkeypatch.setattr(runner, "write_report", note)
+    monkeypatch.setattr(pool, "launch", stopped)
+    command = ["study", str(file), "--out", str(out), "--workers", "1"]
+    with pytest.raises(SystemExit):
+        main(command)
+    monkeypatch.setattr(pool, "launch", here)
+    main(command)
+    reloading, halted, last = pages
+    assert (
+        'http-equiv="refresh"' in reloading and "At work: 1 of 2 seeds have ended. This is no result yet." in reloading
+    )
+    assert "Stopped: 1 of 2 seeds have ended." in halted
+    assert not any('http-equiv="refresh"' in page for page in (halted, last)) and "no result yet" not in last

@@ -74,8 +74,32 @@ def run_study(
     plan = _plan(study, out, workers)
     costs, tuned = _tuned(plan, out, workers)
     planned = at_rates(plan.runs(study, costs), tuned)
-    with _running(plan, costs, planned.values(), workers) as runner:
-        records = runner.make(claim(planned.values()), "runs")
+    page = out / "report.html"
+    so_far: list[StudyResults] = []
+
+    def write_so_far(what: str, reloads: bool) -> None:
+        done = f"{what}: {len(so_far[-1].seeds)} of {len(study.seeds)} seeds have ended."
+        write_report(so_far[-1], page, self_contained=self_contained, so_far=done, reloads=reloads)
+
+    def ended(records: Mapping[str, RunRecord]) -> None:
+        """Show the seeds of which every run has ended, where there is one more."""
+        lacking = {seed for (_, seed, _), run in planned.items() if run.name not in records}
+        seeds = tuple(seed for seed in study.seeds if seed not in lacking)
+        if len(seeds) > (len(so_far[-1].seeds) if so_far else 0) and lacking:
+            there = {key: records[run.name] for key, run in planned.items() if key[1] in seeds}
+            part = replace(study, seeds=seeds, exploratory=True)
+            so_far.append(
+                collect(part, there, costs, tuned, plan.corpus, command=command, started=started, ngram=False)
+            )
+            write_so_far("At work", True)
+
+    try:
+        with _running(plan, costs, planned.values(), workers) as runner:
+            records = runner.make(claim(planned.values()), "runs", ended)
+    except BaseException:
+        if so_far:
+            write_so_far("Stopped", False)
+        raise
     if not study.keep_checkpoints:
         for run in starts(planned.values()):
             run.weights.unlink(missing_ok=True)
@@ -85,7 +109,7 @@ def run_study(
     results.save(out / "results.json")
     write_text(out / "table.md", study_markdown(results))
     write_text(out / "plot.svg", plot(results))
-    write_report(results, out / "report.html", self_contained=self_contained)
+    write_report(results, page, self_contained=self_contained)
     console = Console()
     for table in (render_study(results), *map(render, detail_tables(results))):
         console.print(table)

@@ -47,8 +47,13 @@ def collect(
     *,
     command: str,
     started: str,
+    ngram: bool = True,
 ) -> StudyResults:
-    """The results of a study: its records put together and analysed, and what configurations alone decide."""
+    """The results of a study: its records put together and analysed, and what configurations alone decide.
+
+    Args:
+        ngram: whether to count n-grams, which takes a while.
+    """
     settings = config.train_config(config.baseline, config.seeds[0])
     measured = Measurements(
         name=config.name,
@@ -77,7 +82,7 @@ def collect(
         power=config.power,
         exploratory=config.exploratory,
         primary=config.primary,
-        ngram=counted(settings, corpus, config.seeds),
+        ngram=counted(settings, corpus, config.seeds) if ngram else None,
     )
     return analyse(measured)
 

@@ -46,8 +46,13 @@ class Runner:
     stopped: Callable[[], bool]
     reporter: Reporter
 
-    def make(self, claimed: Claimed, phase: str) -> dict[str, RunRecord]:
+    def make(
+        self, claimed: Claimed, phase: str, each: Callable[[Mapping[str, RunRecord]], object] = lambda records: None
+    ) -> dict[str, RunRecord]:
         """The records of all that is claimed, by name, the missing ones made first.
+
+        Args:
+            each: is called after each run that is made, with the records so far.
 
         Raises:
             UserError: a run failed; its own message is passed on.
@@ -59,6 +64,7 @@ class Runner:
         def finish(run: Run) -> None:
             records[run.name] = run.finish()
             self.done.add(run.name)
+            each(records)
 
         try:
             run_processes(

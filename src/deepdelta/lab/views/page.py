@@ -35,23 +35,32 @@ class Chart:
         return f"{self.title}. {told(self.figure)}"
 
 
-def write_report(results: StudyResults, path: AnyPath, *, self_contained: bool = False) -> None:
+def write_report(
+    results: StudyResults, path: AnyPath, *, self_contained: bool = False, so_far: str = "", reloads: bool = False
+) -> None:
     """Write the page of a study atomically, and SCRIPT beside it unless the page is to be self-contained.
 
     A content security policy forbids the browser to load anything else.
 
+    Args:
+        so_far: of a study that has not ended, how far it is.
+        reloads: whether the page loads itself anew again and again.
+
     Raises:
         UserError: the extra `lab` (Jinja2, plotly) is not installed.
     """
-    write_page(Path(path), render_page(results, self_contained=self_contained), self_contained=self_contained)
+    text = render_page(results, self_contained=self_contained, so_far=so_far, reloads=reloads)
+    write_page(Path(path), text, self_contained=self_contained)
 
 
-def render_page(results: StudyResults, *, self_contained: bool = False) -> str:
-    """The page of a study as text."""
+def render_page(results: StudyResults, *, self_contained: bool = False, so_far: str = "", reloads: bool = False) -> str:
+    """The page of a study as text; see `write_report`."""
     return render(
         "report.html",
         SCRIPT if not self_contained else None,
         results=results,
+        so_far=so_far,
+        reloads=reloads,
         summary=summarise(results),
         table=main_table(results),
         baseline=[one.name for one in results.conditions].index(results.baseline),
