@@ -271,6 +271,19 @@ print(type(model).__name__, type(base).__name__, "transformers" in model.__modul
     assert "newly initialized" not in done.stderr and "MISSING" not in done.stderr
 
 
+def test_layers_on_the_disk(tmp_path):
+    model, ids = made(PRESETS["code-tc"], torch.float32), tokens(2)
+    model.save_pretrained(tmp_path)
+    places = {"lm_head": "cpu", **{f"model.gpt.{part}": "cpu" for part in ("embedding", "stream", "norm", "layers.0")}}
+    places["model.gpt.layers.1"] = "disk"
+    away = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "disk")
+    use_backend(away, "reference")
+    with torch.no_grad():
+        near(away(ids, use_cache=False).logits, model(ids).logits, 1e-5)
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        assert away.generate(ids, **options).equal(model.generate(ids, **options))
+
+
 def test_what_is_missing_starts_as_in_a_new_model(tmp_path):
     from safetensors.torch import load_file, save_file
 

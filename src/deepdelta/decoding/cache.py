@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, V value channels, D model width, H heads, E width of a head, K taps.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -89,7 +90,7 @@ class DecodingCache:
         self._folded: dict[nn.Module, Tensor] = {}
         residuals = model.residuals()
         maps = [*(one.input_map() for one in residuals), model.head()]
-        self._input_maps = [one._replace(compression=self._decoding(one.compression)) for one in maps]
+        self._input_maps = [replace(one, compression=self._decoding(one.compression)) for one in maps]
         first, *others = self._input_maps
         pairs = zip(residuals, others, strict=True)
         self._one_token_maps = [first, *(one_token_map(*pair, batch, weight.device, weight.dtype) for pair in pairs)]

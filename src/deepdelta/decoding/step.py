@@ -1,5 +1,7 @@
 """Which residuals a fused step can do whole, gate and target included, when one token per row is decoded."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -44,4 +46,4 @@ def one_token_map(
         norm_eps=opening.eps,
         opens=weights is not None,
     )
-    return following._replace(one_token=step)
+    return replace(following, one_token=step)

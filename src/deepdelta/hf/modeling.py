@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, L keys (cached tokens and new ones), V value channels
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -254,7 +255,7 @@ class Pass:
         extend = self._extend(name, layer)
         if extend is None and seen is None:
             return own
-        return own._replace(compression=Reading(own.compression, extend, seen))
+        return replace(own, compression=Reading(own.compression, extend, seen))
 
     def _extend(self, name: str, layer: int) -> Callable[[Tensor], Tensor] | None:
         """What sets the K - 1 inputs before into a convolution over tokens; None where it is no such, or where nothing

@@ -4,6 +4,7 @@ Shapes: V value channels, D compute width; `...` any leading axes.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -42,8 +43,12 @@ class InputWeights(NamedTuple):
     eps: float = 0.0
 
 
-class InputMap(NamedTuple):
-    """The compression and the norm before a branch, or before the head."""
+@dataclass
+class InputMap:
+    """The compression and the norm before a branch, or before the head.
+
+    No tuple: accelerate, which moves the tensors in what its modules are called with, would look into it.
+    """
 
     compression: nn.Module
     norm: nn.Module

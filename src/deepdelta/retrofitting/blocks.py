@@ -5,7 +5,7 @@ be taken back.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ class Deltas(nn.Module):
         residual = self._residual(name)
         layout, input_map = residual.layout, residual.input_map()
         if norm is not None:
-            input_map = input_map._replace(norm=_NONE)
+            input_map = replace(input_map, norm=_NONE)
         given = residual.opened(state, input_map, norm)
         assert given.x_in is not None
         x_in = layout.outward(given.x_in)
