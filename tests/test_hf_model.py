@@ -416,6 +416,21 @@ def test_an_optimiser_that_decays_gates_is_warned_of_once(groups):
     assert len([one for one in told if "this optimiser decays gates" in str(one.message)]) == (groups == "all")
 
 
+def test_other_releases_of_transformers(monkeypatch):
+    import importlib.metadata
+
+    import deepdelta.hf
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.99.0.dev0")
+    with pytest.warns(UserWarning, match=r"tested with transformers 5\.24, got 5\.99\.0\.dev0"):
+        importlib.reload(deepdelta.hf)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.6")
+    with pytest.raises(UserError, match=r"needs transformers 5\.24 or newer, got 4\.57\.6; upgrade"):
+        importlib.reload(deepdelta.hf)
+    monkeypatch.undo()
+    importlib.reload(deepdelta.hf)
+
+
 def test_a_missing_extra_is_named(tmp_path: Path):
     code = """
 import sys
