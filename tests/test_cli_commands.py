@@ -89,7 +89,7 @@ def test_generate_prints_the_prompt_first_and_then_each_piece(
     capsys: pytest.CaptureFixture[str], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(run).model
-    expected = list(generate(model, list("dé".encode()), tokens=12, temperature=0.7, top_k=9, seed=4))
+    expected = list(generate(model, list("dé".encode()), tokens=12, temperature=0.7, top_k=9, top_p=0.9, seed=4))
     shown: list[str] = []
 
     def watched(*arguments: Any, **options: Any) -> Iterator[int]:
@@ -98,7 +98,8 @@ def test_generate_prints_the_prompt_first_and_then_each_piece(
             yield one
 
     monkeypatch.setattr(deepdelta.cli.runs, "generate", watched)
-    options = ("--prompt", "dé", "--tokens", "12", "--temperature", "0.7", "--top-k", "9", "--seed", "4")
+    drawing = ("--temperature", "0.7", "--top-k", "9", "--top-p", "0.9", "--seed", "4")
+    options = ("--prompt", "dé", "--tokens", "12", *drawing)
     last = out(capsys, "generate", run, *options)
     assert shown[0] == "dé" and sum(map(bool, shown)) > 6
     assert "".join(shown) + last == "dé" + bytes(expected).decode(errors="replace") + "\n"

@@ -110,6 +110,8 @@ class Generate:
     """0 takes the likeliest token."""
     top_k: int | None = None
     """Draw among the k likeliest only."""
+    top_p: float = 1.0
+    """Draw among the likeliest only that have together at least this probability."""
     seed: int = 0
     threads: int | None = None
     """CPU threads; as many as the run was trained with by default."""
@@ -132,6 +134,7 @@ class Generate:
             tokens=self.tokens,
             temperature=self.temperature,
             top_k=self.top_k,
+            top_p=self.top_p,
             seed=self.seed,
             vocab_size=tokenizer.vocab_size,
         )
