@@ -222,7 +222,8 @@ def test_checkpoints_need_not_be_kept(tmp_path: Path, launched: list[str]) -> No
 
 def test_records_differ_in_every_setting_that_decides_numbers() -> None:
     base = TrainConfig(lr=1e-3, schedule="constant")  # the one that a cooldown goes with
-    same = {"device": "cpu", "threads": 3, "checkpoint_every": 7, "data": {"source": "x", "pattern": "*.py"}}
+    same: dict[str, Any] = {"device": "cpu", "threads": 3, "data": {"source": "x", "pattern": "*.py"}}
+    same |= {"checkpoint_every": 7, "keep_last": 2, "keep_best": True}
     other: dict[str, Any] = {
         "model": {"dim": 64, "residual": {"rule": "write_only"}},
         "data": {"validation_fraction": 0.2, "held_out": "train_tail"},
@@ -233,6 +234,7 @@ def test_records_differ_in_every_setting_that_decides_numbers() -> None:
         "betas": [0.8, 0.9],
         "final_eval_tokens": 10,
         "schedule": "cosine",
+        "average": "ema",
     }
     numbers = {key: value + 1 for key, value in to_plain(base).items() if type(value) is int and key not in same}
     numbers |= {key: value / 2 for key, value in to_plain(base).items() if type(value) is float}
