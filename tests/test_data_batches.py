@@ -4,6 +4,7 @@ import hashlib
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepdelta.data import IGNORED, batch, window_count, windows
+from deepdelta.data import IGNORED, DataConfig, batch, load_corpus, window_count, windows
+from deepdelta.errors import UserError
 
 WORD = (1 << 64) - 1
 
@@ -129,3 +131,26 @@ def test_only_the_last_window_is_filled_up_and_at_its_end() -> None:
     assert last_inputs.tolist() == [[9, 10]] and last_labels.tolist() == [[10, 11]]
     ((inputs, labels),) = windows(np.arange(5, 8, dtype=np.uint8), context=3, batch_size=2)
     assert inputs.tolist() == [[5, 6, 0]] and labels.tolist() == [[6, 7, -1]]
+
+
+@pytest.mark.parametrize("context", [1, 5, 40])
+def test_windows_that_end_with_their_document(context: int) -> None:
+    tokens = np.random.default_rng(3).integers(0, 7, 500).astype("<u2")
+    drawn = {"seed": 1, "step": 2, "rank": 0, "batch_size": 60, "context": context}
+    inputs, labels = batch(tokens, **drawn)
+    kept, ended = batch(tokens, **drawn, ends_at=0)
+    assert kept.equal(inputs)
+    for row, cut in zip(labels.tolist(), ended.tolist(), strict=True):
+        end = row.index(0) + 1 if 0 in row else len(row)
+        assert cut == row[:end] + [IGNORED] * (len(row) - end) and cut[0] != IGNORED
+
+
+def test_documents_end_at_the_tokenizer_s_separator(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(f"{i} some text")
+    for kind, end in (("joined", None), ("documents", 0)):
+        config = DataConfig(source=str(tmp_path), windows=kind)
+        assert load_corpus(config, cache=tmp_path.parent / "cache").ends_at == end
+    np.arange(90, dtype="<u2").tofile(tmp_path.parent / "ids.bin")
+    with pytest.raises(UserError, match="windows='documents' needs the tokenizer that wrote the ids"):
+        load_corpus(DataConfig(source=str(tmp_path.parent / "ids.bin"), windows="documents"))

@@ -15,7 +15,14 @@ IGNORED = -1  # the label of a position that predicts nothing
 
 
 def batch(
-    tokens: UInt[np.ndarray, " tokens"], *, seed: int, step: int, rank: int, batch_size: int, context: int
+    tokens: UInt[np.ndarray, " tokens"],
+    *,
+    seed: int,
+    step: int,
+    rank: int,
+    batch_size: int,
+    context: int,
+    ends_at: int | None = None,
 ) -> tuple[Int64[Tensor, "batch context"], Int64[Tensor, "batch context"]]:
     """Inputs and labels of one training step: `batch_size` windows at random positions.
 
@@ -30,12 +37,18 @@ def batch(
     Args:
         tokens: the ids of a split, more than `context` of them (see `check_context`).
         seed, step, rank: 0 or more, below 2^64.
+        ends_at: the separator of documents. What follows the first one in a window's labels has the label -1
+            (`IGNORED`): it would have another document before it. A window may begin with one.
     """
     assert len(tokens) > context, "check_context comes first"
     generator = Philox(key=np.array([seed, step], np.uint64), counter=np.array([0, 0, 0, rank], np.uint64))
     starts = np.atleast_1d(generator.random_raw(batch_size)) % np.uint64(len(tokens) - context)
     windows_BT1 = np.stack([tokens[start : start + context + 1] for start in starts.tolist()]).astype(np.int64)
-    return _inputs_and_labels(windows_BT1)
+    inputs, labels = _inputs_and_labels(windows_BT1)
+    if ends_at is not None:
+        ends = labels == ends_at
+        labels[ends.cumsum(1) - ends.long() > 0] = IGNORED
+    return inputs, labels
 
 
 def windows(

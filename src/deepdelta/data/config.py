@@ -34,6 +34,8 @@ class DataConfig(Settings):
         bin_vocab_size: the number of ids of a `.bin` source without tokenizer; the default is GPT-2's 50,257, padded.
         validation_fraction: the share of the bytes (of the ids in a `.bin` file) held out for validation. Without
             effect on a folder that holds train.bin and val.bin.
+        windows: "joined", training windows run over the ends of documents; "documents", each counts only up to the end
+            of the document that it begins in, so that no token is learned with another document before it.
         held_out: "validation", the validation part; or "train_tail", the last tenth of the training part, which is then
             not trained on, for choices that the validation part must not know of.
     """
@@ -46,6 +48,7 @@ class DataConfig(Settings):
     bin_dtype: Literal["uint16", "uint32"] = "uint16"
     bin_vocab_size: int = 50304
     validation_fraction: float = 0.1
+    windows: Literal["joined", "documents"] = "joined"
     held_out: Literal["validation", "train_tail"] = "validation"
 
     def __post_init__(self) -> None:

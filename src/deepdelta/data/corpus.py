@@ -33,6 +33,7 @@ class Corpus:
         train_bytes, validation_bytes: bytes of text in each split, separators not counted; None where only ids are
             known.
         description: one line of plain English.
+        ends_at: the separator at which training windows end; None where they run over the ends of documents.
         sources, mapped: the documents' files and those that `train` and `validation` are mapped from, as they were.
     """
 
@@ -46,6 +47,7 @@ class Corpus:
     description: str
     sources: tuple[FileState, ...]
     mapped: tuple[FileState, ...]
+    ends_at: int | None = None
 
     def check_mapped(self) -> None:
         """Look at size and time of the mapped files again: costs microseconds, and to be called before ids are read.
@@ -93,6 +95,11 @@ def load_corpus(config: DataConfig, *, cache: AnyPath | None = None, progress: S
     sources = (*files, *listing.origins)
     mapped = files
     given = _given_tokenizer(config, listing)
+    if config.windows == "documents" and listing.ids and given is None:
+        raise UserError(
+            "windows='documents' needs the tokenizer that wrote the ids, whose separator ends a document: name its file "
+            "by tokenizer, or leave windows at 'joined'."
+        )
     hashes = _hashes(listing, cache, say)
     train, validation = _split(listing, hashes, config.validation_fraction)
     sha256 = _corpus_hash(train, validation, hashes)
@@ -134,6 +141,7 @@ def load_corpus(config: DataConfig, *, cache: AnyPath | None = None, progress: S
         description=_describe(listing, len(train) + len(validation), sizes, maps, vocab_size),
         sources=sources,
         mapped=mapped,
+        ends_at=tokenizer.separator if tokenizer and config.windows == "documents" else None,
     )
     corpus.check_unchanged()  # what is mapped is what was hashed
     return corpus if config.held_out == "validation" else train_tail(corpus)

@@ -223,6 +223,7 @@ class Trainer:
             rank=0,
             batch_size=config.batch_size * config.accumulate,
             context=config.model.context,
+            ends_at=self.corpus.ends_at,
         )
         return micro_losses(forward, inputs, labels, config.accumulate, self.chosen)
 
