@@ -97,8 +97,8 @@ def load_corpus(config: DataConfig, *, cache: AnyPath | None = None, progress: S
     given = _given_tokenizer(config, listing)
     if config.windows == "documents" and listing.ids and given is None:
         raise UserError(
-            "windows='documents' needs the tokenizer that wrote the ids, whose separator ends a document: name its file "
-            "by tokenizer, or leave windows at 'joined'."
+            "windows='documents' needs the tokenizer that wrote the ids, whose separator ends a document: name its "
+            "file by tokenizer, or leave windows at 'joined'."
         )
     hashes = _hashes(listing, cache, say)
     train, validation = _split(listing, hashes, config.validation_fraction)
