@@ -210,7 +210,8 @@ def dense_residual(
     if rule in ("additive", "additive_erase", "two_gate"):
         size = ((h * h).sum(-1, keepdim=True) + config.direction_eps**2).sqrt()
         k = h / size
-        w_h = 1 + c @ p["write.map.weight"].T if "write.map.weight" in p else torch.ones_like(state[..., 0])
+        by = c.shape[-1] ** -0.5 if config.plain_start else 1
+        w_h = 1 + by * (c @ p["write.map.weight"].T) if "write.map.weight" in p else torch.ones_like(state[..., 0])
         if rule == "additive":
             beta, erase = torch.ones_like(w_h), torch.zeros_like(w_h)
         elif rule == "additive_erase":

@@ -98,7 +98,8 @@ def dense(model: GPT, name: str, state: Tensor, h: Tensor) -> Dense:
             b = gate_values(config, p, c, "erase_gate", config.erase_init)[0]
         matrix = torch.zeros_like(found.new)
         if writing:
-            w_h = 1 + c @ p["write.map.weight"].T if "write.map.weight" in p else ones
+            by = c.shape[-1] ** -0.5 if config.plain_start else 1
+            w_h = 1 + by * c @ p["write.map.weight"].T if "write.map.weight" in p else ones
             matrix = outer((beta if config.rule == "two_gate" else ones) * w_h, h)
         elif target is not None:
             matrix = outer(beta * target, along)

@@ -40,7 +40,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("trained") / HOSTILE, source, steps=30, lr=0.01)
+    residual = {"rule": "delta", "expansion": "embedding_conv"}
+    path = tmp_path_factory.mktemp("trained") / HOSTILE
+    return trained(path, source, steps=30, lr=0.01, model={"residual": residual})
 
 
 def trained(path: Path, source: Path, **changes: Any) -> Path:

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from deepdelta import GPT, GPTConfig, ResidualConfig, UserError, intervening, use_backend
+from deepdelta import GPT, PRESETS, GPTConfig, ResidualConfig, UserError, intervening, use_backend
 from deepdelta.config import from_plain, to_plain
 from deepdelta.lab.audit.audit import INTERVENTIONS, audit, passes
 from deepdelta.lab.audit.findings import Effect, Findings
@@ -121,6 +121,7 @@ def test_edges_of_the_regimes() -> None:
 
 def test_a_state_of_zeros_has_no_shares() -> None:
     config = GPTConfig(vocab_size=23, context=CONTEXT, layers=1, heads=2, dim=WIDTH, embedding_std=0.0)
+    config = dataclasses.replace(config, residual=PRESETS["paper-cc"])
     found = audit(GPT(config), WINDOWS)
     for one in found.residuals:
         assert one.erased is one.written is one.changed is None

@@ -84,7 +84,7 @@ def test_readouts_without_parameters():
         assert not list(stream.readout.parameters()) and "sum" not in DeltaStream(D, V).readout.extra_repr()
     first = DeltaStream(D, V, channel_first=True, reduce="sum")
     near(first.reduce(randn(2, V, D, 5)), randn(2, V, D, 5).sum(1))
-    learned = DeltaStream(D, V, seed=0).double()
+    learned = DeltaStream(D, V, rule="delta", seed=0).double()
     near(learned.reduce(state), state.mean(2), 1e-6)
 
 

@@ -115,7 +115,7 @@ def test_clamped_gates_of_other_settings(options: dict[str, Any]) -> None:
     ids=str,
 )
 def test_against_the_dense_formula(options: dict[str, Any], erase: bool, write: bool, gate: float | None) -> None:
-    stream = DeltaStream(D, seed=0, **({"value_channels": V} | options))
+    stream = DeltaStream(D, seed=0, **({"rule": "delta", "value_channels": V} | options))
     residual = stream.wrap().double()
     perturb(residual)
     config, p = residual.config, {name: value.detach() for name, value in residual.named_parameters()}
@@ -132,7 +132,8 @@ def test_against_the_dense_formula(options: dict[str, Any], erase: bool, write: 
     if config.rule == "delta":
         w = b * target_values(config, p, x_in, c, h, [h])[0]
     else:
-        w = size * (1 + c @ p["write.map.weight"].T if "write.map.weight" in p else torch.ones_like(b))
+        by = c.shape[-1] ** -0.5 if config.plain_start else 1
+        w = size * (1 + by * c @ p["write.map.weight"].T if "write.map.weight" in p else torch.ones_like(b))
         w = part("gate", config.gate_init) * w if config.rule == "two_gate" else w
     expected = dense_rewrite(state, h / size, w if write else 0 * w, b if erase else 0 * b)
     with intervening(residual, {"": Intervention(gate=gate, erase=erase, write=write)}):

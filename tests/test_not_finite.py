@@ -64,7 +64,7 @@ CHAINS: list[tuple[dict[str, str], torch.dtype, Plan]] = [
 def test_residuals_around_branches(options: dict[str, str], dtype: torch.dtype, memory: Plan, backend: Backend) -> None:
     """Three sublayers, in the states of which a token is NaN from the start; branches see one token at a time."""
     torch.manual_seed(0)
-    stream = DeltaStream(12, value_channels=4, **options)  # type: ignore[arg-type]
+    stream = DeltaStream(12, value_channels=4, **{"rule": "delta"} | options)  # type: ignore[arg-type]
     branches = [nn.Sequential(nn.Linear(12, 7), nn.GELU(), nn.Linear(7, 12)) for _ in range(3)]
     chain = stream.chain([stream.wrap(branch) for branch in branches]).to(dtype)
     use_backend(chain, backend)

@@ -118,7 +118,7 @@ def test_a_few_steps_open_the_gates_and_part_the_value_channels(name, channels):
         assert record.erase.abs().max() > 1e-4
         if channels > 1:
             assert record.erase.shape[-1] == channels
-            assert (record.erase.std(-1) / record.erase.abs().mean(-1)).max() > 1e-2
+            assert (record.erase.std(-1) / record.erase.abs().mean(-1)).max() > 1e-3
     assert max(record.erase.abs().mean() for record in seen.values()) > 3e-3
     if channels > 1:
         assert record.read.std(-1).max() > 1e-4
@@ -133,7 +133,7 @@ def test_torch_s_fused_encoder_layer_is_never_taken(name):
         retrofit(model, 4, seed=0)
         open_gates(model)
         fast = model(x)
-    assert (fast - plain).abs().max() > 1e-2
+    assert (fast - plain).abs().max() > 1e-3
     torch.testing.assert_close(fast, model(x), rtol=0, atol=1e-6)
     torch.testing.assert_close(fast, model.train()(x), rtol=0, atol=1e-6)
 

@@ -199,7 +199,10 @@ def hooked(part: Callable[[nn.Module], nn.Module]) -> nn.Module:
         (lambda: models.ResNet(OwnBlock, [1] * 4), "knows the blocks BasicBlock, Bottleneck in ResNet, got OwnBlock"),
         (stageless, "nn.Sequential of blocks, and layer4 is a Identity; wrap the branches"),
         (twice, "blocks that each stand in one place, and this TransformerEncoder runs one of them several times"),
-        (lambda: deepdelta.GPT(deepdelta.GPTConfig(vocab_size=9, dim=8, heads=2)), "rule='delta' and value_channels=4"),
+        (
+            lambda: deepdelta.GPT(deepdelta.GPTConfig(vocab_size=9, dim=8, heads=2)),
+            "rule='additive_erase' and value_channels=4",
+        ),
         (
             lambda: deepdelta.GPT(
                 deepdelta.GPTConfig(

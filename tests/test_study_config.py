@@ -58,7 +58,7 @@ def test_conditions_differ_from_the_common_settings_in_their_changes_alone(tmp_p
     common = to_plain(TrainConfig(steps=5, seed=1))
     assert {line.split(":")[0] for line in differences(common, to_plain(plain))} == {
         *("model.dim", "model.heads", "model.residual.rule", "model.residual.value_channels"),
-        *("model.residual.expansion", "lr"),
+        *("model.residual.expansion", "model.residual.plain_start", "lr"),
     }
 
 

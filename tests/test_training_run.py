@@ -143,7 +143,10 @@ def test_what_does_not_touch_the_steps_made_may_change(copy: Path, source: Path)
     [
         ({"lr": 0.5}, "another configuration .lr: 0.002 there, 0.5 here"),
         ({"model": {"dim": 32}}, "model.dim: 16 there, 32 here"),
-        ({"model": {"residual": {"rule": "write_only"}}}, "model.residual.rule: 'delta' there, 'write_only' here"),
+        (
+            {"model": {"residual": {"rule": "write_only"}}},
+            "model.residual.rule: 'additive_erase' there, 'write_only' here",
+        ),
         ({"seed": 3, "batch_size": 4}, "batch_size: 2 there, 4 here; seed: 0 there, 3 here"),
         ({"data": {"validation_fraction": 0.2}}, "data.validation_fraction: 0.1 there, 0.2 here"),
     ],
@@ -266,7 +269,7 @@ def test_init_from(finished: Path, copy: Path, source: Path, tmp_path: Path) -> 
     refused(
         "already holds a run, started from new weights; --init-from", config(source, steps=30), copy, init_from=finished
     )
-    refused("holds no checkpoint", config(source), tmp_path / "other", init_from=tmp_path / "absent")
+    refused("is not a run directory", config(source), tmp_path / "other", init_from=tmp_path / "absent")
     refused("does not fit this model", config(source, model={"dim": 8}), tmp_path / "other", init_from=finished)
 
 

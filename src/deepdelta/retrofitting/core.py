@@ -67,17 +67,17 @@ def retrofit(
 ) -> Model:
     """Replace the residual additions x + F(x) of `model`, in place, by delta residuals that compute the same at first.
 
-    Every residual is X' = X + h w_h^T - a beta k (k^T X) (rule additive_erase), with a = 0 and w_h = 1 + W c, W = 0 at
-    the start: exactly X + h. The state starts as V equal copies, read with weights that add up to 1. The gradients of
-    `a`, W and the readings are not zero, and those of the gates are not once `a` has moved. The parameters of `model`
-    keep names, values and identity.
+    Every residual is X' = X + h w_h^T - a beta k (k^T X) (rule additive_erase), w_h = 1 + W c / sqrt(D), with a = 0 and
+    W = 0 at the start: exactly X + h. The state starts as V equal copies, read with weights that add up to 1. The
+    gradients of `a`, W and the readings are not zero, and those of the gates are not once `a` has moved. The parameters
+    of `model` keep names, values and identity.
 
     Args:
         model: a model that holds a network of transformers that `retrofitting/families.py` has a table for (Llama,
             Mistral, Gemma, GPT-2, BERT, T5, ViT and others), or one that was described to `retrofitting.register`; a
             torchvision ResNet, an nn.TransformerEncoder (or layers of one), or a `deepdelta.GPT` with plain residuals.
         value_channels: V.
-        preset: one of `deepdelta.PRESETS` that starts as the plain residual: `retrofit`.
+        preset: of `deepdelta.PRESETS`, `retrofit` alone.
         options: the other fields of `RetrofitConfig`: trainable, gate, erase_init, seed and so on.
 
     Returns:
@@ -87,9 +87,8 @@ def retrofit(
         UserError: another preset, no residual structure that is known, blocks that are not the library's own, a model
             that has been retrofitted already, or an unknown option. The model is then as it was.
     """
-    if not preset_named(preset).plain_start:
-        fitting = ", ".join(name for name, one in PRESETS.items() if one.plain_start)
-        raise UserError(f"preset must be one that starts as the plain residual ({fitting}), got '{preset}'.")
+    if preset_named(preset) != PRESETS["retrofit"]:
+        raise UserError(f"the preset of a retrofit is 'retrofit', whose parts are options, got '{preset}'.")
     config = from_plain(RetrofitConfig, {"value_channels": value_channels, **options}, where="retrofit")
     if not isinstance(model, nn.Module):
         raise UserError(f"retrofit takes a torch.nn.Module, got {type(model).__name__}.")
