@@ -130,7 +130,7 @@ def test_as_the_authors_have_it(runs, tmp_path):
 
 
 def test_refusals(runs, tmp_path, capsys):
-    with pytest.raises(UserError, match="the published code has no target='linear'"):
+    with pytest.raises(UserError, match="the published code has no rule='additive_erase'"):
         export(runs["bpe"], "authors", tmp_path / "out")
     assert not any(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
