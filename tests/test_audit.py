@@ -1,6 +1,8 @@
 """The audit's numbers against a dense fp64 recomputation from captured states, and its losses against other models."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,7 +133,9 @@ def same_gate(found: GateAudit | None, betas: Sequence[Tensor | None], strength:
     assert found.values.mean == pytest.approx(values.mean().item(), abs=1e-6)
     assert found.values.q05 == pytest.approx(values.quantile(0.05).item(), abs=1e-5)
     assert found.values.greatest == pytest.approx(values.max().item(), abs=1e-6)
-    counts = [((values >= 0.1 * i) & (values < 0.1 * (i + 1))).double().mean().item() for i in range(20)]
+    # The bins at the ends hold what lies beyond them.
+    edges = [-math.inf, *(0.1 * i for i in range(1, 20)), math.inf]
+    counts = [((values >= low) & (values < high)).double().mean().item() for low, high in itertools.pairwise(edges)]
     assert [count / max(1, sum(found.histogram)) for count in found.histogram] == pytest.approx(counts)
     expected = {
         "skip": (strengths >= 0) & (strengths < 0.1),

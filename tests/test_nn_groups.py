@@ -107,7 +107,7 @@ def test_shared_parameters_appear_once():
 
 def test_a_step_without_gradient_signal_moves_only_the_decayed():
     """The point of the groups: decay alone must not pull a gate, a norm or a read anywhere."""
-    model = GPT(GPTConfig(vocab_size=9, dim=8, heads=2, layers=1, context=4))
+    model = GPT(GPTConfig(vocab_size=9, dim=8, heads=2, layers=1, context=4, residual=PRESETS["paper-cc"]))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

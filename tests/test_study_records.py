@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deepdelta import UserError
+from deepdelta import PRESETS, GPTConfig, UserError
 from deepdelta.config import from_plain, merged, to_plain
 from deepdelta.data import load_corpus, train_tail
 from deepdelta.lab import runner
@@ -221,7 +221,9 @@ def test_checkpoints_need_not_be_kept(tmp_path: Path, launched: list[str]) -> No
 
 
 def test_records_differ_in_every_setting_that_decides_numbers() -> None:
-    base = TrainConfig(lr=1e-3, schedule="constant")  # the one that a cooldown goes with
+    base = TrainConfig(
+        model=GPTConfig(residual=PRESETS["paper-cc"]), lr=1e-3, schedule="constant"
+    )  # the one that a cooldown goes with
     same: dict[str, Any] = {"device": "cpu", "threads": 3, "data": {"source": "x", "pattern": "*.py"}}
     same |= {"checkpoint_every": 7, "keep_last": 2, "keep_best": True}
     other: dict[str, Any] = {

@@ -38,7 +38,8 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 
 CONDITIONS = {
     "additive": 'changes.model.residual = { rule = "additive", value_channels = 1, expansion = "repeat" }',
-    "ddl-1.5": "",  # a dot in the name, which a file's suffix must not swallow
+    # A dot in the name, which a file's suffix must not swallow.
+    "ddl-1.5": 'changes.model.residual.preset = "paper-cc"',
     "twin": 'changes.model.residual = { rule = "additive", value_channels = 1, expansion = "repeat" }',
     "diverging": "changes = { lr = 1e30, warmup = 0 }",
 }

@@ -100,7 +100,7 @@ def test_trajectories_are_of_their_seed_and_standardised():
 
 def layers(count: int = 3, dim: int = 5, **options) -> tuple[list, torch.Tensor]:
     """Residuals away from their start, in fp64, and states for them."""
-    stream = DeltaStream(dim, seed=0, **options)
+    stream = DeltaStream(dim, seed=0, **{"rule": "delta"} | options)
     residuals = []
     for i in range(count):
         branch = nn.Linear(dim, dim)

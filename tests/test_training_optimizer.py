@@ -148,5 +148,5 @@ def test_what_decays_in_a_gpt() -> None:
     assert decayed == {
         "embedding.weight",
         *(f"layers.0.{name}.branch.{part}.weight" for name, several in parts.items() for part in several),
-        *(f"layers.0.{name}.target.map.weight" for name in parts),
+        *(f"layers.0.{name}.write.map.weight" for name in parts),
     }

@@ -6,6 +6,7 @@ Nothing imports this: `flat.py` writes it in front of the modules that make up t
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields
+from html import escape
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -40,6 +41,18 @@ def from_plain(cls: Any, data: Mapping[str, Any], *, where: str = "") -> Any:
 
 def settled(residual: Mapping[str, Any]) -> dict[str, Any]:
     return dict(residual)
+
+
+PRESETS: dict[str, Any] = {}
+
+
+class notebook:
+    """Pictures are the library's; a table of its own lines stands here."""
+
+    @staticmethod
+    def table(title: str, rows: Iterable[tuple[str, object]]) -> str:
+        lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows)
+        return f"<table><caption>{escape(title)}</caption>{lines}</table>"
 
 
 class _Shaped:

@@ -31,8 +31,8 @@ Number = Annotated[float, Interval(ge=-1e6, le=1e6)]
 class ResidualConfig(Settings):
     """How a residual reads, erases and writes; `docs/settings.md` ties each field to its equation.
 
-    The field defaults are those of a bare `DeltaStream`, which needs no token axis; `deepdelta.PRESETS["paper-cc"]`
-    is the method in the form of the paper's text.
+    The field defaults are those of a residual whose rule is named, without a token axis. A `DeltaStream` without a rule
+    has the preset `plain-start`; `paper-cc` is the method in the form of the paper's text.
     """
 
     rule: Rule = "delta"

@@ -69,7 +69,7 @@ def overlaid(base: Mapping[str, Any], layer: Mapping[str, Any]) -> Plain:
     """`base` with `layer` laid over it, dictionaries key by key.
 
     A `residual` in the layer that names a `preset` or a `rule` takes nothing from the one below: it is that preset, or
-    a bare stream's residual of that rule, with what stands beside it. Any other is laid over the one below.
+    the residual of that rule, with what stands beside it. Any other is laid over the one below.
     """
     result = dict(base)
     for key, value in layer.items():

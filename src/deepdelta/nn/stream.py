@@ -22,7 +22,7 @@ from deepdelta.nn.layout import Layout, check_kind
 from deepdelta.nn.linear import initialise
 from deepdelta.nn.parts.compression import Pool, Reduce, build_compression
 from deepdelta.nn.parts.expansion import build_expansion
-from deepdelta.nn.presets import settled
+from deepdelta.nn.presets import PRESETS, settled
 from deepdelta.nn.residual import DeltaResidual
 
 
@@ -139,8 +139,9 @@ class DeltaStream(nn.Module):
         )
 
     def _repr_html_(self) -> str:
-        """For a notebook: its width and every setting that is not the default one."""
-        plain, default = to_plain(self.config), to_plain(ResidualConfig())
+        """For a notebook: its width and every setting that is not the default one of its rule."""
+        usual = PRESETS["plain-start"] if self.config.plain_start else ResidualConfig(rule=self.config.rule)
+        plain, default = to_plain(self.config), to_plain(usual)
         rows: list[tuple[str, object]] = [("dim", self.dim), ("value_channels", self.config.value_channels)]
         rows += [("rule", self.config.rule), ("parameters", f"{sum(p.numel() for p in self.parameters()):,}")]
         rows += [(name, value) for name, value in plain.items() if value != default[name] and name not in dict(rows)]

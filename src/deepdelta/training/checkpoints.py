@@ -110,7 +110,7 @@ def earlier(run: Path) -> list[Path]:
 
 
 def last_good(run: Path, say: Callable[[str], None]) -> Checkpoint:
-    """The last checkpoint, or, where it is damaged or gone, the last before it that is neither, which is said.
+    """The last checkpoint. Where it is damaged or gone, the last before it that is neither, put in its place; said.
 
     Raises:
         UserError: none is good; what is wrong with the last.
@@ -125,6 +125,10 @@ def last_good(run: Path, say: Callable[[str], None]) -> Checkpoint:
             continue
         if problem is not None:
             say(f"{problem} Going on from the checkpoint before it instead, {file}.")
+            copied = last.with_name(f"{last.name}.copied")
+            with naming(last, "written"):
+                shutil.copyfile(file, copied)
+                copied.replace(last)
         return checkpoint
     assert problem is not None
     raise problem

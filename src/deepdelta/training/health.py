@@ -22,22 +22,28 @@ class Health:
 
     gate_mean: float | None
     gates_dead: float | None
-    """The share of gates below DEAD."""
+    """The share of gates below DEAD in size."""
     gates_saturated: float | None
     """The share of those above SATURATED."""
+    starts_closed: bool = False
+    """Whether gates start at 0 on purpose, and open as they learn: then closed ones are no ill."""
     state_growth: float
     """The mean norm |X_j| of a value channel before the last rewrite, as a multiple of that before the first."""
 
     @property
     def row(self) -> dict[str, float]:
         """For metrics.jsonl."""
-        return {name: round(value, 6) for name, value in asdict(self).items() if value is not None}
+        return {
+            name: round(value, 6)
+            for name, value in asdict(self).items()
+            if value is not None and name != "starts_closed"
+        }
 
     @property
     def warning(self) -> str | None:
         """What is likely to hold the training back."""
         found = []
-        if (self.gates_dead or 0) > WARNED_SHARE:
+        if (self.gates_dead or 0) > WARNED_SHARE and not self.starts_closed:
             found.append(f"{self.gates_dead:.0%} of the gates are below {DEAD}: their residuals do nothing")
         if (self.gates_saturated or 0) > WARNED_SHARE:
             found.append(f"{self.gates_saturated:.0%} of the gates are above {SATURATED}: they hardly learn any more")
@@ -69,8 +75,9 @@ def health(model: nn.Module, ids: Int[Tensor, "B T"]) -> Health | None:
     every = torch.cat(gates)
     return Health(
         gate_mean=every.mean().item(),
-        gates_dead=(every < DEAD).float().mean().item(),
+        gates_dead=(every.abs() < DEAD).float().mean().item(),
         gates_saturated=(every > SATURATED).float().mean().item(),
+        starts_closed=model.config.residual.starts_plain,
         state_growth=growth,
     )
 

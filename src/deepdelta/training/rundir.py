@@ -318,6 +318,11 @@ class RunDirectory:
 
     def checkpoint(self, name: str = CHECKPOINT) -> Checkpoint:
         """The last checkpoint, or the one of that name, verified; see `read_checkpoint`."""
+        kept = [str(file.relative_to(self.path)) for file in earlier(self.path)]
+        if name not in (known := [CHECKPOINT, BEST, AVERAGE, *kept]):
+            raise UserError(f"the weights of {self.path} are in {', '.join(known)}, got '{name}'.")
+        if name != CHECKPOINT and not (self.path / name).exists():
+            raise UserError(f"{self.path} holds no {name}: train with keep_best for {BEST}, average for {AVERAGE}.")
         return read_checkpoint(self.path / name)
 
     def step(self) -> int:

@@ -82,7 +82,7 @@ class Trainer:
         """The lowest validation loss so far."""
         self.skipped, self.in_a_row = 0, 0
         """Steps whose loss or gradient was not finite: of the run, and after the last that was."""
-        self.warned = config.model.residual.plain_start  # such gates are closed on purpose at first
+        self.warned = False
         self.saved: int | None = None
         """The step of the last good checkpoint."""
         self.forward: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]

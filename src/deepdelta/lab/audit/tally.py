@@ -98,7 +98,7 @@ class Tally:
 
     def _gate(self, name: str, strength: str) -> GateAudit:
         values = self._all(name)
-        histogram, _ = np.histogram(values, bins=GATE_BINS, range=(0, 2))
+        histogram, _ = np.histogram(values.clip(0, 2), bins=GATE_BINS, range=(0, 2))
         return GateAudit(
             values=Distribution.of(values),
             histogram=tuple(histogram.tolist()),

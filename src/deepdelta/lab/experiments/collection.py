@@ -107,9 +107,10 @@ def counted(settings: TrainConfig, corpus: Corpus, seeds: Sequence[int]) -> NGra
                     rank=0,
                     batch_size=settings.batch_size * settings.accumulate,
                     context=context,
+                    ends_at=corpus.ends_at,
                 )
             ]
-            for window in np.concatenate([inputs.numpy(), labels[:, -1:].numpy()], axis=1)
+            for window in (row[row >= 0] for row in np.concatenate([inputs[:, :1].numpy(), labels.numpy()], axis=1))
         )
         losses[seed] = WittenBell(read, order=NGRAM, vocabulary=vocabulary).loss(asked.numpy())
     corpus.check_unchanged()

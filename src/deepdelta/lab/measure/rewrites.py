@@ -26,7 +26,8 @@ class RewriteTotals:
         k^T X' = k^T X + |k|^2 (w - b k^T X)."""
         if record.beta is not None:
             beta = record.beta.double().cpu()
-            self.gates += torch.histc(beta, bins=GATE_BINS, min=0.0, max=2.0)
+            # Those that start closed are a factor times a gate, and may leave [0, 2]: the bins at its ends hold them.
+            self.gates += torch.histc(beta.clamp(0, 2), bins=GATE_BINS, min=0.0, max=2.0)
             self._sum("gate", beta)
         if record.target is not None and record.beta is not None:
             read, target = record.read.double(), record.target.double()

@@ -33,7 +33,7 @@ def audit_summary(results: AuditResults) -> tuple[str, ...]:
     gates = [one.gate.values.mean for one in found.residuals if one.gate is not None]
     if gates:
         sentences.append(
-            f"Gates, which may lie between 0 and 2, average {sum(gates) / len(gates):.2f} "
+            f"Gates (0 keeps, 1 erases, 2 mirrors) average {sum(gates) / len(gates):.2f} "
             f"(sublayers {min(gates):.2f} to {max(gates):.2f})."
         )
     for number, effect in enumerate(found.everywhere):

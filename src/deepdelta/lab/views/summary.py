@@ -137,7 +137,7 @@ def _gates(results: StudyResults) -> str:
             parts.append(
                 f"{sum(means) / len(means):.2f} in {condition.name} (sublayers {min(means):.2f} to {max(means):.2f})"
             )
-    return f"Trained gates, which may lie between 0 and 2, average {_join(parts)}." if parts else ""
+    return f"Trained gates (0 keeps, 1 erases, 2 mirrors) average {_join(parts)}." if parts else ""
 
 
 def _count(number: int, noun: str) -> str:
