@@ -19,7 +19,7 @@ BRANCHES = ["query", "key", "value", "out", "gate", "up", "out"]
 backends = pytest.mark.parametrize("backend", ["reference", "fused"])
 
 
-def model_of(backend: str, preset: str = "ddl") -> GPT:
+def model_of(backend: str, preset: str = "paper-cc") -> GPT:
     model = GPT(GPTConfig(vocab_size=11, dim=12, heads=2, layers=2, context=8, residual=PRESETS[preset]), seed=3)
     perturb(model, size=0.1)
     use_backend(model, backend)
@@ -77,7 +77,7 @@ def test_torchao(backend: str) -> None:
 
 @backends
 @pytest.mark.parametrize("targets", [["query", "value"], "all-linear", ["map", "outer"]], ids=str)
-@pytest.mark.parametrize("preset", ["additive", "ddl", "code-cc"])
+@pytest.mark.parametrize("preset", ["additive", "paper-cc", "code-cc"])
 def test_lora(preset: str, targets: str | list[str], backend: str, tmp_path: Path) -> None:
     """LoRA trains on a GPT, and merged into its weights it gives the same logits, cached decoding too."""
     peft = pytest.importorskip("peft")

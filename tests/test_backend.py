@@ -109,7 +109,7 @@ def test_compiled_once_for_all_sizes(unchecked: None) -> None:
 
 @pytest.mark.parametrize(("dim", "operators"), [(LEAST_COMPILED, True), (LEAST_COMPILED // 2, False)])
 def test_compiled_and_exported_by_width(dim: int, operators: bool, unchecked: None) -> None:
-    stream = DeltaStream(dim, 4, seed=0)
+    stream = DeltaStream(dim, 4, seed=0, rule="delta")
     block, graphs = stream.wrap(nn.Linear(dim, dim)), []
 
     def kept(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
@@ -125,7 +125,7 @@ def test_compiled_and_exported_by_width(dim: int, operators: bool, unchecked: No
 
 
 def test_what_it_stands_for_is_printed() -> None:
-    stream = DeltaStream(64, seed=0, compression="token")
+    stream = DeltaStream(64, seed=0, compression="token", rule="delta")
     block = stream.wrap(nn.Linear(64, 64))
     shown = "backend=auto: fused from 65,536 numbers of state"
     assert f"rule=delta, {shown}; compiled: reference (compiled for the CPU at d < 128)" in repr(block)

@@ -18,7 +18,7 @@ from helpers import perturb
 
 SETTINGS = {
     "additive": PRESETS["additive"],
-    "ddl": PRESETS["ddl"],
+    "paper-cc": PRESETS["paper-cc"],
     "paper-scalar": PRESETS["paper-scalar"],
     "token": ResidualConfig(rule="write_only", compression="token", compression_sharing="block"),
     "erase_only": ResidualConfig(rule="erase_only", compression="channel_conv"),
@@ -68,7 +68,7 @@ def test_a_hook_runs_once_a_pass(name: str, backend: str) -> None:
     model = model_of(name, backend)
     expected = model(IDS).logits
     for path, module, times in called(model):
-        if path.startswith("layers.0.") and name != "ddl":
+        if path.startswith("layers.0.") and name != "paper-cc":
             continue
         count = []
         with module.register_forward_hook(lambda *_, count=count: count.append(1)):
@@ -84,7 +84,7 @@ def test_a_hook_runs_once_a_pass(name: str, backend: str) -> None:
 @both_backends
 def test_backward_hooks_run_on_every_part(backend: str) -> None:
     """torch gives them gradients of tensors and tuples alone."""
-    model, seen = model_of("ddl", backend), set[str]()
+    model, seen = model_of("paper-cc", backend), set[str]()
     names = [name for name, part in model.named_modules() if name.rpartition(".")[2] in ("direction", "gate", "target")]
     assert len(names) == 14  # the gates of the MLPs among them
     for name in names:
@@ -95,7 +95,7 @@ def test_backward_hooks_run_on_every_part(backend: str) -> None:
 
 
 def test_a_hook_on_every_module_runs_too() -> None:
-    model, paths = model_of("ddl", "fused"), []
+    model, paths = model_of("paper-cc", "fused"), []
     with torch.nn.modules.module.register_module_forward_hook(lambda module, *_: paths.append(module)):
         model(IDS)
     for path, module, times in called(model):
@@ -138,7 +138,7 @@ def test_a_parametrization_is_used(name: str, backend: str) -> None:
 @both_backends
 @pytest.mark.parametrize("part", ["target.map", "gate.outer", "norm", "compression"])
 def test_pruning_goes_on_being_trained(part: str, backend: str) -> None:
-    model, expected = model_of("ddl", backend), model_of("ddl", backend)
+    model, expected = model_of("paper-cc", backend), model_of("paper-cc", backend)
     pruned, plain = (one.get_submodule(f"layers.1.mlp.{part}") for one in (model, expected))
     prune.l1_unstructured(pruned, "weight", 0.5)
     mask = pruned.weight_mask
@@ -165,7 +165,7 @@ class Half(nn.Module):
 
 @both_backends
 def test_a_replaced_gate_is_used(backend: str) -> None:
-    model, expected = model_of("ddl", backend), model_of("ddl", backend)
+    model, expected = model_of("paper-cc", backend), model_of("paper-cc", backend)
     model.layers[0].mlp.gate = Half()
     with torch.no_grad():
         outer = expected.layers[0].mlp.gate.outer
@@ -177,7 +177,7 @@ def test_a_replaced_gate_is_used(backend: str) -> None:
 
 @both_backends
 @pytest.mark.parametrize("place", ["layers.0", "layers.0.attention", "layers.1.mlp", "layers.1"])
-@pytest.mark.parametrize("name", ["additive", "ddl", "token"])
+@pytest.mark.parametrize("name", ["additive", "paper-cc", "token"])
 def test_what_a_hook_makes_of_a_state_goes_on(name: str, place: str, backend: str) -> None:
     model = model_of(name, backend)
     steps = {f"layers.{i}.{part}": getattr(model.layers[i], part) for i in (0, 1) for part in ("attention", "mlp")}
@@ -198,7 +198,7 @@ def test_what_a_hook_makes_of_a_state_goes_on(name: str, place: str, backend: st
 # torch's own, while it traces.
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_a_layer_compiled_alone(backend: str, unchecked: None) -> None:
-    model = model_of("ddl", backend)
+    model = model_of("paper-cc", backend)
     expected = model(IDS).logits
     torch._dynamo.reset()
     graphs = []
@@ -216,10 +216,10 @@ def test_a_layer_compiled_alone(backend: str, unchecked: None) -> None:
 @pytest.mark.parametrize(
     ("name", "path", "kind"),
     [
-        ("ddl", "layers.1.mlp", "DeltaResidual"),
+        ("paper-cc", "layers.1.mlp", "DeltaResidual"),
         ("token", "layers.0.attention.compression", "TokenConvolution"),
         ("token", "stream.readout", "TokenConvolution"),
-        ("ddl", "stream.expansion", "EmbeddingConvolution"),
+        ("paper-cc", "stream.expansion", "EmbeddingConvolution"),
     ],
 )
 def test_decoding_refuses_parts_that_it_does_not_know(name: str, path: str, kind: str) -> None:
@@ -230,7 +230,7 @@ def test_decoding_refuses_parts_that_it_does_not_know(name: str, path: str, kind
 
 
 def test_a_residual_in_a_network_of_ones_own() -> None:
-    stream = DeltaStream(8, seed=1)
+    stream = DeltaStream(8, rule="delta", seed=1)
     block = stream.wrap(nn.Linear(8, 8))
     perturb(block)
     twin: DeltaResidual = copy.deepcopy(block)

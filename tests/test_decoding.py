@@ -48,8 +48,8 @@ VARIANTS: dict[str, ResidualConfig] = {
         f"{rule}-1-token": dataclasses.replace(TC, rule=rule, value_channels=1, expansion="repeat")
         for rule in ("delta", "additive")
     },
-    "shared-channel": dataclasses.replace(PRESETS["ddl"], compression_sharing="block"),
-    "rank-2": dataclasses.replace(PRESETS["ddl"], rank=2),
+    "shared-channel": dataclasses.replace(PRESETS["paper-cc"], compression_sharing="block"),
+    "rank-2": dataclasses.replace(PRESETS["paper-cc"], rank=2),
     "rank-2-token": dataclasses.replace(TC, rank=2),
     "pooled-flat-rank-2": ResidualConfig(direction="pooled", target="branch", direction_pool="flatten", rank=2),
     "per-channel": ResidualConfig(gate_per_channel=True, norm="none", value_channels=3),
@@ -78,7 +78,7 @@ def test_cached_logits_are_the_uncached_ones(name, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
 @pytest.mark.parametrize(
-    "name", ["additive", "ddl", "paper-scalar", "paper-tc", "paper-v1", "shared-token", "two_gate-3"]
+    "name", ["additive", "paper-cc", "paper-scalar", "paper-tc", "paper-v1", "shared-token", "two_gate-3"]
 )
 @pytest.mark.parametrize("pieces", [[CONTEXT], [1] * CONTEXT, [2, 5, 1, 1]], ids=str)
 def test_a_padded_row_is_decoded_as_if_alone(name, backend, pieces):
@@ -99,7 +99,7 @@ def test_a_padded_row_is_decoded_as_if_alone(name, backend, pieces):
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
-@pytest.mark.parametrize("name", ["additive", "ddl", "paper-scalar", "paper-tc"])
+@pytest.mark.parametrize("name", ["additive", "paper-cc", "paper-scalar", "paper-tc"])
 def test_single_precision(name, backend):
     model, ids = small(PRESETS[name], backend, torch.float32), tokens()
     expected = uncached(model, ids)
@@ -110,7 +110,7 @@ def test_single_precision(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
-@pytest.mark.parametrize("name", ["ddl", "paper-tc"])
+@pytest.mark.parametrize("name", ["paper-cc", "paper-tc"])
 def test_low_precision(name, backend):
     model, ids = small(PRESETS[name], backend, torch.bfloat16), tokens()
     logits = fed(DecodingCache(model, 2), ids, [4, 1, 1, 3])
@@ -142,10 +142,10 @@ def test_histories_hold_the_last_inputs_of_every_convolution(sharing):
         torch.testing.assert_close(history.values, states[:, -2:], rtol=0, atol=1e-12)
     assert cache.expansion_history is not None
     assert torch.equal(cache.expansion_history.values, model.embedding(ids[:, 4:7]))
-    for name, histories in (("ddl", 0), ("additive", 0), ("paper-tc-repeat", 5)):
+    for name, histories in (("paper-cc", 0), ("additive", 0), ("paper-tc-repeat", 5)):
         cache = DecodingCache(small(PRESETS[name]))
         assert len(cache.compression_histories) == histories
-        assert (cache.expansion_history is not None) == (name == "ddl")
+        assert (cache.expansion_history is not None) == (name == "paper-cc")
 
 
 def held(cache: DecodingCache) -> int:
@@ -198,7 +198,7 @@ def test_memory(backend):
     assert shared.memory().folded_weights == 3 * 4 * width * 4 * number
 
 
-@pytest.mark.parametrize("name", ["additive", "ddl", "code-tc"])
+@pytest.mark.parametrize("name", ["additive", "paper-cc", "code-tc"])
 @pytest.mark.parametrize("length", [1, 4, CONTEXT, CONTEXT + 3])
 def test_generation_equals_the_uncached_one(name, length):
     model, prompt = small(PRESETS[name]), tokens(1, length)[0].tolist()
@@ -226,7 +226,7 @@ def test_generation_equals_the_uncached_one(name, length):
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
 def test_recorders_see_decoding_and_gradients_do_not_pass(backend):
-    model, ids = small(PRESETS["ddl"], backend), tokens()
+    model, ids = small(PRESETS["paper-cc"], backend), tokens()
     cache, records = DecodingCache(model, 2), []
     with recording(model, lambda name, record: records.append((name, record))):
         logits = fed(cache, ids[:, :4], [3, 1])
@@ -241,7 +241,7 @@ def test_recorders_see_decoding_and_gradients_do_not_pass(backend):
 
 
 def test_the_backend_may_change_between_calls():
-    model, ids = small(PRESETS["ddl"]), tokens()
+    model, ids = small(PRESETS["paper-cc"]), tokens()
     cache = DecodingCache(model, 2)
     logits = [cache.decode(ids[:, :2])]
     for t in range(2, 6):
@@ -251,7 +251,7 @@ def test_the_backend_may_change_between_calls():
 
 
 def full(*pieces: int, batch: int = 2) -> None:
-    cache = DecodingCache(small(PRESETS["ddl"]), 2)
+    cache = DecodingCache(small(PRESETS["paper-cc"]), 2)
     for piece in pieces:
         cache.decode(tokens(batch, piece))
 
@@ -261,9 +261,9 @@ ERRORS = [
     (lambda: full(8, 1, 1), "context is 9 tokens, of which the cache holds 9: 1 more do not fit; call clear()"),
     (lambda: full(2, batch=3), "this cache decodes ids of shape (2, T) with T at least 1, got (3, 2)."),
     (lambda: full(0), "this cache decodes ids of shape (2, T) with T at least 1, got (2, 0)."),
-    (lambda: DecodingCache(small(PRESETS["ddl"]), 0), "batch must be at least 1, got 0."),
+    (lambda: DecodingCache(small(PRESETS["paper-cc"]), 0), "batch must be at least 1, got 0."),
     *(
-        (lambda padding=padding: DecodingCache(small(PRESETS["ddl"]), 2, padding), "padding must be 2 numbers")
+        (lambda padding=padding: DecodingCache(small(PRESETS["paper-cc"]), 2, padding), "padding must be 2 numbers")
         for padding in ([1], [0, 9], [-1, 0], [])
     ),
 ]

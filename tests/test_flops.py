@@ -145,7 +145,7 @@ def test_matrix_products_are_those_that_torch_counts(part: int) -> None:
     ],
 )
 def test_sizes_of_the_model(sizes: dict[str, int]) -> None:
-    gpt = model(replace(PRESETS["ddl"], compression="token"), **sizes)
+    gpt = model(replace(PRESETS["paper-cc"], compression="token"), **sizes)
     flops = training_flops_per_token(gpt.config)
     assert products(gpt) == (flops.matrix_forward, 3 * flops.matrix_forward)
     assert_elementwise_agrees(gpt)
@@ -227,7 +227,7 @@ def test_hand_computed_additive_and_delta() -> None:
     assert additive.matrix_forward == 2 * block + 2 * 128 * 256
     assert additive.parts["rewrite"].total == 2 * 2 * 128
     assert additive.training == 3 * additive.forward
-    delta = training_flops_per_token(GPTConfig(residual=PRESETS["ddl"], **sizes))
+    delta = training_flops_per_token(GPTConfig(residual=PRESETS["paper-cc"], **sizes))
     # Per sublayer: targets 4 x 128, gate 128, read and outer product of a 4 x 128 state; embedding convolution once.
     assert delta.matrix_forward - additive.matrix_forward == 4 * 2 * (4 * 128 + 128 + 2 * 512) + 2 * 4 * 512
 

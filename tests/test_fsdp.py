@@ -63,7 +63,7 @@ def test_every_preset(preset: str, alone: None, unchecked: None) -> None:
 
 
 def test_it_says_so(alone: None) -> None:
-    model = model_of("ddl")
+    model = model_of("paper-cc")
     assert "each residual opens the next" in repr(model)
     sharded(model)
     assert "sharded or with hooks, and so opening their own state: layers.0 (FSDPLayer)" in repr(model)

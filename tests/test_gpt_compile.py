@@ -43,14 +43,14 @@ def step(run: Callable[..., Any], model: GPT) -> list[Tensor]:
 @pytest.mark.parametrize(
     "residual",
     [
-        PRESETS["ddl"],
+        PRESETS["paper-cc"],
         PRESETS["additive"],
         ResidualConfig(target="affine"),
         ResidualConfig(rule="channels"),
         ResidualConfig(compression="token", rule="two_gate", compression_sharing="block"),
         ResidualConfig(direction="pooled", target="branch", direction_pool="attention", rank=2, gate="two_layer"),
     ],
-    ids=["ddl", "additive", "affine", "channels", "token-two_gate-shared", "pooled-rank2"],
+    ids=["paper-cc", "additive", "affine", "channels", "token-two_gate-shared", "pooled-rank2"],
 )
 def test_compiled_equals_eager_in_values_and_gradients(residual):
     model = model_of(residual)
@@ -76,7 +76,7 @@ class Graphs:
 def test_recording_under_compile():
     """Off, the graph is that of a model never recorded; on, the records are those of eager, and no graph is made
     twice however often recording is entered."""
-    model = model_of(PRESETS["ddl"])
+    model = model_of(PRESETS["paper-cc"])
     never = Graphs()
     torch.compile(model, backend=never, fullgraph=True)(IDS)
     torch._dynamo.reset()

@@ -20,7 +20,7 @@ POOLED = {"direction": "pooled", "target": "branch"}
 
 def small(seed: int = 0, residual: ResidualConfig | None = None, **sizes: Any) -> GPT:
     defaults = {"vocab_size": 11, "dim": 12, "heads": 2, "layers": 2, "context": 8}
-    return GPT(GPTConfig(**{**defaults, **sizes, "residual": residual or PRESETS["ddl"]}), seed=seed)
+    return GPT(GPTConfig(**{**defaults, **sizes, "residual": residual or PRESETS["paper-cc"]}), seed=seed)
 
 
 def tokens(batch: int = 2, length: int = 8, seed: int = 0, vocabulary: int = 11) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_presets_learn_one_batch(preset):
 
 def test_how_parameters_start():
     layers, dim = 3, 192
-    residual = dataclasses.replace(PRESETS["ddl"], gate_init=1.4)
+    residual = dataclasses.replace(PRESETS["paper-cc"], gate_init=1.4)
     model = small(vocab_size=300, dim=dim, heads=4, layers=layers, residual=residual)
     std, matrices = 0.5 / math.sqrt(dim), 0
     for name, parameter in model.named_parameters():
@@ -123,8 +123,8 @@ def test_how_parameters_start():
 
 def test_embedding_convolution_starts_as_repeat():
     ids = tokens()
-    convolution = small(residual=PRESETS["ddl"])(ids).logits
-    repeat = small(residual=dataclasses.replace(PRESETS["ddl"], expansion="repeat"))(ids).logits
+    convolution = small(residual=PRESETS["paper-cc"])(ids).logits
+    repeat = small(residual=dataclasses.replace(PRESETS["paper-cc"], expansion="repeat"))(ids).logits
     torch.testing.assert_close(convolution, repeat, rtol=1e-6, atol=1e-6)
 
 
@@ -187,7 +187,7 @@ def test_deepcopy_save_and_load(tmp_path, sharing):
 
 @pytest.mark.parametrize("sharing", SHARING)
 def test_a_shared_compression_gets_both_gradients(sharing):
-    model = small(layers=1, residual=dataclasses.replace(PRESETS["ddl"], compression_sharing=sharing)).double()
+    model = small(layers=1, residual=dataclasses.replace(PRESETS["paper-cc"], compression_sharing=sharing)).double()
     perturb(model)
     layer = model.layers[0]
     x = model.stream.expand(randn(1, 4, 12)).requires_grad_()
@@ -230,7 +230,7 @@ def test_without_a_label_that_counts_loss_and_gradients_are_0(ignored):
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
-@pytest.mark.parametrize("preset", ["additive", "ddl", "paper-tc"])
+@pytest.mark.parametrize("preset", ["additive", "paper-cc", "paper-tc"])
 def test_no_rows_or_no_tokens(preset, backend):
     model = small(residual=PRESETS[preset])
     use_backend(model, backend)

@@ -38,7 +38,7 @@ def usable() -> None:
 
 def refused(message: str) -> None:
     """By name where fused code is asked for; `auto` takes the reference and says the same."""
-    model = GPT(GPTConfig(vocab_size=11, dim=8, heads=2, layers=1, context=8, residual=PRESETS["ddl"]))
+    model = GPT(GPTConfig(vocab_size=11, dim=8, heads=2, layers=1, context=8, residual=PRESETS["paper-cc"]))
     with pytest.raises(UserError, match=f"{message}.*set NUMBA_CACHE_DIR to .*; or use the backend 'reference'"):
         use_backend(model, "fused")
     known_problem.cache_clear()

@@ -14,7 +14,7 @@ from deepdelta.nn.activation_memory import SavedState
 from helpers import randn
 
 VARIANTS = {
-    **{name: PRESETS[name] for name in ("additive", "ddl", "paper-scalar", "paper-tc", "paper-v1", "code-cc")},
+    **{name: PRESETS[name] for name in ("additive", "paper-cc", "paper-scalar", "paper-tc", "paper-v1", "code-cc")},
     "additive_erase": ResidualConfig(rule="additive_erase"),
     "rank 3": ResidualConfig(rank=3),
 }
@@ -51,7 +51,7 @@ def test_replay_is_bit_equal_and_recovery_close(name: str, backend: str, uncheck
 @pytest.mark.parametrize("channel_first", [False, True])
 def test_around_any_branch(channel_first: bool, backend: str, unchecked: None) -> None:
     """Branches, shared compressions, operations of the user's own in between, and a second backward pass."""
-    stream = DeltaStream(6, 3, seed=1, channel_first=channel_first, norm="none")
+    stream = DeltaStream(6, 3, seed=1, channel_first=channel_first, norm="none", rule="delta")
     branch = (lambda: nn.Conv1d(6, 6, 1)) if channel_first else (lambda: nn.Linear(6, 6))
     torch.manual_seed(0)
     blocks = nn.ModuleList()
@@ -82,7 +82,7 @@ def test_around_any_branch(channel_first: bool, backend: str, unchecked: None) -
 
 
 def test_a_state_changed_in_place_is_never_used_as_it_was(unchecked: None) -> None:
-    stream = DeltaStream(6, 3, seed=1)
+    stream = DeltaStream(6, 3, seed=1, rule="delta")
     blocks = nn.ModuleList(stream.wrap(nn.Linear(6, 6)) for _ in range(3))
     x = randn(4, 6).float()
 
@@ -103,7 +103,7 @@ def test_a_state_changed_in_place_is_never_used_as_it_was(unchecked: None) -> No
 @pytest.mark.parametrize("plan", ["replay", "recover"])
 def test_a_state_is_the_user_s_own_tensor(plan: str, backend: str, unchecked: None) -> None:
     """It is written as under the plan save, and neither it nor its graph outlives what the user holds of it."""
-    stream = DeltaStream(6, 3, seed=1)
+    stream = DeltaStream(6, 3, seed=1, rule="delta")
     torch.manual_seed(0)
     blocks = nn.ModuleList(stream.wrap(nn.Linear(6, 6)) for _ in range(4))
     use_backend(blocks, backend)
@@ -138,7 +138,7 @@ def test_a_graph_whose_backward_pass_is_done_holds_no_state(plan: str, unchecked
         gc.collect()
         return sum(type(one) is SavedState for one in gc.get_objects())
 
-    stream, before = DeltaStream(6, 3, seed=1), alive()
+    stream, before = DeltaStream(6, 3, seed=1, rule="delta"), alive()
     blocks = nn.Sequential(*(stream.wrap(nn.Linear(6, 6)) for _ in range(4)))
     use_memory(blocks, plan, every=2)
     loss = stream.reduce(blocks(stream.expand(randn(4, 6).float()))).square().sum()
@@ -162,17 +162,17 @@ def test_memory_of_a_deep_model_grows_like_the_additive_one(unchecked: None) -> 
         return peak(preset, 24, plan, backend) - peak(preset, 8, plan, backend)
 
     additive = slope("additive", "save", "reference")
-    assert slope("ddl", "replay", "fused") < 1.1 * additive
-    assert slope("ddl", "save", "fused") > 1.15 * additive
+    assert slope("paper-cc", "replay", "fused") < 1.1 * additive
+    assert slope("paper-cc", "save", "fused") > 1.15 * additive
     # The reference saves more within a residual, but of the states as little.
     states = 8 * 2 * 2 * 64 * 4 * 64 * 4  # layers, residuals, rows, tokens, V, D, bytes
-    saved, *others = (peak("ddl", 8, plan, "reference") for plan in ("save", "replay", "recover"))
+    saved, *others = (peak("paper-cc", 8, plan, "reference") for plan in ("save", "replay", "recover"))
     # Half of them are there when the backward pass begins: every eighth, and the last eight made again.
     assert all(other < saved - 0.3 * states for other in others)
 
 
 def test_refusals(unchecked: None) -> None:
-    block = DeltaStream(4).wrap(nn.Linear(4, 4))
+    block = DeltaStream(4, rule="delta").wrap(nn.Linear(4, 4))
     with pytest.raises(UserError, match="there is no memory plan 'replya'; did you mean 'replay'"):
         use_memory(block, "replya")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="every must be at least 1, got 0"):

@@ -17,7 +17,7 @@ from helpers import perturb, randn
 IDS = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(0))
 
 
-def config(preset: str = "ddl", layers: int = 2) -> GPTConfig:
+def config(preset: str = "paper-cc", layers: int = 2) -> GPTConfig:
     return GPTConfig(vocab_size=11, dim=12, heads=2, layers=layers, context=8, residual=PRESETS[preset])
 
 

@@ -52,7 +52,7 @@ def members(stream: DeltaStream) -> list[nn.Module]:
 def chain_of(
     channels: int = 4, backend: str = "reference", dtype: torch.dtype = torch.float64, **options: Any
 ) -> Chain:
-    stream = DeltaStream(D, channels, seed=1, **options)
+    stream = DeltaStream(D, channels, seed=1, **{"rule": "delta"} | options)
     chain = stream.chain(members(stream)).to(dtype)
     perturb(chain, size=0.1)
     use_backend(chain, backend)
@@ -156,7 +156,7 @@ def test_a_norm_of_the_network_itself(
     norm: Any, dtype: torch.dtype, fuses: bool, channels: int, opened: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(norms.SAME, f"{__name__}.LastRMSNorm", "variance_epsilon")
-    stream = DeltaStream(D, channels, seed=1, norm="none")
+    stream = DeltaStream(D, channels, "delta", seed=1, norm="none")
     chain = stream.chain([stream.wrap(Branch(), norm=norm()) for _ in range(3)]).to(dtype)
     perturb(chain, size=0.1)
     use_backend(chain, "fused")
@@ -219,7 +219,7 @@ def test_compiled_without_a_graph_break(backend: str, unchecked: None) -> None:
 
 
 def test_names_copies_and_members() -> None:
-    stream = DeltaStream(D, 4, seed=1)
+    stream = DeltaStream(D, 4, "delta", seed=1)
     first, second = stream.wrap(Branch()), stream.wrap(Branch())
     named = stream.chain({"first": first, "norm": nn.LayerNorm(D), "second": second})
     assert {key.split(".")[0] for key in named.state_dict()} == {"first", "norm", "second"}
@@ -240,7 +240,7 @@ class Pair(Branch):
 
 
 def test_messages(unchecked: None) -> None:
-    stream, state = DeltaStream(D, 4, seed=1), state_of(dtype=torch.float32)
+    stream, state = DeltaStream(D, 4, "delta", seed=1), state_of(dtype=torch.float32)
     with pytest.raises(
         UserError, match="a chain hands on one tensor, and Pair returned tuple; call the modules one by"
     ):

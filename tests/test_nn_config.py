@@ -6,7 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from deepdelta import PRESETS, DeltaStream, ResidualConfig, UserError
+from deepdelta import PRESETS, DeltaStream, GPTConfig, ResidualConfig, UserError
 from deepdelta.config import from_plain, to_plain
 from deepdelta.nn.config import ILLEGAL
 
@@ -71,7 +71,10 @@ def test_the_table_is_the_one_tested_here():
 @pytest.mark.parametrize("illegal", ILLEGAL, ids=lambda illegal: illegal.settings)
 def test_every_illegal_combination_is_refused_with_its_reason(illegal):
     for settings in TRIGGERS[illegal.settings]:
-        for build in (lambda s=settings: ResidualConfig(**s), lambda s=settings: DeltaStream(8, **s)):
+        for build in (
+            lambda s=settings: ResidualConfig(**s),
+            lambda s=settings: DeltaStream(8, **{"rule": "delta"} | s),
+        ):
             with pytest.raises(UserError) as caught:
                 build()
             assert f"{illegal.settings}: {illegal.reason}" in str(caught.value)
@@ -216,16 +219,29 @@ def test_presets_are_legal_and_survive_plain_data(name):
 
 
 def test_the_library_s_defaults():
-    """As published: branch direction, linear target, linear gate with beta0 = 1, V = 4, embedding convolution, channel
-    compression with mean initialisation; a bare stream repeats instead, which needs no token axis."""
-    ddl = PRESETS["ddl"]
-    assert (ddl.rule, ddl.direction, ddl.target, ddl.gate, ddl.gate_init) == ("delta", "branch", "linear", "linear", 1)
-    assert (ddl.value_channels, ddl.expansion, ddl.expansion_kernel) == (4, "embedding_conv", 4)
-    assert (ddl.compression, ddl.compression_init, ddl.direction_eps) == ("channel", "identity", 1e-5)
-    assert DeltaStream(8).config == dataclasses.replace(ddl, expansion="repeat")
+    """Without a rule and a preset: what starts as the plain residual. The text's form as published: branch direction,
+    linear target, linear gate, beta0 = 1, V = 4, embedding convolution, channel compression starting as the mean."""
+    bare = PRESETS["plain-start"]
+    assert (bare.rule, bare.plain_start, bare.value_channels, bare.expansion) == ("additive_erase", True, 4, "repeat")
+    assert DeltaStream(8).config == bare
+    assert GPTConfig().residual == PRESETS["ddl"] == dataclasses.replace(bare, expansion="embedding_conv")
+    assert DeltaStream(8, 1, erase_init=0.5).config == dataclasses.replace(bare, value_channels=1, erase_init=0.5)
     assert not DeltaStream(8).config.needs_tokens
+    paper = PRESETS["paper-cc"]
+    assert (paper.rule, paper.direction, paper.target) == ("delta", "branch", "linear")
+    assert (paper.gate, paper.gate_init, paper.direction_eps) == ("linear", 1, 1e-5)
+    assert (paper.value_channels, paper.expansion, paper.expansion_kernel) == (4, "embedding_conv", 4)
+    assert (paper.compression, paper.compression_init) == ("channel", "identity")
+    assert DeltaStream(8, rule="delta").config == dataclasses.replace(paper, expansion="repeat")
     assert (PRESETS["additive"].rule, PRESETS["additive"].value_channels) == ("additive", 1)
-    assert dataclasses.replace(PRESETS["paper-scalar"], value_channels=4) == DeltaStream(8).config
+    assert dataclasses.replace(PRESETS["paper-scalar"], value_channels=4) == DeltaStream(8, rule="delta").config
+
+
+@pytest.mark.parametrize("setting", [{"gate_init": 0.5}, {"target": "constant"}, {"target_value": 1.0}], ids=str)
+def test_what_the_default_does_not_have_is_refused_by_name(setting):
+    with pytest.raises(UserError, match=f"{next(iter(setting))} has no effect on the default residual.*rule='delta'"):
+        DeltaStream(8, **setting)
+    assert DeltaStream(8, rule="delta", **setting).config.rule == "delta"
 
 
 def test_configurations_are_frozen():

@@ -144,7 +144,9 @@ def test_low_precision_form_of_the_unit_direction():
 @pytest.mark.parametrize("pool", ["mean", "flatten", "attention"])
 def test_fp16_with_tokens_of_nothing_has_finite_gradients_at_the_eps_that_is_advised(pool, backend):
     """The direction is 0 there, and the branch writes its bias: the derivative by the direction is 1 / eps."""
-    stream = DeltaStream(16, 4, direction="pooled", target="branch", direction_pool=pool, direction_eps=1e-3, seed=0)
+    stream = DeltaStream(
+        16, 4, direction="pooled", target="branch", direction_pool=pool, direction_eps=1e-3, seed=0, rule="delta"
+    )
     torch.manual_seed(0)
     network = nn.ModuleList([stream, stream.wrap(nn.Linear(16, 16))]).half()
     use_backend(network, backend)

@@ -13,7 +13,7 @@ BRANCH = [
 ]
 RESIDUAL: dict[str, list[str]] = {
     "additive": [],
-    "ddl": ["target.map.weight"],
+    "paper-cc": ["target.map.weight"],
     "paper-v1": ["target.map.weight", "direction.inner.weight", "direction.outer.weight"],
     "paper-tc": ["target.map.weight"],
 }
@@ -46,7 +46,9 @@ class Everything(nn.Module):
         self.embed = nn.Embedding(5, 8)
         self.stream = DeltaStream(8, 3, compression="token", expansion="embedding_conv", rule="two_gate", seed=0)
         self.mix = self.stream.wrap(nn.Linear(8, 8))
-        self.deep = DeltaStream(8, 3, gate="two_layer", compression="channel_conv", compression_kernel=2).wrap()
+        self.deep = DeltaStream(
+            8, 3, gate="two_layer", compression="channel_conv", compression_kernel=2, rule="delta"
+        ).wrap()
         self.plain = nn.LayerNorm(8)
         self.image_norm = nn.LayerNorm((4, 8))
         self.batch_norm = nn.BatchNorm2d(3)

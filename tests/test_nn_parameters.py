@@ -108,7 +108,7 @@ def test_what_two_rules_share_starts_bit_equal(pair, channels):
 
 
 def test_a_start_depends_on_the_seed_and_the_place():
-    stream = DeltaStream(D, V, seed=1)
+    stream = DeltaStream(D, V, seed=1, rule="delta")
     first, second = (dict(stream.wrap().named_parameters()) for _ in range(2))
     again = parameters(seed=1)
     other = parameters(seed=2)
@@ -122,7 +122,7 @@ def test_without_a_seed_it_comes_from_torch_s_generator():
     draws = []
     for manual in (5, 5, 6):
         torch.manual_seed(manual)
-        draws.append(dict(DeltaStream(D, V).wrap().named_parameters())["target.map.weight"])
+        draws.append(dict(DeltaStream(D, V, rule="delta").wrap().named_parameters())["target.map.weight"])
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
@@ -130,7 +130,7 @@ def test_without_a_seed_it_comes_from_torch_s_generator():
 def test_a_seed_leaves_torch_s_generator_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    DeltaStream(D, V, seed=1, compression="token", compression_init="random").wrap()
+    DeltaStream(D, V, seed=1, compression="token", compression_init="random", rule="delta").wrap()
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -150,7 +150,7 @@ def test_a_plain_start_is_the_plain_residual_and_its_value_channels_are_not_alik
 def test_the_branch_is_never_drawn_anew():
     branch = nn.Linear(D, D)
     before = copy.deepcopy(branch.state_dict())
-    residual = DeltaStream(D, V, seed=0).wrap(branch)
+    residual = DeltaStream(D, V, seed=0, rule="delta").wrap(branch)
     assert residual.branch is branch
     assert all(torch.equal(before[name], tensor) for name, tensor in branch.state_dict().items())
 
@@ -159,7 +159,7 @@ def test_the_branch_is_never_drawn_anew():
 def test_matrices_start_normal_with_the_stated_deviation(init_factor):
     dim = 512
     stream = DeltaStream(
-        dim, 4, seed=0, init_factor=init_factor, compression="token", compression_init="random", rank=2
+        dim, 4, seed=0, init_factor=init_factor, compression="token", compression_init="random", rank=2, rule="delta"
     )
     residual = stream.wrap()
     std = init_factor / math.sqrt(dim)
@@ -181,7 +181,7 @@ def test_gates_start_at_their_setting(gate, start):
 @pytest.mark.parametrize("start", LEARNING)
 def test_gates_learn_from_the_ends_of_their_range(start):
     """Gradient descent opens them; from where they used to start for 0 and 2, it does not."""
-    learned = DeltaStream(D, V, seed=0, gate_init=start).wrap().gate.outer.bias
+    learned = DeltaStream(D, V, seed=0, gate_init=start, rule="delta").wrap().gate.outer.bias
 
     def trained(bias):
         for _ in range(2000):
@@ -222,7 +222,9 @@ def test_compression_starts_as_the_mean_over_value_channels(compression, causal)
 
 def test_embedding_convolution_starts_as_repeat():
     x = randn(2, 5, D).float()
-    convolution, repeat = (DeltaStream(D, V, seed=0, expansion=kind).expand(x) for kind in ("embedding_conv", "repeat"))
+    convolution, repeat = (
+        DeltaStream(D, V, seed=0, expansion=kind, rule="delta").expand(x) for kind in ("embedding_conv", "repeat")
+    )
     assert torch.equal(convolution, repeat)
 
 

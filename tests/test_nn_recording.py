@@ -143,8 +143,8 @@ class Pair(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = DeltaStream(D, V, seed=0).wrap(nn.Identity())
-        self.inner = nn.Sequential(DeltaStream(D, V, seed=1, rank=2).wrap(nn.Identity()))
+        self.first = DeltaStream(D, V, seed=0, rule="delta").wrap(nn.Identity())
+        self.inner = nn.Sequential(DeltaStream(D, V, seed=1, rank=2, rule="delta").wrap(nn.Identity()))
 
     def forward(self, state: Tensor) -> Tensor:
         return self.inner(self.first(state))

@@ -155,7 +155,9 @@ def test_a_compression_of_another_stream_is_refused():
         DeltaStream(D, V).wrap(share_compression=other)
 
 
-@pytest.mark.parametrize("options", [{}, {"compression": "token", "expansion": "embedding_conv"}, {"rank": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "token", "expansion": "embedding_conv"}, {"rule": "delta", "rank": 2}]
+)
 def test_deepcopy_and_save_and_load(tmp_path, options):
     network = Network(**options)
     perturb(network)
@@ -221,7 +223,7 @@ def test_messages(unchecked, call, message):
 
 def test_half_precision_state_under_autocast_and_fp32_gates(gate_dtypes):
     """bf16 autocast on the CPU: the branch runs in bf16, gate logits and the state do not."""
-    stream = DeltaStream(D, V, seed=0)
+    stream = DeltaStream(D, V, rule="delta", seed=0)
     branch = nn.Linear(D, D)
     residual, x = stream.wrap(branch), randn(4, D).float()
     dtypes: dict[str, torch.dtype] = {}

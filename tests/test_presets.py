@@ -42,8 +42,12 @@ MEANINGS: list[tuple[dict[str, Any], ResidualConfig]] = [
     ({"rule": "additive", "value_channels": 3}, replace(PLAIN, value_channels=3)),
     ({"rule": "write_only", "gate_init": 0.5}, ResidualConfig(rule="write_only", value_channels=4, gate_init=0.5)),
     ({"preset": "additive"}, PLAIN),
-    ({"preset": "ddl", "gate_init": 0.5}, ResidualConfig(value_channels=4, expansion="embedding_conv", gate_init=0.5)),
-    ({"preset": "ddl", "rule": "additive"}, replace(PLAIN, value_channels=4, expansion="embedding_conv")),
+    (
+        {"preset": "plain-start", "erase_init": 0.5},
+        ResidualConfig(rule="additive_erase", plain_start=True, erase_init=0.5),
+    ),
+    ({"preset": "paper-cc", "gate_init": 0.5}, replace(PRESETS["paper-cc"], gate_init=0.5)),
+    ({"preset": "paper-cc", "rule": "additive"}, replace(PLAIN, value_channels=4, expansion="embedding_conv")),
 ]
 
 
@@ -120,9 +124,7 @@ def test_tasks_lay_their_conditions_over_a_preset() -> None:
 def test_retrofit_takes_the_preset_that_leaves_the_function_as_it_is() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
     model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-    with pytest.raises(
-        UserError, match=r"preset must be one that starts as the plain residual \(retrofit\), got 'ddl'"
-    ):
+    with pytest.raises(UserError, match="the preset of a retrofit is 'retrofit', whose parts are options, got 'ddl'"):
         retrofit(model, preset="ddl")
     assert retrofitted(retrofit(model, preset="retrofit", gate="two_layer", seed=0)).config.gate == "two_layer"
 

@@ -153,7 +153,7 @@ def test_every_narrow_number_is_read_and_rounded_as_torch_does(dtype: torch.dtyp
 
 def test_compiled_models_keep_their_graph_over_batches_and_lengths(unchecked: None) -> None:
     """fullgraph, values and gradients as eager, and one compilation for all shapes."""
-    model = GPT(GPTConfig(vocab_size=31, dim=16, heads=2, layers=2, context=16, residual=PRESETS["ddl"])).double()
+    model = GPT(GPTConfig(vocab_size=31, dim=16, heads=2, layers=2, context=16, residual=PRESETS["paper-cc"])).double()
     use_backend(model, "fused")
     compilations = []
 
@@ -193,7 +193,7 @@ def test_the_same_bits_wherever_memory_lies():
     """Gradients do not depend on the addresses of tensors and scratch, which the blocks in between move about."""
     torch.manual_seed(0)
     ids = torch.randint(50, (3, 17))
-    model = GPT(GPTConfig(vocab_size=50, dim=16, heads=2, layers=2, context=16, residual=PRESETS["ddl"]))
+    model = GPT(GPTConfig(vocab_size=50, dim=16, heads=2, layers=2, context=16, residual=PRESETS["paper-cc"]))
     perturb(model, size=0.02)
     use_backend(model, "fused")
     first: list[torch.Tensor] = []

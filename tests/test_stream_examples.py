@@ -171,8 +171,8 @@ def test_expanded_additive_with_equal_channels_is_the_network_too():
 def test_the_delta_resnet_trains():
     torch.manual_seed(0)
     network = delta_resnet(models.resnet18(num_classes=3), value_channels=4, seed=0)
-    own = [name for name, _ in network.named_parameters() if ".gate." in name or ".target." in name]
-    assert len(own) == 5 * 3
+    own = [name for name, _ in network.named_parameters() if ".erase_gate." in name or ".write." in name]
+    assert len(own) == 5 * 4
     optimizer = torch.optim.AdamW(deepdelta.param_groups(network, weight_decay=0.01), lr=1e-3)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     images = randn(6, 3, 24, 24).float() + labels[:, None, None, None]

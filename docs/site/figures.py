@@ -38,7 +38,7 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "operator.svg").write_text(picture(), encoding="utf-8")
     for rule in ("delta", "write_only"):
-        deepdelta("train", "--run", f"runs/figures/{rule}", "--preset", "ddl", "--model.residual.rule", rule, *SIZES)
+        deepdelta("train", "--run", f"runs/figures/{rule}", "--preset", "paper-cc", "--model.residual.rule", rule, *SIZES)
     deepdelta("explore", "--out", "build/operator.html")
     twin = ("--with", "runs/figures/write_only", "--out", "build/token.html")
     deepdelta("explore", "runs/figures/delta", "--prompt", PROMPT, *twin)

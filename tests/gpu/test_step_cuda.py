@@ -139,7 +139,7 @@ def test_compiled_without_breaks_and_without_recompiling_for_another_batch():
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("preset", ["ddl", "additive"])
+@pytest.mark.parametrize("preset", ["paper-cc", "additive"])
 def test_training_steps_follow_the_reference(preset, compiled):
     """Four optimiser steps of a small GPT: fused and plain PyTorch lose the same."""
     losses = {}
@@ -180,7 +180,7 @@ def test_training_repeats_to_the_bit(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     ids, found = some_ids(), []
     for _ in range(2):
-        model = small_gpt("ddl")
+        model = small_gpt("paper-cc")
         use_memory(model, "replay")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for _ in range(3):
@@ -204,7 +204,7 @@ def captured(run):
     return graph, made
 
 
-@pytest.mark.parametrize("preset", ["ddl", "paper-scalar"])
+@pytest.mark.parametrize("preset", ["paper-cc", "paper-scalar"])
 def test_a_step_of_training_in_a_graph(preset):
     """Forward, backward and AdamW captured once, replayed on other ids: what the eager model does."""
     ids = torch.stack([some_ids(), some_ids().flip(1), some_ids().roll(7, 1)])
@@ -240,7 +240,7 @@ def test_a_step_of_training_in_a_graph(preset):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preset", ["ddl", "paper-scalar"])
+@pytest.mark.parametrize("preset", ["paper-cc", "paper-scalar"])
 def test_decoding_in_a_graph(preset):
     """The whole context token by token as one graph, replayed on other ids: the logits of the uncached model."""
     model, ids = small_gpt(preset).eval(), some_ids()[:, :64]

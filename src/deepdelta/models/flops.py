@@ -196,7 +196,7 @@ def pooled(config: ResidualConfig, width: int) -> Work:
 
 
 def target(config: ResidualConfig, width: int) -> Work:
-    """v of the rules that have one, or w_h = 1 + W c of those that write the branch output; k and w of channels."""
+    """v of the rules that have one, or w_h = 1 + W c, with a plain start 1 + W c / sqrt(d), of those that write h; k and w of channels."""
     outputs = config.rank * config.value_channels
     if config.uses_target:
         if config.target == "constant":
@@ -216,7 +216,7 @@ def target(config: ResidualConfig, width: int) -> Work:
         channels = config.value_channels
         return linear(width, channels + 1) + Work(elementwise=2 * (channels + 1) + 1 + 3 * channels + 1)
     if config.rule == "two_gate" or (config.writes_branch and config.value_channels > 1):
-        return linear(width, outputs) + Work(elementwise=outputs)
+        return linear(width, outputs) + Work(elementwise=(2 if config.plain_start else 1) * outputs)
     return Work()
 
 

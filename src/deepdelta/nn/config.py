@@ -77,7 +77,7 @@ class ResidualConfig(Settings):
     `gate_init`."""
     plain_start: bool = False
     """additive_erase starts as the plain residual X + h, exactly: its erase gate is multiplied by a learned number that
-    starts at 0, W of w_h = 1 + W c starts at 0, and the weights of the compression add up to 1 but differ."""
+    starts at 0, w_h = 1 + W c / sqrt(d) with W = 0 at the start, and the weights of the compression add up to 1 but differ."""
     expansion: Expansion = "repeat"
     """repeat: every value channel is the embedding; embedding_conv: causal depthwise convolution over tokens."""
     expansion_kernel: Taps = 4

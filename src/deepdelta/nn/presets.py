@@ -9,6 +9,7 @@ from deepdelta.config import Plain, to_plain
 from deepdelta.errors import UserError, nearest
 from deepdelta.nn.config import ResidualConfig
 
+_PLAIN_START = ResidualConfig(rule="additive_erase", plain_start=True)
 _PAPER = ResidualConfig(expansion="embedding_conv")
 _CODE = ResidualConfig(
     target="scaled_sigmoid",
@@ -24,7 +25,8 @@ PRESETS: Mapping[str, ResidualConfig] = MappingProxyType(
     {
         "additive": ResidualConfig(rule="additive"),
         "additive-convolution": ResidualConfig(rule="additive", compression="token", compression_init="random"),
-        "ddl": _PAPER,
+        "ddl": replace(_PLAIN_START, expansion="embedding_conv"),
+        "plain-start": _PLAIN_START,
         "paper-cc": _PAPER,
         "paper-scalar": ResidualConfig(value_channels=1),
         "paper-tc": replace(_PAPER, compression="token"),
@@ -32,7 +34,7 @@ PRESETS: Mapping[str, ResidualConfig] = MappingProxyType(
         "paper-cc-repeat": ResidualConfig(),
         "delta-token-random": replace(_PAPER, gate_init=0.25, compression="token", compression_init="random"),
         "paper-v1": ResidualConfig(direction="pooled", target="branch"),
-        "retrofit": ResidualConfig(rule="additive_erase", plain_start=True, erase_init=1.0, gate_per_channel=True),
+        "retrofit": replace(_PLAIN_START, erase_init=1.0, gate_per_channel=True),
         "code-cc": _CODE,
         "code-cc-repeat": replace(_CODE, expansion="repeat"),
         "code-tc": _CODE_TC,
@@ -40,9 +42,10 @@ PRESETS: Mapping[str, ResidualConfig] = MappingProxyType(
         "code-scalar": ResidualConfig(value_channels=1, target="scaled_sigmoid", gate_hidden_bias=False),
     }
 )
-"""`ddl` is the default of a GPT, today `paper-cc`. `paper-*` are the forms of the paper's text, with the library's
-starts, and `code-*` those of its authors' code. `delta-token-random` is the best of the search, `additive-convolution`
-the plain residual with its short convolution; `retrofit` starts as the plain residual."""
+"""`plain-start` is the default of `DeltaStream`, and `ddl`, the same with an embedding convolution, that of a GPT: they
+start as the plain residual, at whose rate they train. `paper-*` are the forms of the paper's text, with the library's starts, and `code-*` those of its authors' code.
+`delta-token-random` is the best of the search, `additive-convolution` the plain residual with its short convolution;
+`retrofit` is `plain-start` with an erase gate for every value channel."""
 
 
 def preset_named(name: Any) -> ResidualConfig:

@@ -71,8 +71,9 @@ class DeltaStream(nn.Module):
         value_channels: V, how many such vectors the state holds; 1 keeps the network's state as it is. None stands for
             the preset's, or for 4, and for 1 with rule 'additive', which then is the plain residual
             x + branch(norm(x)) (with compression 'channel').
-        rule: how the state is rewritten (docs/method.md#rules); None stands for the preset's, or for 'delta'.
-        preset: a name in `deepdelta.PRESETS`, whose settings the options are laid over.
+        rule: how the state is rewritten (docs/method.md#rules); None stands for the preset's.
+        preset: a name in `deepdelta.PRESETS`, whose settings the options are laid over. With neither rule nor preset it
+            is `plain-start`: X' = X + h w_h^T - a beta k (k^T X), which starts as the plain residual (a = 0, w_h = 1).
         channel_first: vectors are (N, C, *space) and states (N, V, C, *space), as convolutional networks have them,
             instead of (..., D) and (..., V, D).
         seed: what the parameters are drawn from, together with their names; None takes it from torch's generator.
@@ -80,7 +81,8 @@ class DeltaStream(nn.Module):
         options: the other fields of `ResidualConfig`: direction, target, gate, expansion, compression and so on.
 
     Raises:
-        UserError: an unknown option or preset (the nearest valid one is named) or settings that do not go together.
+        UserError: an unknown option or preset (the nearest valid one is named), settings that do not go together, or
+            without rule and preset one that the default does not have.
     """
 
     def __init__(
@@ -104,7 +106,11 @@ class DeltaStream(nn.Module):
             raise UserError(f"DeltaStream: unknown key '{unknown[0]}'; {nearest(unknown[0], [*known, *own])}")
         first = {"preset": preset, "value_channels": value_channels, "rule": rule}
         given = {name: value for name, value in first.items() if value is not None} | options
+        default = rule is None and preset is None
+        given |= {"preset": "plain-start"} if default else {}
         self.config = from_plain(ResidualConfig, settled(given), where="DeltaStream")
+        if default:
+            _refuse_unused(options)
         if channel_first and self.config.needs_tokens:
             raise UserError(
                 "channel_first=True has no token axis; use expansion='repeat' and compression='channel' or "
@@ -234,4 +240,14 @@ class DeltaStream(nn.Module):
             raise UserError(
                 f"expansion='{self.config.expansion}' with compression='{self.config.compression}' works over a "
                 f"token axis: (..., token, width) is needed, got shape {tuple(tensor.shape)}."
+            )
+
+
+def _refuse_unused(options: Mapping[str, object]) -> None:
+    """Settings of parts that the preset `plain-start` does not have would change nothing."""
+    for name in options:
+        if name == "gate_init" or name.startswith("target"):
+            raise UserError(
+                f"{name} has no effect on the default residual, which writes the branch output itself; name a rule "
+                "that has it, such as rule='delta'."
             )

@@ -75,7 +75,7 @@ def retrofit(
             Mistral, Gemma, GPT-2, BERT, T5, ViT and others), or one that was described to `retrofitting.register`; a
             torchvision ResNet, an nn.TransformerEncoder (or layers of one), or a `deepdelta.GPT` with plain residuals.
         value_channels: V.
-        preset: one of `deepdelta.PRESETS` that starts as the plain residual: `retrofit`.
+        preset: of `deepdelta.PRESETS`, `retrofit` alone.
         options: the other fields of `RetrofitConfig`: trainable, gate, erase_init, seed and so on.
 
     Returns:
@@ -85,9 +85,8 @@ def retrofit(
         UserError: another preset, no residual structure that is known, blocks that are not the library's own, a model
             that has been retrofitted already, or an unknown option. The model is then as it was.
     """
-    if not preset_named(preset).plain_start:
-        fitting = ", ".join(name for name, one in PRESETS.items() if one.plain_start)
-        raise UserError(f"preset must be one that starts as the plain residual ({fitting}), got '{preset}'.")
+    if preset_named(preset) != PRESETS["retrofit"]:
+        raise UserError(f"the preset of a retrofit is 'retrofit', whose parts are options, got '{preset}'.")
     config = from_plain(RetrofitConfig, {"value_channels": value_channels, **options}, where="retrofit")
     if not isinstance(model, nn.Module):
         raise UserError(f"retrofit takes a torch.nn.Module, got {type(model).__name__}.")

@@ -71,14 +71,20 @@ def size(vector_D: Tensor, eps: float) -> Tensor:
 
 
 class BranchWrite(nn.Module):
-    """w_h (..., V), 1 + W c, for rules that write h w_h^T (docs/method.md#rules); W = 0 with `plain_start`."""
+    """w_h (..., V), 1 + W c, for rules that write h w_h^T (docs/method.md#rules).
+
+    With `plain_start` 1 + W c / sqrt(D), W = 0 at the start: an optimiser that moves every number by the learning rate
+    moves W c by up to D times that, at rates that suit the branches a loud multiplier of what they write.
+    """
 
     def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
         super().__init__()
         self.map = Linear(dim, config.value_channels, std=0.0 if config.plain_start else std)
+        self.scale = 1 / math.sqrt(dim) if config.plain_start else None
 
     def forward(self, c_D: Tensor) -> Tensor:
-        return 1 + self.map(c_D)  # type: ignore[no-any-return]
+        change_V: Tensor = self.map(c_D)
+        return 1 + (change_V if self.scale is None else self.scale * change_V)
 
 
 class ChannelWrite(nn.Module):
