@@ -15,6 +15,7 @@ from deepdelta import GPT, UserError, train
 from deepdelta.models import GPTConfig
 from deepdelta.nn.presets import PRESETS
 from deepdelta.training import RunDirectory, trainer
+from deepdelta.training import step as step_module
 from deepdelta.training.health import Health, first_not_finite, health
 from deepdelta.training.optimizer import build_optimizer
 from deepdelta.training.step import training_step
@@ -34,7 +35,7 @@ def ruin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def ruined(*steps: int, how: str = "output") -> None:
         now = {"step": 0}
-        real_batch, real_model = trainer.batch, trainer.Trainer.__init__
+        real_batch, real_model = step_module.batch, trainer.Trainer.__init__
 
         def batch(*arguments: Any, step: int, **options: Any) -> Any:
             now["step"] = step + 1
@@ -53,7 +54,7 @@ def ruin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             real_model(self, *arguments)
             self.model.get_submodule(LAYER).register_forward_hook(hook)
 
-        monkeypatch.setattr(trainer, "batch", batch)
+        monkeypatch.setattr(step_module, "batch", batch)
         monkeypatch.setattr(trainer.Trainer, "__init__", init)
 
     return ruined

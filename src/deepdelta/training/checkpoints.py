@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from deepdelta.errors import UserError
-from deepdelta.files import naming
+from deepdelta.files import atomic_path, naming
 from deepdelta.tensors import check_finite, load_tensors, save_tensors
 
 CHECKPOINT, BEST, AVERAGE = "checkpoint.safetensors", "best.safetensors", "average.safetensors"
@@ -125,10 +125,8 @@ def last_good(run: Path, say: Callable[[str], None]) -> Checkpoint:
             continue
         if problem is not None:
             say(f"{problem} Going on from the checkpoint before it instead, {file}.")
-            copied = last.with_name(f"{last.name}.copied")
-            with naming(last, "written"):
+            with atomic_path(last) as copied:
                 shutil.copyfile(file, copied)
-                copied.replace(last)
         return checkpoint
     assert problem is not None
     raise problem

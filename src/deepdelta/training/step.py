@@ -7,7 +7,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from deepdelta.data import Corpus, batch
 from deepdelta.device import Device
+from deepdelta.training.config import TrainConfig
+
+
+def step_batch(config: TrainConfig, corpus: Corpus, step: int) -> tuple[Tensor, Tensor]:
+    """Inputs and labels (B, T) of the step after `step`, all of its micro-batches; see `data.batch`."""
+    return batch(
+        corpus.train,
+        seed=config.seed,
+        step=step,
+        rank=0,
+        batch_size=config.batch_size * config.accumulate,
+        context=config.model.context,
+        ends_at=corpus.ends_at,
+    )
 
 
 def micro_losses(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from deepdelta.data import Corpus, batch, windows
+from deepdelta.data import Corpus, windows
 from deepdelta.device import Device
 from deepdelta.errors import UserError
 from deepdelta.models import LanguageModel
@@ -29,7 +29,7 @@ from deepdelta.training.health import Health, first_not_finite, health
 from deepdelta.training.metrics import append_json, is_step
 from deepdelta.training.optimizer import build_optimizer, learning_rate
 from deepdelta.training.rundir import RunDirectory
-from deepdelta.training.step import Made, micro_losses, training_step
+from deepdelta.training.step import Made, micro_losses, step_batch, training_step
 
 Say = Callable[[str], None]
 
@@ -216,15 +216,7 @@ class Trainer:
         """The share of each micro-batch in the loss of the step after `step`."""
         config = self.config
         self.corpus.check_mapped()
-        inputs, labels = batch(
-            self.corpus.train,
-            seed=config.seed,
-            step=step,
-            rank=0,
-            batch_size=config.batch_size * config.accumulate,
-            context=config.model.context,
-            ends_at=self.corpus.ends_at,
-        )
+        inputs, labels = step_batch(config, self.corpus, step)
         return micro_losses(forward, inputs, labels, config.accumulate, self.chosen)
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from deepdelta.data import Corpus, batch, spread
+from deepdelta.data import Corpus, spread
 from deepdelta.lab.analysis.comparisons import analyse
 from deepdelta.lab.analysis.results import (
     Budget,
@@ -27,6 +27,7 @@ from deepdelta.models import parameter_count
 from deepdelta.models.flops import training_flops_per_token
 from deepdelta.provenance import now, provenance
 from deepdelta.training import TrainConfig
+from deepdelta.training.step import step_batch
 
 Records = Mapping[tuple[str, int, BudgetName], RunRecord]
 """Records by condition, seed and budget."""
@@ -99,17 +100,7 @@ def counted(settings: TrainConfig, corpus: Corpus, seeds: Sequence[int]) -> NGra
         read = (
             window
             for step in range(settings.steps)
-            for inputs, labels in [
-                batch(
-                    corpus.train,
-                    seed=seed,
-                    step=step,
-                    rank=0,
-                    batch_size=settings.batch_size * settings.accumulate,
-                    context=context,
-                    ends_at=corpus.ends_at,
-                )
-            ]
+            for inputs, labels in [step_batch(replace(settings, seed=seed), corpus, step)]
             for window in (row[row >= 0] for row in np.concatenate([inputs[:, :1].numpy(), labels.numpy()], axis=1))
         )
         losses[seed] = WittenBell(read, order=NGRAM, vocabulary=vocabulary).loss(asked.numpy())
