@@ -56,22 +56,23 @@ def normed(x_D: Tensor, weight_D: Tensor) -> Tensor:
     return x_D / (x_D.square().mean() + 1e-5).sqrt() * weight_D
 
 
-def test_identity_hyper_connections_are_their_formula() -> None:
+@pytest.mark.parametrize("retains", [False, True])
+def test_streams_that_are_not_mixed_are_their_formula(retains: bool) -> None:
     dim, count = 6, 5
-    body = moved(rivals.IdentityHyperConnections([Mix(dim, i) for i in range(count)], dim))
+    body = moved(rivals.IdentityHyperConnections([Mix(dim, i) for i in range(count)], dim, retains=retains))
     x_BTD = randn(2, 3, dim, seed=1)
     streams = [x_BTD.clone() for _ in range(rivals.STREAMS)]
     for index in range(count):
         part, branch = body.weights[index], body.branches[index]  # type: ignore[index]
-        read, write = torch.zeros(2, 3, 4, dtype=torch.float64), torch.zeros(2, 3, 4, dtype=torch.float64)
+        read, write, kept = (torch.ones(2, 3, 4, dtype=torch.float64) for _ in range(3))
         for b in range(2):
             for t in range(3):
                 for s in range(4):
                     n_D = normed(streams[s][b, t], part.norm.weight)
-                    read[b, t, s] = part.base[0, s] + part.scale[0] * torch.tanh(part.map.weight[0] @ n_D)
-                    write[b, t, s] = part.base[1, s] + part.scale[1] * torch.tanh(part.map.weight[1] @ n_D)
+                    for kind, one in enumerate((read, write, kept) if retains else (read, write)):
+                        one[b, t, s] = part.base[kind, s] + part.scale[kind] * torch.tanh(part.map.weight[kind] @ n_D)
         h_BTD = branch(sum(read[..., s, None] * streams[s] for s in range(4)))
-        streams = [streams[s] + write[..., s, None] * h_BTD for s in range(4)]
+        streams = [kept[..., s, None] * streams[s] + write[..., s, None] * h_BTD for s in range(4)]
     torch.testing.assert_close(body(x_BTD), sum(streams), rtol=1e-12, atol=1e-12)
 
 

@@ -38,6 +38,7 @@ Rival = Literal[
     "hyper-connections",
     "mhc",
     "identity-hyper",
+    "retention",
     "dynamic-hyper",
     "gated-multi",
     "attention",

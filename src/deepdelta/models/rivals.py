@@ -1,7 +1,8 @@
 """The same GPT with another residual than the rewrite; attention, SwiGLU, embedding, norms and head are our own.
 
 Rivals of a package are wrapped as its own documentation or transformer does, at its defaults, and imported when one is
-built. Those that no package has are written here: identity hyper-connections and block attention residuals.
+built. Those that no package has are written here: identity hyper-connections, the same with a learned retention of each
+stream, and block attention residuals.
 
 Shapes: B batch, T tokens, S streams, N sources, D model width; packages hold streams as (B * S, T, D).
 """
@@ -112,8 +113,8 @@ class RivalGPT(nn.Module):
 
 
 def _body(rival: Rival, branches: list[nn.Module], dim: int) -> nn.Module:
-    if rival == "identity-hyper":
-        return IdentityHyperConnections(branches, dim)
+    if rival in ("identity-hyper", "retention"):
+        return IdentityHyperConnections(branches, dim, retains=rival == "retention")
     if rival == "block-attention":
         return BlockAttentionResiduals(branches, dim)
     package = PACKAGES[rival]
@@ -166,48 +167,55 @@ class IdentityHyperConnections(nn.Module):
     """S streams that are read and written by learned weights and never mixed (arXiv 2409.19606 with A_r = I).
 
     Per sublayer, with n_S the RMS-normed streams: the branch reads sum_S a_S X_S with a = a0 + s tanh(n W_a), and
-    X_S' = X_S + b_S h with b = b0 + s tanh(n W_b). At the start W = 0, b0 = 1 and a0 reads stream (sublayer mod S);
+    X_S' = r_S X_S + b_S h with b = b0 + s tanh(n W_b). At the start W = 0, b0 = 1 and a0 reads stream (sublayer mod S);
     s starts at 0.01. All streams start as the embedding; their sum leaves.
+
+    Args:
+        branches: F of each sublayer, over (B, T, D).
+        dim: D.
+        retains: r = r0 + s tanh(n W_r), r0 = 1 at the start, so that a stream fades or grows as a whole; else r = 1.
     """
 
-    def __init__(self, branches: list[nn.Module], dim: int) -> None:
+    def __init__(self, branches: list[nn.Module], dim: int, *, retains: bool = False) -> None:
         super().__init__()
         self.branches = nn.ModuleList(nn.Sequential(RMSNorm(dim), branch) for branch in branches)
-        self.weights = nn.ModuleList(_StreamWeights(dim, index) for index in range(len(branches)))
+        self.weights = nn.ModuleList(_StreamWeights(dim, index, retains) for index in range(len(branches)))
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         x_BTSD = x[..., None, :].expand(*x.shape[:-1], STREAMS, x.shape[-1])
         for branch, weights in zip(self.branches, self.weights, strict=True):
-            read_BTS, write_BTS = weights(x_BTSD)
+            read_BTS, write_BTS, *retained = weights(x_BTSD)
             h_BTD = branch((read_BTS[..., None] * x_BTSD).sum(-2))
+            for kept_BTS in retained:
+                x_BTSD = kept_BTS[..., None] * x_BTSD
             x_BTSD = x_BTSD + write_BTS[..., None] * h_BTD[..., None, :]
         return x_BTSD.sum(-2)
 
 
 class _StreamWeights(Initialised):
-    """The weights with which a sublayer reads and writes the streams."""
+    """The weights with which a sublayer reads, writes and, where it does, retains the streams."""
 
     weight_decay_exempt = True
 
-    def __init__(self, dim: int, index: int) -> None:
+    def __init__(self, dim: int, index: int, retains: bool) -> None:
         super().__init__()
         self.index = index
         self.norm = RMSNorm(dim)
-        self.map = Linear(dim, 2, std=0.0)
-        self.base = nn.Parameter(torch.empty(2, STREAMS))
-        self.scale = nn.Parameter(torch.empty(2))
+        kinds = 3 if retains else 2
+        self.map = Linear(dim, kinds, std=0.0)
+        self.base = nn.Parameter(torch.empty(kinds, STREAMS))
+        self.scale = nn.Parameter(torch.empty(kinds))
 
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
         if name == "scale":
             parameter.fill_(0.01)
             return
-        parameter.copy_(torch.stack((torch.zeros(STREAMS), torch.ones(STREAMS))))
-        parameter[0, self.index % STREAMS] = 1.0
+        parameter.fill_(1.0)
+        parameter[0] = torch.eye(STREAMS)[self.index % STREAMS]
 
-    def forward(self, x_BTSD: Tensor) -> tuple[Tensor, Tensor]:
-        moved_BTS2 = torch.tanh(self.map(self.norm(x_BTSD))) * self.scale
-        read_BTS, write_BTS = (self.base + moved_BTS2.movedim(-1, -2)).unbind(-2)
-        return read_BTS, write_BTS
+    def forward(self, x_BTSD: Tensor) -> tuple[Tensor, ...]:
+        moved_BTSK = torch.tanh(self.map(self.norm(x_BTSD))) * self.scale
+        return (self.base + moved_BTSK.movedim(-1, -2)).unbind(-2)
 
 
 class BlockAttentionResiduals(nn.Module):
