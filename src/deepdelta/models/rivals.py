@@ -28,9 +28,9 @@ from deepdelta.nn.linear import Initialised, Linear
 STREAMS = 4
 BLOCKS = 8
 """Blocks of sublayers whose sums block attention residuals attend to (arXiv 2603.15031)."""
-LOW_RANK = 64
+LOW_RANK, LOW_RANK_DIM = 64, 768
 """Inner width of the low-rank maps of x-transformers' attention (its default) and gated multi-stream residuals (it has
-none)."""
+none) from this model width up; below it in proportion, so that they keep their share of the parameters."""
 
 
 class Package(NamedTuple):
@@ -135,7 +135,7 @@ class XTransformersBody(nn.Module):
         super().__init__()
         module = package.load()
         kind = getattr(module, package.part)
-        rank = min(LOW_RANK, dim // 2)
+        rank = min(LOW_RANK, max(1, dim * LOW_RANK // LOW_RANK_DIM))
         self.streams: int = STREAMS if rival in ("dynamic-hyper", "gated-multi") else 1
         options: dict[str, Any] = {"read_gate_rank": rank} if rival == "gated-multi" else {}
         # x-transformers drops the norm before the branch there, since the residual's read is normed.
