@@ -35,7 +35,8 @@ class Case(NamedTuple):
     tiled: bool = False
     """Whether the kernels have to go through a token in small tiles."""
     made: str = ""
-    """Whether w and b are made of a gating: both, erase (nothing is written) or write (nothing is erased)."""
+    """Whether w and b are made of a gating: both, erase (nothing is written) or write (nothing is erased); added (the
+    gate, with a factor, is the erase's alone) or one (the same, and 1 is written)."""
 
     @property
     def normalise(self) -> Normalise:
@@ -67,7 +68,9 @@ def inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
     if case.made:
         del shapes["write"]
         gates = 1 if case.gates == "one" else channels
-        shapes["numbers"] = (tokens, gates + (0 if case.made == "erase" else channels))
+        shapes["numbers"] = (tokens, gates + (0 if case.made in ("erase", "one") else channels))
+        if case.made in ("added", "one"):
+            shapes["factor"] = (1,)
     elif case.gates != "none":
         shapes["erase"] = (tokens, 1 if case.gates == "one" else channels)
     if case.opening in ("norm", "open"):
@@ -97,18 +100,17 @@ def in_dtype(given: Mapping[str, Tensor], dtype: torch.dtype, device: str = "cpu
 
 def gating(case: Case, given: Mapping[str, Tensor]) -> Gating | None:
     gates = 1 if case.gates == "one" else case.channels
-    return Gating(given["numbers"], gates, case.made != "write") if case.made else None
+    if not case.made:
+        return None
+    return Gating(given["numbers"], gates, case.made != "write", "factor" not in given, given.get("factor"))
 
 
 def reference(case: Case, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     state, h, write, erase = given["state"], given["h"], given.get("write"), given.get("erase")
     if (made := gating(case, given)) is not None:
         write, erase = made.coefficients()
-        write = (
-            state.new_zeros(state.shape[:-1], dtype=accumulation_dtype(state.dtype))
-            if isinstance(write, float)
-            else write
-        )
+        if isinstance(write, float):
+            write = state.new_full(state.shape[:-1], write, dtype=accumulation_dtype(state.dtype))
     if case.opens:
         parameters = (given.get("compression"), given.get("norm_weight"))
         return rewrite_step(state, h, write, erase, case.normalise, *parameters, EPS)

@@ -37,7 +37,14 @@ CASES = [
 GATED = [
     Case(channels=channels, gates=gates, power=power, opening=opening, tiled=tiled, made=made)
     for made, gates, channels, power, opening, tiled in AllPairs(
-        [["both", "erase", "write"], ["one", "each"], [1, 3], [0, 1, 2], ["norm", "closed"], [False, True]]
+        [
+            ["both", "erase", "write", "added", "one"],
+            ["one", "each"],
+            [1, 3],
+            [0, 1, 2],
+            ["norm", "closed"],
+            [False, True],
+        ]
     )
 ]
 """The same with the gate and the target made in the kernel."""

@@ -56,35 +56,38 @@ def test_shares_of_the_tokens_change_nothing_but_the_order_of_sums() -> None:
             assert torch.equal(shared[name], tensor), name
 
 
-GATINGS = [(1, True, True), (1, True, False), (1, False, True), (3, True, True), (3, True, False), (3, False, True)]
+GATINGS = [
+    *((gates, *kind, True) for gates in (1, 3) for kind in ((True, True), (True, False), (False, True))),
+    *((gates, targets, True, False) for gates in (1, 3) for targets in (True, False)),
+]
 
 
-@pytest.mark.parametrize(("gates", "targets", "erases"), GATINGS, ids=str)
-def test_coefficients_made_of_a_gating(gates: int, targets: bool, erases: bool) -> None:
+@pytest.mark.parametrize(("gates", "targets", "erases", "scales"), GATINGS, ids=str)
+def test_coefficients_made_of_a_gating(gates: int, targets: bool, erases: bool, scales: bool) -> None:
     """In the kernel's own pass, against the same in plain PyTorch: values, and gradients of everything."""
     given = inputs(Case(tokens=11))
     numbers = 2 * randn(11, gates + 3 * targets, seed=5)
     names = ("state", "h", "compression", "norm_weight")
     results = []
     for kernel in (True, False):
-        leaves = {name: given[name].clone().requires_grad_() for name in names} | {"numbers": numbers.clone()}
-        state, h, compression, norm_weight, leaf = leaves.values()
-        gating = Gating(leaf.requires_grad_(), gates, erases)
+        leaves = {name: given[name].clone().requires_grad_() for name in names}
+        leaves |= {"numbers": numbers.clone().requires_grad_(), "factor": randn(1, seed=8).requires_grad_()}
+        state, h, compression, norm_weight, leaf, factor = leaves.values()
+        gating = Gating(leaf, gates, erases, scales, None if scales else factor)
         opening = (compression, norm_weight, EPS)
         if kernel:
             new, c, _ = fused_step(state, h, 0.0, None, Normalise(1e-6, 1), *opening, opens=True, gating=gating)
             assert c is not None
         else:
             write, erase = gating.coefficients()
-            write = torch.zeros(11, 3, dtype=h.dtype) if isinstance(write, float) else write
+            write = torch.full((11, 3), write, dtype=h.dtype) if isinstance(write, float) else write
             new, c = rewrite_step(state, h, write, erase, Normalise(1e-6, 1), *opening)
         loss = (new * randn(*new.shape, seed=6)).sum() + (c * randn(*c.shape, seed=7)).sum()
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         results.append([new.detach(), c.detach(), *gradients])
-    for name, one, other in zip(("state", "c", *names, "numbers"), *results, strict=True):
+    for name, one, other in zip(("state", "c", *names, "numbers", "factor"), *results, strict=True):
         if one is None or other is None:
-            # Nothing but the write needs the gate then, and there is none.
-            assert not targets and not erases and (one is None or not one.any())
+            assert name == "factor" and scales and one is other
             continue
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12, msg=name)
 
@@ -93,7 +96,12 @@ def test_the_operator_is_registered_rightly() -> None:
     given = {name: tensor.requires_grad_() for name, tensor in inputs(Case()).items()}
     state, h, compression, weight = (given[name] for name in ("state", "h", "compression", "norm_weight"))
     numbers = randn(7, 1 + 3).requires_grad_()
-    for how in ((None, 0, False, given["write"], given["erase"]), (numbers, 1, True, None, None)):
+    factor = randn(1).requires_grad_()
+    for how in (
+        (None, 0, False, False, None, given["write"], given["erase"]),
+        (numbers, 1, True, True, None, None, None),
+        (numbers, 1, True, False, factor, None, None),
+    ):
         arguments = (state, h, *how, 1e-6, 1, compression, weight, EPS, True)
         torch.library.opcheck(torch.ops.deepdelta.step.default, arguments)
     taps = randn(3, 4, 7).requires_grad_()

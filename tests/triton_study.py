@@ -99,16 +99,18 @@ def compile_for_gpu(kernel: str, case: Case, dtype: torch.dtype, tile: Any) -> A
     function = getattr(kernels, kernel)
     parts = inputs(case)
     gates = 1 if case.gates == "one" else case.channels
-    erases = case.made in ("both", "erase") or "erase" in parts
+    erases = case.made not in ("", "write") or "erase" in parts
     missing = {"compression", "norm_weight"} - parts.keys()
     missing |= set() if case.opens else {"c"}
     missing |= set() if erases else {"erase", "read"}
     missing |= set() if case.made else {"gating", "beta"}
+    missing |= set() if case.made in ("added", "one") else {"factor"}
     constants = {
         **{prefix + name: None for name in missing for prefix in ("", "d_")},
         **{"OFFSET": case.offset, "POWER": case.power, "EPS": EPS, "V": case.channels, "D": case.width},
-        **{"GATES": gates if case.made or erases else 0, "TARGETS": case.channels * (case.made in ("both", "write"))},
-        **{"BLOCK_V": tile.channels, "BLOCK_D": tile.width},
+        **{"GATES": gates if case.made or erases else 0, "SCALES": case.made not in ("added", "one")},
+        **{"TARGETS": case.channels * (case.made in ("both", "write", "added")), "BLOCK_V": tile.channels},
+        "BLOCK_D": tile.width,
     }
     narrow, wide = (f"*{name_of(kind)}" for kind in (dtype, accumulation_dtype(dtype)))
     kinds = dict.fromkeys(("state", "h", "new", "c", "d_new", "d_c", "d_state", "d_h"), narrow) | {"tokens": "i64"}

@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # torch's own, from inside torch.compile
     pytest.mark.usefixtures("fresh_dynamo"),
 ]
-GATES = [("none", ""), *itertools.product(("one", "each"), ("", "both", "erase", "write"))]
+GATES = [("none", ""), *itertools.product(("one", "each"), ("", "both", "erase", "write", "added", "one"))]
 EVERY = [
     Case(channels=v, width=d, gates=gates, made=made, power=power, offset=offset, opening=opening, tiled=tiled)
     for v, d, (gates, made), power, offset, opening, tiled in itertools.product(
@@ -55,8 +55,8 @@ LARGE = [
     ]
 ]
 LARGE += [
-    Case(tokens=333, channels=channels, width=width, made="both")
-    for channels, width in itertools.product((1, 4, 16), (768, 2048, 4096))
+    Case(tokens=333, channels=channels, width=width, made=made)
+    for made, channels, width in itertools.product(("both", "added"), (1, 4, 16), (768, 2048, 4096))
 ]
 
 

@@ -150,12 +150,12 @@ class ResidualConfig(Settings):
 
     @property
     def linear_gating(self) -> bool:
-        """Whether the gate's logit and the target, where the rule has one, are one linear map of c."""
+        """Whether the gate's logit and what is written, where the rule has a map for it, are one linear map of c."""
         return (
             (self.rank, self.direction, self.gate) == (1, "branch", "linear")
             and (self.target in ("linear", "affine") or not self.uses_target)
             and self.direction_norm != "free"
-            and not self.writes_branch
+            and (self.rule == "additive_erase" or not self.writes_branch)
         )
 
     @property

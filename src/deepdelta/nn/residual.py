@@ -278,13 +278,15 @@ class DeltaResidual(nn.Module):
     def _steps(self, given: StreamState, h_D: Tensor, fuses: bool) -> list["Step"]:
         """The rewrites in the order of application, w and b as the rule says (docs/method.md#rules); a fused step makes
         both of a gating itself."""
-        config, along_h, c_D = self.config, Normalise(self.config.direction_eps**2, 0), given.read()
+        config, along_h, c_D = self.config, normalisation(self.config, self.dim), given.read()
         if (maps := self.linear_maps()) is not None:
-            assert self.gate is not None
-            gating = Gating(precise_linear(c_D, *maps), self.gate.outputs, config.erases)
-            if not fuses:
+            gating = self.gating(precise_linear(c_D, *maps))
+            if fuses:
+                return [Step(h_D, 0.0, None, along_h, None, None, gating)]
+            if gating.scales:
                 return [self._target_step(h_D, gating.beta(), gating.target())]
-            return [Step(h_D, 0.0, None, normalisation(config, self.dim), None, None, gating)]
+            w, b = gating.coefficients()
+            return [Step(h_D, w, b, along_h, b, None)]
         if self.channels is not None:
             assert self.gate is not None
             (k_V, w), b = self.channels(c_D), self.gate(c_D)[0]
@@ -306,24 +308,35 @@ class DeltaResidual(nn.Module):
         return [self._target_step(*parts) for parts in zip(vectors, gates, targets, strict=True)]
 
     def linear_maps(self) -> tuple[Tensor, Tensor] | None:
-        """Weights (G + V, D) and biases (G + V) of the gate's and the target's numbers as one linear map of c.
+        """Weights (G + V, D) and biases (G + V) of the gate's and the write's numbers as one linear map of c.
 
-        Without a target (G, D) and (G). None where gate or target are more than that, or a module that these stand for
-        is not plainly ours.
+        Without a target or a map of what is written (G, D) and (G). None where they are more than that, or a module that
+        these stand for is not plainly ours.
         """
-        config, gate, target = self.config, self.gate, self.target
-        if not config.linear_gating or not (
-            plain(self.direction, BranchDirection) and plain(gate, Gate) and plain(gate.outer, Linear)
-        ):
+        gate, writes = self._gate(), self.write if self.target is None else self.target
+        if not self.config.linear_gating or not (plain(gate, Gate) and plain(gate.outer, Linear)):
+            return None
+        if self.direction is not None and not plain(self.direction, BranchDirection):
             return None
         weight, bias = gate.outer.weight, gate.outer.bias
         assert bias is not None
-        if not config.uses_target:
+        if writes is None:
             return weight, bias
-        if not (plain(target, Target) and plain(target.map, Linear)):
+        if not (plain(writes, Target, BranchWrite) and plain(writes.map, Linear)):
             return None
-        target_weight, target_bias = target.linear_map()
-        return torch.cat((weight, target_weight)), torch.cat((bias, target_bias))
+        more_weight, more_bias = writes.linear_map()
+        return torch.cat((weight, more_weight)), torch.cat((bias, more_bias))
+
+    def _gate(self) -> Gate | None:
+        """The gate whose beta is b, or scales w."""
+        return self.erase_gate if self.config.rule == "additive_erase" else self.gate
+
+    def gating(self, numbers: Tensor) -> Gating:
+        """What `linear_maps` made of c, with what else the gate has."""
+        gate = self._gate()
+        assert gate is not None
+        factor = None if gate.opening is None else gate.opening.to(numbers.dtype)
+        return Gating(numbers, gate.outputs, self.config.erases, not self.config.writes_branch, factor)
 
     def _target_step(self, h_D: Tensor, beta: Tensor, target: Tensor | None) -> "Step":
         """delta, write_only, erase_only: w = beta v or nothing, b = beta or nothing, along k = s h."""

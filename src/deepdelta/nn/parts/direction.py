@@ -18,14 +18,14 @@ def normalisation(config: ResidualConfig, width: int) -> Normalise:
     """The scale s with k = s a that `direction_norm` gives a vector a (docs/method.md#direction).
 
     - unit: s = 1 / sqrt(|a|^2 + eps^2); at a = 0, k = 0 with derivative 1 / eps. The target `magnitude` has this s
-      as a divisor: the rest of it is written along a itself.
+      as a divisor: the rest of it is written along a itself, as rules that write h write all of theirs.
     - operator: A = I - beta a a^T / (a^T a + eps), the write divided alike; the read compares a^T X with v.
     - bounded: s = 1 / sqrt(|a|^2 + D), so |k| < 1 and beta |k|^2 < 2 by construction.
     - free: s = 1 / sqrt(D), so |k| is the rms of a, unbounded; for study.
     """
     eps = config.direction_eps
     return {
-        "unit": Normalise(eps * eps, 0 if config.target_carries_branch else 1),
+        "unit": Normalise(eps * eps, 0 if config.target_carries_branch or config.writes_branch else 1),
         "operator": Normalise(eps, 2),
         "bounded": Normalise(float(width), 1),
         "free": Normalise(None, 1, 1 / math.sqrt(width)),

@@ -82,6 +82,11 @@ class BranchWrite(nn.Module):
         self.map = Linear(dim, config.value_channels, std=0.0 if config.plain_start else std)
         self.scale = 1 / math.sqrt(dim) if config.plain_start else None
 
+    def linear_map(self) -> tuple[Tensor, Tensor]:
+        """Weights (V, D) and biases (V) of w_h as a linear map of c."""
+        weight = self.map.weight
+        return weight if self.scale is None else self.scale * weight, weight.new_ones(len(weight))
+
     def forward(self, c_D: Tensor) -> Tensor:
         change_V: Tensor = self.map(c_D)
         return 1 + (change_V if self.scale is None else self.scale * change_V)

@@ -1,7 +1,7 @@
 """Named arguments of the fused step: the schemas of its operators and the arguments of its kernels are made of these.
 
 A tensor's kind, `stored` as the state is or `wide` as sums are made, and its axes: N tokens, V value channels, D width,
-G gates, R numbers of a gating, * one per thread or program that sums. What is None leaves its part of a kernel out.
+G gates, R numbers of a gating, U one number, * one per thread or program that sums. What is None leaves its part of a kernel out.
 """
 
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -10,13 +10,16 @@ from torch import Tensor
 
 
 class Given(NamedTuple):
-    """What a step takes; with a gating, whose first `gates` numbers are the gate's, write and erase are made of it."""
+    """What a step takes; with a gating, whose first `gates` numbers are the gate's, write and erase are made of it and
+    of its factor (`reference.Gating`)."""
 
     state: Annotated[Tensor, "stored N V D"]
     h: Annotated[Tensor, "stored N D"]
     gating: Annotated[Tensor | None, "wide N R"]
     gates: int
     erases: bool
+    scales: bool
+    factor: Annotated[Tensor | None, "wide U"]
     write: Annotated[Tensor | None, "wide N V"]
     erase: Annotated[Tensor | None, "wide N G"]
     offset: float | None
@@ -61,10 +64,15 @@ class Gradients(NamedTuple):
     d_state: Annotated[Tensor, "stored N V D"]
     d_h: Annotated[Tensor, "stored N D"]
     d_gating: Annotated[Tensor | None, "wide N R"]
+    d_factor: Annotated[Tensor | None, "wide * U"]
     d_write: Annotated[Tensor, "wide N V"]
     d_erase: Annotated[Tensor | None, "wide N G"]
     d_compression: Annotated[Tensor | None, "wide * V D"]
     d_norm_weight: Annotated[Tensor | None, "wide * D"]
+
+
+SUMMED = ("d_factor", "d_compression", "d_norm_weight")
+"""Gradients of parameters, which are summed over tokens."""
 
 
 class Replayed(NamedTuple):

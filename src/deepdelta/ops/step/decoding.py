@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepdelta.ops.step.reference import Normalise
+from deepdelta.ops.step.reference import Gating, Normalise
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -23,8 +23,7 @@ class DecodingStep:
         rows, channels, width: N, V and D.
         dtype: of every tensor, fp32 or fp64.
         maps: M (G, D) or (G + V, D) and m (G) or (G + V); None: w = 1 along h as it is, and no erase.
-        gates: G.
-        erases: whether beta is b; else it only scales w.
+        gating: with maps what becomes of its numbers, for which its own stand; else None.
         compression, norm_weight, norm_eps, opens: as for `fused_step`.
 
     No derivatives. The weights are used where they lie.
@@ -38,15 +37,16 @@ class DecodingStep:
         dtype: torch.dtype,
         *,
         maps: tuple[Tensor, Tensor] | None,
-        gates: int,
-        erases: bool,
+        gating: Gating | None,
         normalise: Normalise,
         compression: Tensor | None,
         norm_weight: Tensor | None,
         norm_eps: float,
         opens: bool,
     ) -> None:
-        assert dtype in DTYPES and (maps is None or normalise.offset is not None)
+        assert (
+            dtype in DTYPES and ((maps is None) == (gating is None)) and (maps is None or normalise.offset is not None)
+        )
         # Imported here: numba is an extra.
         from deepdelta.ops.backends.cpu.kept import announced
         from deepdelta.ops.backends.cpu.kernels import decode
@@ -59,16 +59,18 @@ class DecodingStep:
             return np.empty(shape, one.dtype)
 
         weights, bias = (None, None) if maps is None else map(_array, maps)
-        beta = None if maps is None else empty(rows, gates)
+        beta = None if gating is None else empty(rows, gating.gates)
         compression_, norm_weight_ = (_array(tensor) if opens else None for tensor in (compression, norm_weight))
         arguments = dict(
             one=one,
             weights=weights,
             bias=bias,
             gating=None if weights is None else empty(rows, len(weights)),
+            factor=None if gating is None else _array(gating.factor),
+            scales=gating is not None and int(gating.scales),
             beta=beta,
             write=np.ones((rows, channels), one.dtype),
-            erase=beta if erases else None,
+            erase=beta if gating is not None and gating.erases else None,
             offset=None if maps is None else type(one)(normalise.offset),
             power=0 if maps is None else normalise.power,
             compression=compression_,

@@ -80,7 +80,8 @@ def fused_step(
         UserError: the device or dtype has no fused step, with the reason, raised when the operator runs; or more than
             first derivatives are asked for.
     """
-    every = (state, h, write, erase, compression, norm_weight, None if gating is None else gating.numbers)
+    of_gating = () if gating is None else (gating.numbers, gating.factor)
+    every = (state, h, write, erase, compression, norm_weight, *of_gating)
     check_plain(*(tensor for tensor in every if isinstance(tensor, Tensor)))
     *batch, channels, width = state.shape
     wide = accumulation_dtype(state.dtype)
@@ -106,6 +107,8 @@ def fused_step(
         gating=numbers,
         gates=0 if gating is None else gating.gates,
         erases=gating is not None and gating.erases,
+        scales=gating is not None and gating.scales,
+        factor=None if gating is None else gating.factor,
         write=write_NV,
         erase=erase_NG,
         offset=normalise.offset,

@@ -26,27 +26,36 @@ class Normalise(NamedTuple):
 
 
 class Gating(NamedTuple):
-    """Numbers that the coefficients come from: beta = 2 sigmoid(the first G), w = beta v for v the V after them."""
+    """Numbers that the coefficients come from: beta = a 2 sigmoid(the first G), and v the V after them."""
 
     numbers: Tensor
-    """(..., G) or (..., G + V), in the precision of sums; without v nothing is written."""
+    """(..., G) or (..., G + V), in the precision of sums; without v what it scales is 0, and 1 where it does not."""
     gates: int
     """G, 1 or V."""
     erases: bool
-    """Whether beta is b; else it only scales w."""
+    """Whether beta is b."""
+    scales: bool = True
+    """Whether beta scales what is written, w = beta v; else w = v."""
+    factor: Tensor | None = None
+    """a, (1), in the precision of sums; None: 1."""
 
     def beta(self) -> Tensor:
         """(..., G)."""
-        return 2 * torch.sigmoid(self.numbers[..., : self.gates])
+        beta = 2 * torch.sigmoid(self.numbers[..., : self.gates])
+        return beta if self.factor is None else self.factor * beta
 
     def target(self) -> Tensor | None:
         """v, (..., V); None without one."""
         return self.numbers[..., self.gates :] if self.numbers.shape[-1] > self.gates else None
 
     def coefficients(self) -> tuple[Tensor | float, Tensor | None]:
-        """w (..., V), or 0.0 without v, and b (..., G), or None."""
+        """w (..., V), or a number without v, and b (..., G), or None."""
         beta, v = self.beta(), self.target()
-        return 0.0 if v is None else beta * v, beta if self.erases else None
+        if v is None:
+            write: Tensor | float = 0.0 if self.scales else 1.0
+        else:
+            write = beta * v if self.scales else v
+        return write, beta if self.erases else None
 
 
 class Rewritten(NamedTuple):

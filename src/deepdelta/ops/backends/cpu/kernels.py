@@ -19,7 +19,7 @@ from deepdelta.ops.backends.cpu.team import compiled
 @compiled
 def forward(
     first, last, one,
-    state, h, gating, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
+    state, h, gating, factor, scales, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
     new, c, scale, read, inverse, coefficient,
 ):  # fmt: skip
     """Tokens first .. last - 1: fill new (X'), scale and read; where c is given, c and inverse (1 / rms) too.
@@ -34,9 +34,11 @@ def forward(
             gates = beta.shape[1]
             for g in range(gates):
                 beta[n, g] = (one + one) / (one + np.exp(-gating[n, g]))
+                if factor is not None:
+                    beta[n, g] *= factor[0]
             for j in range(channels):
-                v = gating[n, gates + j] if gating.shape[1] > gates else zero
-                write[n, j] = beta[n, j if gates > 1 else 0] * v
+                v = gating[n, gates + j] if gating.shape[1] > gates else (zero if scales else one)
+                write[n, j] = beta[n, j if gates > 1 else 0] * v if scales else v
         s = one
         if offset is not None:
             square = zero
@@ -86,9 +88,9 @@ def forward(
 @compiled
 def backward(
     first, last, one,
-    state, h, gating, beta, write, erase, offset, power, compression, norm_weight,
+    state, h, gating, factor, scales, beta, write, erase, offset, power, compression, norm_weight,
     scale, read, inverse, coefficient, d_new, d_c,
-    d_state, d_h, d_gating, d_write, d_erase, d_compression, d_norm_weight,
+    d_state, d_h, d_gating, d_factor, d_write, d_erase, d_compression, d_norm_weight,
 ):  # fmt: skip
     """Tokens first .. last - 1 of the gradients; those of parameters are added to what is there."""
     channels, width = state.shape[1:]
@@ -176,10 +178,17 @@ def backward(
             if gating.shape[1] > gates:
                 for j in range(channels):
                     own = j if gates > 1 else 0
-                    d_gating[n, own] += d_write[n, j] * gating[n, gates + j]
-                    d_gating[n, gates + j] = d_write[n, j] * beta[n, own]
+                    if scales:
+                        d_gating[n, own] += d_write[n, j] * gating[n, gates + j]
+                        d_gating[n, gates + j] = d_write[n, j] * beta[n, own]
+                    else:
+                        d_gating[n, gates + j] = d_write[n, j]
             for g in range(gates):
-                d_gating[n, g] *= beta[n, g] * (one - beta[n, g] / (one + one))
+                gate = (one + one) / (one + np.exp(-gating[n, g]))  # beta without its factor, which may be 0
+                if factor is not None:
+                    d_factor[0] += d_gating[n, g] * gate
+                    d_gating[n, g] *= factor[0]
+                d_gating[n, g] *= gate * (one - gate / (one + one))
 
 
 @compiled
@@ -196,7 +205,7 @@ def replay(first, last, one, state, h, coefficient, new):
 @partial(compiled, kept=True)
 def decode(
     one, c_now, weights, bias,
-    state, h, gating, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
+    state, h, gating, factor, scales, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
     new, c, scale, read, inverse, coefficient,
 ):  # fmt: skip
     """`forward` for every token, with gating = weights c_now + bias; `weights` None leaves `write` as it is."""
@@ -210,6 +219,6 @@ def decode(
                 gating[n, i] = number
     forward(
         0, tokens, one,
-        state, h, gating, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
+        state, h, gating, factor, scales, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
         new, c, scale, read, inverse, coefficient,
     )  # fmt: skip

@@ -1,8 +1,10 @@
 """The fused step on the CPU: numba's loops over torch's memory, the tokens shared out among torch's own threads."""
 
+from typing import Any
+
 from deepdelta.ops.backends.cpu import kernels
 from deepdelta.ops.backends.cpu.records import Kernel, team_of
-from deepdelta.ops.step.arguments import Given, Gradients, Incoming, Known, Made, Replayed
+from deepdelta.ops.step.arguments import SUMMED, Given, Gradients, Incoming, Known, Made, Replayed
 
 _forward = Kernel(kernels.forward, "N", Given, Made)
 _backward = Kernel(kernels.backward, "N", Given, Known, Incoming, Gradients)
@@ -16,10 +18,10 @@ def forward(given: Given, made: Made) -> None:
 
 
 def backward(given: Given, known: Known, incoming: Incoming, gradients: Gradients) -> Gradients:
-    """Fill `gradients`, to which those of compression and norm weight are added."""
+    """Fill `gradients`, those of parameters in tensors of their own."""
     # Every thread sums up its own share.
     team = team_of(given.state.shape[0])
-    sums = [None if p is None else p.new_zeros(team, *p.shape) for p in (given.compression, given.norm_weight)]
-    _backward(given, known, incoming, gradients._replace(d_compression=sums[0], d_norm_weight=sums[1]))
-    totals = [None if total is None else total.sum(0) for total in sums]
-    return gradients._replace(d_compression=totals[0], d_norm_weight=totals[1])
+    summed = {name: getattr(given, name.removeprefix("d_")) for name in SUMMED}
+    sums: dict[str, Any] = {name: None if p is None else p.new_zeros(team, *p.shape) for name, p in summed.items()}
+    _backward(given, known, incoming, gradients._replace(**sums))
+    return gradients._replace(**{name: None if each is None else each.sum(0) for name, each in sums.items()})

@@ -32,13 +32,16 @@ def _of_token(values, n, V: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_V: tl.con
 
 
 @_compiled
-def _gating(gating, n, V: tl.constexpr, GATES: tl.constexpr, TARGETS: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The gate's numbers and the target v of token n, of (N, G) or (N, G + V); v is 0 without one."""
+def _gating(
+    gating, n, V: tl.constexpr, GATES: tl.constexpr, TARGETS: tl.constexpr, SCALES: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """2 sigmoid of the gate's numbers and the target v of token n, of (N, G) or (N, G + V); without one v is 0 where the
+    gate scales it, else 1."""
     row = gating + n * (GATES + TARGETS)
-    v_V = tl.zeros((BLOCK_V,), gating.dtype.element_ty)
+    v_V = tl.full((BLOCK_V,), 0 if SCALES else 1, gating.dtype.element_ty)
     if TARGETS > 0:
         v_V = _of_token(row + GATES, 0, V, V, BLOCK_V)
-    return _of_token(row, 0, V, GATES, BLOCK_V), v_V
+    return 2 / (1 + tl.exp(-_of_token(row, 0, V, GATES, BLOCK_V))), v_V
 
 
 @_compiled
@@ -88,9 +91,9 @@ def _rewritten(x_VD, h_D, a_V, stored: tl.constexpr):
 
 @_compiled
 def forward(
-    state, h, gating, beta, write, erase, compression, norm_weight, new, c, scale, read, inverse, coefficient,
+    state, h, gating, factor, beta, write, erase, compression, norm_weight, new, c, scale, read, inverse, coefficient,
     OFFSET: tl.constexpr, POWER: tl.constexpr, EPS: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
-    GATES: tl.constexpr, TARGETS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATES: tl.constexpr, TARGETS: tl.constexpr, SCALES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One token per program: fill new (X'), scale, read and coefficient (a); c and inverse (1 / rms) where asked.
 
@@ -114,9 +117,10 @@ def forward(
         w_V = _of_token(write, n, V, V, BLOCK_V)
         b_V = _of_token(erase, n, V, GATES, BLOCK_V) if erase is not None else w_V
     else:
-        gate_V, target_V = _gating(gating, n, V, GATES, TARGETS, BLOCK_V)
-        b_V = 2 / (1 + tl.exp(-gate_V))
-        w_V = b_V * target_V
+        b_V, target_V = _gating(gating, n, V, GATES, TARGETS, SCALES, BLOCK_V)
+        if factor is not None:
+            b_V *= tl.load(factor)
+        w_V = b_V * target_V if SCALES else target_V
     a_V = w_V * _lift(s, POWER)
     if erase is not None:
         a_V -= b_V * s * s * along_V
@@ -193,12 +197,12 @@ def _over_gates(each_V, GATES: tl.constexpr):
 
 @_compiled
 def backward(
-    state, h, gating, beta, write, erase, compression, norm_weight, scale, read, inverse, coefficient, d_new, d_c,
-    d_state, d_h, d_gating, d_write, d_erase, d_compression, d_norm_weight, tokens,
+    state, h, gating, factor, write, erase, compression, norm_weight, scale, read, inverse, coefficient, d_new, d_c,
+    d_state, d_h, d_gating, d_factor, d_write, d_erase, d_compression, d_norm_weight, tokens,
     OFFSET: tl.constexpr, POWER: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
-    GATES: tl.constexpr, TARGETS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATES: tl.constexpr, TARGETS: tl.constexpr, SCALES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One run of tokens per program, and in its row of d_compression and d_norm_weight the sum over that run.
+    """One run of tokens per program, and in its row of the gradients of parameters the sum over that run.
 
     Given gating, its gradient takes the place of those of write and erase.
     """
@@ -214,6 +218,7 @@ def backward(
     # in the program's row in memory.
     sum_VD = tl.zeros((BLOCK_V, BLOCK_D), wide)
     sum_D = tl.zeros((BLOCK_D,), wide)
+    sum_factor = tl.full((), 0, wide)
     if whole:
         d, place_VD, real_VD = _tile(0, V, D, BLOCK_V, BLOCK_D)
         c_VD, weight_D = _opening(compression, norm_weight, d, place_VD, real_VD, wide, D)
@@ -287,12 +292,16 @@ def backward(
             if erase is not None:
                 tl.store(d_erase + n * GATES + v, _over_gates(d_b_V, GATES), mask=v < GATES)
         else:
-            beta_V = _of_token(beta, n, V, GATES, BLOCK_V)
-            _, target_V = _gating(gating, n, V, GATES, TARGETS, BLOCK_V)
-            d_beta_V = _over_gates(d_b_V + d_w_V * target_V, GATES)
+            gate_V, target_V = _gating(gating, n, V, GATES, TARGETS, SCALES, BLOCK_V)
+            d_gate_V = _over_gates(d_b_V + d_w_V * target_V if SCALES else d_b_V, GATES)
+            beta_V = gate_V
+            if factor is not None:
+                sum_factor += tl.sum(tl.where(v < GATES, d_gate_V * gate_V, 0), 0)
+                d_gate_V *= tl.load(factor)
+                beta_V *= tl.load(factor)
             row = d_gating + n * (GATES + TARGETS)
-            tl.store(row + v, d_beta_V * beta_V * (1 - beta_V / 2), mask=v < GATES)
-            tl.store(row + GATES + v, d_w_V * beta_V, mask=v < TARGETS)
+            tl.store(row + v, d_gate_V * gate_V * (1 - gate_V / 2), mask=v < GATES)
+            tl.store(row + GATES + v, d_w_V * beta_V if SCALES else d_w_V, mask=v < TARGETS)
         if not whole:
             tl.debug_barrier()  # the next token's sums may be read by other threads than wrote these
 
@@ -301,3 +310,5 @@ def backward(
             tl.store(d_compression + sums_at * V + place_VD, sum_VD, mask=real_VD)
         if norm_weight is not None:
             tl.store(d_norm_weight + sums_at + d, sum_D, mask=d < D)
+    if factor is not None:
+        tl.store(d_factor + program, sum_factor)

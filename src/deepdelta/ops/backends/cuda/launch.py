@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from deepdelta.ops.backends.cuda import kernels, tiles
-from deepdelta.ops.step.arguments import Given, Gradients, Incoming, Known, Made, Replayed
+from deepdelta.ops.step.arguments import SUMMED, Given, Gradients, Incoming, Known, Made, Replayed
 
 
 def forward(given: Given, made: Made) -> None:
@@ -21,16 +21,15 @@ def forward(given: Given, made: Made) -> None:
 
 
 def backward(given: Given, known: Known, incoming: Incoming, gradients: Gradients) -> Gradients:
-    """Fill `gradients`, to which those of compression and norm weight are added."""
+    """Fill `gradients`, those of parameters in tensors of their own."""
     tokens, channels, width = given.state.shape
     resident = tiles.blocks("backward", channels, width, given.state.dtype).programs
     # Enough programs to fill the device once; each takes a run of tokens and sums its gradients of the parameters.
     programs = min(tokens, _processors(given.state.device) * resident)
-    sums = [None if p is None else p.new_empty(programs, *p.shape) for p in (given.compression, given.norm_weight)]
-    filled = gradients._replace(d_compression=sums[0], d_norm_weight=sums[1])
-    _launch("backward", programs, given, known, incoming, filled)
-    totals = [None if total is None else total.sum(0) for total in sums]
-    return gradients._replace(d_compression=totals[0], d_norm_weight=totals[1])
+    summed = {name: getattr(given, name.removeprefix("d_")) for name in SUMMED}
+    sums: dict[str, Any] = {name: None if p is None else p.new_empty(programs, *p.shape) for name, p in summed.items()}
+    _launch("backward", programs, given, known, incoming, gradients._replace(**sums))
+    return gradients._replace(**{name: None if each is None else each.sum(0) for name, each in sums.items()})
 
 
 def replay(replayed: Replayed) -> None:
@@ -48,7 +47,7 @@ def _launch(name: str, programs: int, *records: Any) -> None:
     values |= {"tokens": tokens, "V": channels, "D": width, "BLOCK_V": tile.channels, "BLOCK_D": tile.width}
     values |= {"OFFSET": values.get("offset"), "POWER": values.get("power"), "EPS": values.get("norm_eps")}
     values["GATES"] = gates = values["gates"] if gating is not None else 0 if erase is None else erase.shape[1]
-    values["TARGETS"] = 0 if gating is None else gating.shape[1] - gates
+    values["TARGETS"], values["SCALES"] = 0 if gating is None else gating.shape[1] - gates, values.get("scales")
     if tokens:
         with torch.cuda.device(state.get_device()):
             kernel[programs,](**{name: values[name] for name in kernel.arg_names}, num_warps=tile.warps)
