@@ -7,7 +7,8 @@ from deepdelta.nn.chain import Chain
 from deepdelta.nn.config import ResidualConfig
 from deepdelta.nn.inspection import Intervention, Recorder, intervening, recording
 from deepdelta.nn.linear import Linear, RMSNorm, initialise
-from deepdelta.nn.residual import DeltaResidual, RewriteRecord
+from deepdelta.nn.residual import DeltaResidual
+from deepdelta.nn.rewriting import RewriteRecord
 from deepdelta.nn.runtime import use_backend, use_memory
 from deepdelta.nn.stream import DeltaStream
 

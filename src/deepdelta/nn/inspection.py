@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from deepdelta.errors import UserError, nearest
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.residual import DeltaResidual, RewriteRecord, Step
+from deepdelta.nn.residual import DeltaResidual
+from deepdelta.nn.rewriting import RewriteRecord, Step
 
 Recorder = Callable[[str, RewriteRecord], None]
 

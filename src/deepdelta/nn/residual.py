@@ -18,7 +18,7 @@ from deepdelta.errors import UserError
 from deepdelta.nn.activation_memory import MemoryPlan, attach, attached, detached, standing_in
 from deepdelta.nn.backend import Backend, Work, described, runs_fused
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.input_map import InputMap, InputWeights, StreamState
+from deepdelta.nn.input_map import InputMap, StreamState
 from deepdelta.nn.layout import Layout, check_kind
 from deepdelta.nn.linear import Linear, RMSNorm, precise_linear
 from deepdelta.nn.parts.compression import build_compression
@@ -26,36 +26,8 @@ from deepdelta.nn.parts.direction import BranchDirection, build_direction, norma
 from deepdelta.nn.parts.gate import Gate
 from deepdelta.nn.parts.target import BranchWrite, ChannelWrite, Target
 from deepdelta.nn.plain import plain
-from deepdelta.ops import read_along, rewrite
-from deepdelta.ops.step import Gating, Normalise, Rewritten, fused_step, remake, rewrite_along, scale_of
-
-
-class RewriteRecord(NamedTuple):
-    """One rewrite seen from inside; detached, in fp32 or wider; None where the rule has no such thing.
-
-    With rule `channels` it is that of the transposed state: V and D change places, and k is made of itself.
-    """
-
-    beta: Tensor | None
-    """The gate of the write (of the erase for erase_only, additive_erase and channels), (..., 1) or (..., V)."""
-    erase: Tensor | None
-    """The erase coefficient b, (..., 1) or (..., V)."""
-    read: Tensor
-    """k^T X before the rewrite, (..., V)."""
-    target: Tensor | None
-    """v, (..., V), on the scale of the read along k."""
-    norm: Tensor
-    """|k|, (...)."""
-    branch_norm: Tensor
-    """The size of the vector that k is made of, sqrt(|h|^2 + eps^2), (...)."""
-    cosine: Tensor
-    """cos(k, X_j) per value channel, (..., V); 0 where either is 0."""
-    write: Tensor
-    """w, (..., V), on the scale of k: what is written is k w^T."""
-    direction: Tensor
-    """k, (..., D)."""
-    state_norm: Tensor
-    """|X_j| before the rewrite, per value channel, (..., V)."""
+from deepdelta.nn.rewriting import Remakes, RewriteRecord, Step, fused, record, redo, undo
+from deepdelta.ops.step import Gating, Normalise, rewrite_along
 
 
 class Runtime(NamedTuple):
@@ -226,7 +198,7 @@ class DeltaResidual(nn.Module):
             with standing_in(saved, state_VD):
                 if fuses:
                     opening = weights if step is steps[-1] else None
-                    new_VD, c_D, remakes = _fused(state_VD, step.along(state_VD), opening)
+                    new_VD, c_D, remakes = fused(state_VD, step.along(state_VD), opening)
                 else:
                     new_VD, remakes = self._reference(state_VD, step)
             if saved is not None:
@@ -251,9 +223,9 @@ class DeltaResidual(nn.Module):
             if step.across:
                 seen_VD = state_VD.mT
                 rewritten = rewrite_along(seen_VD, step.h, step.write, step.erase, step.normalise)
-            self.runtime.recorder(_record(seen_VD, step, rewritten, self.config.direction_eps))
+            self.runtime.recorder(record(seen_VD, step, rewritten, self.config.direction_eps))
         bare = along.detached
-        return new_VD, lambda: (partial(_redo, bare()), partial(_undo, bare(), detached(scale), detached(read_V)))
+        return new_VD, lambda: (partial(redo, bare()), partial(undo, bare(), detached(scale), detached(read_V)))
 
     def _checked(self, h: Tensor, given: StreamState) -> Tensor:
         """The branch's output, (..., D)."""
@@ -310,10 +282,11 @@ class DeltaResidual(nn.Module):
     def linear_maps(self) -> tuple[Tensor, Tensor] | None:
         """Weights (G + V, D) and biases (G + V) of the gate's and the write's numbers as one linear map of c.
 
-        Without a target or a map of what is written (G, D) and (G). None where they are more than that, or a module that
-        these stand for is not plainly ours.
+        Without a target or a map of what is written (G, D) and (G). None where they are more than that, or a module
+        that these stand for is not plainly ours.
         """
-        gate, writes = self._gate(), self.write if self.target is None else self.target
+        gate = self._gate()
+        writes = self.write if self.target is None else self.target
         if not self.config.linear_gating or not (plain(gate, Gate) and plain(gate.outer, Linear)):
             return None
         if self.direction is not None and not plain(self.direction, BranchDirection):
@@ -322,7 +295,7 @@ class DeltaResidual(nn.Module):
         assert bias is not None
         if writes is None:
             return weight, bias
-        if not (plain(writes, Target, BranchWrite) and plain(writes.map, Linear)):
+        if not ((plain(writes, Target) or plain(writes, BranchWrite)) and plain(writes.map, Linear)):
             return None
         more_weight, more_bias = writes.linear_map()
         return torch.cat((weight, more_weight)), torch.cat((bias, more_bias))
@@ -343,85 +316,3 @@ class DeltaResidual(nn.Module):
         write: Tensor | float = 0.0 if target is None else beta * target
         erase = beta if self.config.erases else None
         return Step(h_D, write, erase, normalisation(self.config, self.dim), beta, target)
-
-
-class Step(NamedTuple):
-    """One rewrite along the direction of h, as `ops.step` takes it, with the gate and the target for the recorder."""
-
-    h: Tensor
-    write: Tensor | float
-    erase: Tensor | None
-    normalise: Normalise
-    beta: Tensor | None
-    target: Tensor | None
-    """v on the scale of the write: 1 + W c where |h| (1 + W c) is written along h."""
-    gating: Gating | None = None
-    """What a fused step is to make write and erase of."""
-    across: bool = False
-    """Whether it rewrites the transposed state: h is k, (..., V), and write w h, (..., D)."""
-
-    def along(self, state_VD: Tensor) -> "Step":
-        """The step itself; one across value channels as the write of k along its row w h - b k^T X, (..., D)."""
-        if not self.across:
-            return self
-        row_D = self.write if isinstance(self.write, Tensor) else torch.full_like(state_VD[..., 0, :], self.write)
-        if self.erase is not None:
-            row_D = row_D - self.erase * read_along(state_VD.mT, self.h)
-        return Step(row_D, self.h, None, self.normalise, None, None)
-
-    def detached(self) -> "Step":
-        """What is needed to do it again, without its graph."""
-        return Step(detached(self.h), detached(self.write), detached(self.erase), self.normalise, None, None)
-
-
-Remakes = Callable[[], tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
-
-
-def _fused(state_VD: Tensor, step: Step, opening: InputWeights | None) -> tuple[Tensor, Tensor | None, Remakes]:
-    """X', c' where the next sublayer is opened too, and what makes X' of X and X of X'."""
-    new_VD, c_D, done = fused_step(
-        state_VD,
-        step.h,
-        step.write,
-        step.erase,
-        step.normalise,
-        *(opening or InputWeights()),
-        opens=opening is not None,
-        gating=step.gating,
-    )
-    return new_VD, c_D, lambda: (partial(remake, done), partial(remake, done, backwards=True))
-
-
-@torch.no_grad()
-def _redo(step: Step, state_VD: Tensor) -> Tensor:
-    return rewrite_along(state_VD, step.h, step.write, step.erase, step.normalise).state
-
-
-@torch.no_grad()
-def _undo(step: Step, scale: Tensor | float, read_V: Tensor | None, new_VD: Tensor) -> Tensor:
-    """X = X' - h a^T with the coefficients a that the step had."""
-    power = step.normalise.power if isinstance(step.write, Tensor) else 0
-    coefficient = step.write * scale**power
-    if step.erase is not None and read_V is not None:
-        coefficient = coefficient - step.erase * scale**2 * read_V
-    return rewrite(new_VD, step.h, -coefficient, None)[0]
-
-
-def _record(state_VD: Tensor, step: Step, rewritten: Rewritten, eps: float) -> RewriteRecord:
-    """What the rewrite used, on the scale of k; where it had no read of its own, the read along the unit direction."""
-    raw_V = read_along(state_VD, step.h) if rewritten.read is None else rewritten.read
-    h_D = step.h.to(raw_V.dtype)
-    scale, size = scale_of(step.h, step.normalise), h_D.norm(dim=-1, keepdim=True)
-    # The operator form compares the raw read with v: on the scale of k both are smaller by s. Along h v lacks |h|.
-    target = None if step.target is None else step.target * scale ** (step.normalise.power - 1)
-    state_norm_V = state_VD.to(raw_V.dtype).norm(dim=-1)
-    sizes_V = size * state_norm_V
-    cosine_V = torch.where(sizes_V > 0, raw_V / sizes_V, torch.zeros_like(raw_V))
-    branch_norm = (size.square() + eps * eps).sqrt().squeeze(-1)
-    power = step.normalise.power if isinstance(step.write, Tensor) else 0
-    write_V = (torch.zeros_like(raw_V) + step.write) * scale ** (power - 1)
-    values = (
-        *(step.beta, step.erase, raw_V * scale, target, (size * scale).squeeze(-1), branch_norm, cosine_V),
-        *(write_V, h_D * scale, state_norm_V),
-    )
-    return RewriteRecord(*(None if value is None else value.detach() for value in values))  # type: ignore[arg-type]

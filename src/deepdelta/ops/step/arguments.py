@@ -1,7 +1,8 @@
 """Named arguments of the fused step: the schemas of its operators and the arguments of its kernels are made of these.
 
 A tensor's kind, `stored` as the state is or `wide` as sums are made, and its axes: N tokens, V value channels, D width,
-G gates, R numbers of a gating, U one number, * one per thread or program that sums. What is None leaves its part of a kernel out.
+G gates, R numbers of a gating, U one number, * one per thread or program that sums. What is None leaves its part of a
+kernel out.
 """
 
 from typing import Annotated, Any, NamedTuple, get_type_hints

@@ -35,8 +35,8 @@ def _of_token(values, n, V: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_V: tl.con
 def _gating(
     gating, n, V: tl.constexpr, GATES: tl.constexpr, TARGETS: tl.constexpr, SCALES: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """2 sigmoid of the gate's numbers and the target v of token n, of (N, G) or (N, G + V); without one v is 0 where the
-    gate scales it, else 1."""
+    """2 sigmoid of the gate's numbers and the target v of token n, of (N, G) or (N, G + V); without one v is 0 where
+    the gate scales it, else 1."""
     row = gating + n * (GATES + TARGETS)
     v_V = tl.full((BLOCK_V,), 0 if SCALES else 1, gating.dtype.element_ty)
     if TARGETS > 0:

@@ -29,7 +29,8 @@ def backward(given: Given, known: Known, incoming: Incoming, gradients: Gradient
     summed = {name: getattr(given, name.removeprefix("d_")) for name in SUMMED}
     sums: dict[str, Any] = {name: None if p is None else p.new_empty(programs, *p.shape) for name, p in summed.items()}
     _launch("backward", programs, given, known, incoming, gradients._replace(**sums))
-    return gradients._replace(**{name: None if each is None else each.sum(0) for name, each in sums.items()})
+    totals: dict[str, Any] = {name: None if each is None else each.sum(0) for name, each in sums.items()}
+    return gradients._replace(**totals)
 
 
 def replay(replayed: Replayed) -> None:
