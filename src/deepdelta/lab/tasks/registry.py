@@ -11,6 +11,7 @@ SUMMARIES = {
     "recall": "multi-query associative recall with overwrites, small causal transformers",
     "digits": "images, a small vision transformer and a small ResNet",
     "dynamics": "pendulum, Lotka-Volterra and bouncing ball, a deep residual MLP that predicts the next state",
+    "networks": "an MLP, a CNN and an encoder with PyTorch's own starts on scikit-learn's digits, at three rates each",
     "tabular": "regression on scikit-learn's diabetes table, a residual MLP",
 }
 """What each task is; here, so that they can be listed without the packages that they need."""
