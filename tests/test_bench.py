@@ -136,6 +136,9 @@ def test_named_suites_hold_what_the_bar_asks() -> None:
     assert bars["training, d 256, compiled", "paper-scalar", "additive", "forward_backward"] == 0.985
     assert bars["training, d 768, compiled", "paper-scalar", "additive", "forward_backward"] == 0.99
     assert bars["training, d 256, eager", "paper-scalar, fused", "additive", "forward_backward"] == 0.97
+    assert bars["training, d 256, eager", "default V=1, fused", "additive", "forward_backward"] == 0.97
+    assert bars["training, d 256, eager", "default, fused", "additive", "forward_backward"] == 0.90
+    assert bars["training, d 256, compiled", "default V=1", "additive", "forward_backward"] == 0.985
     assert bars["training, d 256, compiled", "paper-cc, fused", "additive", "forward_backward"] == 0.94
     assert bars["training, d 768, compiled", "paper-cc, fused", "additive", "forward_backward"] == 0.97
     assert bars["training, d 256, eager", "paper-cc, fused", "additive", "forward_backward"] == 0.90

@@ -5,6 +5,7 @@ from deepdelta import interruption as interruption  # first, for what importing 
 # isort: split
 from deepdelta import interop, ops
 from deepdelta.decoding import generate, generate_batch
+from deepdelta.device import keep_freed_memory
 from deepdelta.errors import UserError
 from deepdelta.explorer import explore
 from deepdelta.models import GPT, GPTConfig
@@ -53,6 +54,7 @@ __all__ = [
     "generate_batch",
     "interop",
     "intervening",
+    "keep_freed_memory",
     "load",
     "load_retrofit",
     "ops",
