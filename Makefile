@@ -3,6 +3,7 @@
 # make matrix  set up, then try all 29,298 combinations of the residual's settings (about 20 minutes)
 # make test-browser   the pages that people look at, in a real browser (Debian's chromium, and npm for axe-core)
 # make test-hf  what transformers does with the models, at length (about a minute)
+# make test-home  evaluation, export, serving, tracking, in a venv of their own (.venv-home)
 # make figures   the pictures of docs/images, from real output (two small runs, Debian's chromium)
 # make docs    set up, then build the pages of docs/ as a site into build/site
 # make check   lint, format and types, without running anything
@@ -20,7 +21,7 @@ EXTRAS_docs := docs
 EXTRAS_browser := browser
 AXE := axe-core@4.14.1
 
-.PHONY: study wheel test test-hf test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
+.PHONY: study wheel test test-hf test-home test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
@@ -30,6 +31,17 @@ test: .venv/test.stamp .venv/torchvision.stamp
 
 test-hf: .venv/test.stamp .venv/torchvision.stamp
 	$(BIN)/python -m pytest tests/test_hf_*.py -m "hf or not hf"
+
+# A venv of its own: libraries import each other where they are there, and then warn, log and start slowly.
+test-home: .venv-home/stamp
+	.venv-home/bin/python -m pytest -m home
+
+.venv-home/stamp: pyproject.toml constraints.txt
+	@echo "Installing into .venv-home (some minutes the first time)"
+	$(PYTHON) -m venv .venv-home
+	.venv-home/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[home]"
+	.venv-home/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
 
 # The pages in Debian's Chromium, with axe-core for what people with other senses need.
 test-browser: chromium .venv/test.stamp .venv/browser.stamp build/axe/package/axe.min.js
@@ -92,7 +104,7 @@ fresh-clone:
 	$(MAKE) -C build/fresh-clone study test
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-home
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import deepdelta.cli.runs
 from deepdelta import PRESETS, generate, load
 from deepdelta.cli import COMMANDS, main
 from deepdelta.config import to_plain
-from deepdelta.data import load_corpus
+from deepdelta.data import load_corpus, spread
 from deepdelta.files import write_json
 from deepdelta.training import RunDirectory, TrainConfig
 from tiny_runs import ENVIRONMENT, command, config, nats, quietly, rows, settings, text_file, typed
@@ -103,6 +104,30 @@ def test_generate_prints_the_prompt_first_and_then_each_piece(
     last = out(capsys, "generate", run, *options)
     assert shown[0] == "dé" and sum(map(bool, shown)) > 6
     assert "".join(shown) + last == "dé" + bytes(expected).decode(errors="replace") + "\n"
+
+
+def test_the_checkpoint_named_is_the_one_that_is_used(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
+) -> None:
+    run, name = tmp_path / "run", "average.safetensors"
+    quietly(config(source, steps=12, lr=0.5, average="last", average_steps=8, backend="reference"), run)
+    last, averaged = load(run).model, load(run, name).model
+    named = ("--checkpoint", name)
+    options = ("--prompt", "def", "--tokens", "24", "--temperature", "3")
+    drawn = bytes(generate(averaged, list(b"def"), tokens=24, temperature=3.0)).decode(errors="replace")
+    assert out(capsys, "generate", run, *options, *named) == f"def{drawn}\n" != out(capsys, "generate", run, *options)
+    main(["export", str(run), "--to", "safetensors", "--out", str(tmp_path / "out"), *named])
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(tensor.equal(exported[key]) for key, tensor in averaged.state_dict().items())
+    assert not exported["embedding.weight"].equal(last.embedding.weight)
+    losses = {}
+    for words in ((), named):
+        folder = tmp_path / f"audit{len(words)}"
+        main(["audit", str(run), "--tokens", "48", "--sample", "5", "--device", "cpu", "--out", str(folder), *words])
+        losses[words] = json.loads((folder / "audit.json").read_text())["findings"]["loss"]
+    windows = spread(load_corpus(RunDirectory(run).config().data).validation, context=16, limit=48)
+    expected = averaged(windows[:, :-1], windows[:, 1:]).loss.item()
+    assert losses[named] == pytest.approx(expected, abs=1e-5) != pytest.approx(losses[()], abs=1e-5)
 
 
 def test_bpe(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_a_package_that_is_needed_at_the_end_is_missed_before_the_work(
     monkeypatch.setitem(sys.modules, package, None)
     said = refused(capsys, folder, command, tmp_path / "out")
     assert f"need the extra '{extra}', but the package {package} is absent" in said
-    assert f'pip install -e ".[{extra}]"' in said and list(tmp_path.iterdir()) == []
+    assert f'pip install "deep-delta-learning[{extra}]"' in said and f'pip install -e ".[{extra}]"' in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_packages_that_are_there_are_needed_in_vain() -> None:

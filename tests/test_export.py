@@ -50,6 +50,7 @@ def runs(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     return {name: folder / name for name in kinds}
 
 
+@pytest.mark.compatible("a run exported, AutoTokenizer and generate with left padding", "transformers", "tokenizers")
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
 def test_for_transformers(runs, name, tmp_path, capsys):
     out = tmp_path / "new" / "folder"
@@ -81,6 +82,7 @@ def test_for_transformers(runs, name, tmp_path, capsys):
     assert unused == list(range(tokenizer.vocab_size, rows)) and (name == "bytes") == (not unused)
 
 
+@pytest.mark.compatible("an export without deepdelta (trust_remote_code)", "transformers")
 def test_for_transformers_without_the_library(runs, tmp_path):
     """Code of the export's own, in a process that cannot import deepdelta nor what it needs besides."""
     export(runs["bytes"], "hf", tmp_path / "out")

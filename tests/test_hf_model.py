@@ -62,6 +62,7 @@ def near(actual: Tensor, expected: Tensor, tol: float = 1e-10) -> None:
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
+@pytest.mark.compatible("dynamic and static caches, prefill in pieces", "transformers")
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_with_and_without_caches_are_those_of_the_gpt(name):
@@ -196,6 +197,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.compatible("generate: greedy, sampling, beams, left padding", "transformers")
 @pytest.mark.parametrize("name", ["code-tc", *NAMES[3:7]])
 @pytest.mark.parametrize("kind", GENERATIONS)
 def test_generation_from_padded_prompts(name, kind):
@@ -237,6 +239,7 @@ def test_a_streamer_gets_every_token():
     assert streamer.ids == [*ids[0].tolist(), -1]
 
 
+@pytest.mark.compatible("save_pretrained and from_pretrained in a fresh process", "transformers", "safetensors")
 def test_saved_and_loaded_in_a_fresh_process(tmp_path):
     model, ids = made(PRESETS["code-tc"], torch.float32, bos_token_id=1), tokens()
     model.save_pretrained(tmp_path / "it")
@@ -271,6 +274,7 @@ print(type(model).__name__, type(base).__name__, "transformers" in model.__modul
     assert "newly initialized" not in done.stderr and "MISSING" not in done.stderr
 
 
+@pytest.mark.compatible("device maps with layers on the disk", "transformers", "accelerate")
 def test_layers_on_the_disk(tmp_path):
     model, ids = made(PRESETS["code-tc"], torch.float32), tokens(2)
     model.save_pretrained(tmp_path)

@@ -45,6 +45,9 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
     )  # fmt: skip
 
 
+@pytest.mark.compatible(
+    "Trainer: the steps made by hand, saved, loaded by the Auto classes", "transformers", "accelerate"
+)
 def test_the_trainer_makes_the_steps_that_are_made_by_hand(tmp_path):
     model, other = made(), made()
     trainer = DeltaTrainer(model=model, args=arguments(tmp_path), train_dataset=Rows(), eval_dataset=Rows())
@@ -70,6 +73,7 @@ def test_the_trainer_makes_the_steps_that_are_made_by_hand(tmp_path):
     assert all(one.equal(two) for one, two in zip(back.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.compatible("Trainer: resumed, activation checkpointing", "transformers")
 def test_the_trainer_goes_on_from_its_checkpoint_and_checkpoints_activations(tmp_path):
     def run(folder: Path, steps: int, **more: Any) -> Trainer:
         args = arguments(folder, activation_checkpointing=True)
@@ -86,6 +90,7 @@ def test_the_trainer_goes_on_from_its_checkpoint_and_checkpoints_activations(tmp
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.compatible("LoRA: trained, saved, loaded, merged, generating", "peft", "transformers")
 def test_lora_trains_what_it_adds_and_comes_back(tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 

@@ -25,7 +25,7 @@ models
 decoding
 data interop
 training
-retrofitting selfcheck planning
+retrofitting selfcheck planning harness
 explorer hf
 exporting
 lab.measure

@@ -45,6 +45,7 @@ def output(model, inputs):
         return retrofit_families.output(model, inputs)
 
 
+@pytest.mark.compatible("a retrofit restored by the Auto classes", "transformers")
 @pytest.mark.parametrize("name", HEADS)
 def test_saved_and_restored_by_the_auto_class(name, tmp_path):
     model, inputs = opened(name, erase_init=0.4)
@@ -158,6 +159,7 @@ print(model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, 
 """
 
 
+@pytest.mark.compatible("a retrofitted Llama: Trainer, saved, generating in a fresh process", "transformers")
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_a_llama_is_retrofitted_trained_saved_and_generates_in_a_fresh_process(tmp_path):
     torch.manual_seed(0)

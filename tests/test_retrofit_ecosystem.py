@@ -94,6 +94,7 @@ def trained(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.compatible("a PEFT adapter with the deltas of a retrofit", "peft", "transformers")
 @BY_PEFT
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_an_adapter_holds_the_deltas_as_modules_to_save(name, tmp_path):
@@ -188,6 +189,7 @@ def test_blocks_keep_the_name_that_tools_look_for(name, kind, stack):
     ],
     ids=["cpu", "disk"],
 )
+@pytest.mark.compatible("an offloaded retrofit", "accelerate")
 def test_an_offloaded_retrofit_computes_the_same(offload, tmp_path):
     model = opened("llama")
     expected = output(model, IDS)

@@ -18,6 +18,7 @@ NEVER_RANDOM = ("clip",)
 pytestmark = pytest.mark.filterwarnings("ignore:.*clean_up_tokenization_spaces.*")
 
 
+@pytest.mark.compatible("retrofit of the families in the list: the same function", "transformers")
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_the_function_is_the_same(name):

@@ -74,5 +74,5 @@ def without_extra(what: str, extra: str, error: ModuleNotFoundError) -> UserErro
     """What to raise where a package of an optional extra is absent; `what`, in the plural, needs it."""
     return UserError(
         f"{what} need the extra '{extra}', but the package {error.name} is absent: "
-        f'install it in a clone of the repository with pip install -e ".[{extra}]"'
+        f'install it with pip install "deep-delta-learning[{extra}]", in a clone with pip install -e ".[{extra}]"'
     )

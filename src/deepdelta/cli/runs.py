@@ -49,10 +49,20 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Loss, perplexity and bits per byte of a run on its validation split."""
+    """Loss, perplexity and bits per byte of a run on its validation split; or with --tasks, how it does in tasks of
+    lm-eval."""
 
     run: Positional[Path]
     """A run directory."""
+    tasks: tuple[str, ...] = ()
+    """Tasks by name: arc_easy, arc_challenge, hellaswag, piqa, winogrande, openbookqa, sciq, boolq, any other of
+    lm-eval's, and those whose data ship: deepdelta_words, deepdelta_python, deepdelta_repeat, deepdelta_prose."""
+    shots: int = 0
+    """Of --tasks: worked examples before each question."""
+    limit: int | None = None
+    """Of --tasks: the first so many questions of each alone."""
+    task_data: Path | None = None
+    """Of --tasks: a folder with copies of data set repositories, each under its name on the Hugging Face hub."""
     tokens: int | None = None
     """Evaluate on about so many tokens, in whole windows evenly spread over the split; all of it by default."""
     checkpoint: str = CHECKPOINT
@@ -64,6 +74,36 @@ class Evaluate:
     """CPU threads; as many as the run was trained with by default."""
 
     def __call__(self) -> None:
+        given = [name for name in ("shots", "limit", "task_data") if getattr(self, name)]
+        if given and not self.tasks:
+            raise UserError(f"--{given[0].replace('_', '-')} belongs to --tasks; name some, or leave it out.")
+        if self.tasks:
+            self._tasks()
+        else:
+            self._loss()
+
+    def _tasks(self) -> None:
+        # Here, since it needs the packages of the extra `eval`, which the other commands do without.
+        from deepdelta.harness import evaluate_tasks, table
+        from deepdelta.harness.results import FILE_NAME, FOLDER
+
+        if self.tokens is not None:
+            raise UserError("--tokens belongs to the loss, and --tasks have a --limit.")
+        use_threads(self.threads, self.run)
+        results = evaluate_tasks(
+            self.run,
+            self.tasks,
+            checkpoint=self.checkpoint,
+            shots=self.shots,
+            limit=self.limit,
+            data=self.task_data,
+            batch_size=self.batch_size,
+            device=self.device,
+        )
+        Console().print(table(results))
+        show(f"Numbers: {self.run / FOLDER / FILE_NAME}")
+
+    def _loss(self) -> None:
         if self.tokens is not None and self.tokens < 1:
             raise UserError(f"tokens must be at least 1, got {self.tokens}.")
         directory = RunDirectory(self.run)
@@ -113,11 +153,13 @@ class Generate:
     top_p: float = 1.0
     """Draw among the likeliest only that have together at least this probability."""
     seed: int = 0
+    checkpoint: str = CHECKPOINT
+    """Which of the run's: best.safetensors where keep_best was set."""
     threads: int | None = None
     """CPU threads; as many as the run was trained with by default."""
 
     def __call__(self) -> None:
-        model, tokenizer = load(self.run)
+        model, tokenizer = load(self.run, self.checkpoint)
         if tokenizer is None:
             imported = "imported_from" in RunDirectory(self.run).environment()
             raise UserError(
@@ -162,6 +204,8 @@ class Audit:
     """Tokens that the spectrum of the composed shortcut is taken over."""
     batch_size: int = 8
     """Windows per forward pass."""
+    checkpoint: str = CHECKPOINT
+    """Which of the run's: best.safetensors where keep_best was set."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     out: Path | None = None
     """Where audit.json, table.md and audit.html with its script go; RUN/audit by default."""
@@ -185,6 +229,7 @@ class Audit:
                 tokens=self.tokens,
                 sample=self.sample,
                 batch_size=self.batch_size,
+                checkpoint=self.checkpoint,
                 device=self.device,
                 command=shlex.join(["deepdelta", *sys.argv[1:]]),
                 say=lambda text: print(printable(text), file=sys.stderr),

@@ -115,4 +115,9 @@ class RMSNorm(Initialised):
         parameter.fill_(self.init)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        if torch.compiler.is_exporting():
+            # Written out: torch's own ties the program that it is exported in to more than one token.
+            wide = x.to(accumulation_dtype(x.dtype))
+            scaled = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+            return scaled.to(x.dtype) * self.weight.to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)

@@ -20,6 +20,7 @@ from deepdelta.limits import check_memory
 from deepdelta.progress import reporting
 from deepdelta.provenance import now, provenance
 from deepdelta.training import RunDirectory, load
+from deepdelta.training.checkpoints import CHECKPOINT
 from deepdelta.training.loop import corpus_facts
 
 BYTES = 256
@@ -46,6 +47,7 @@ def audit_run(
     batch_size: int,
     device: str,
     command: str,
+    checkpoint: str = CHECKPOINT,
     say: Callable[[str], None] = lambda _: None,
 ) -> AuditResults:
     """Audit the model of a run on held-out text, showing progress, and write `out`/audit.json.
@@ -54,6 +56,7 @@ def audit_run(
         tokens: how much of the text's held-out part is read, rounded down to whole windows of the model's context.
         sample, batch_size: see `audit`.
         command: the command that was typed, kept with the results.
+        checkpoint: which of the run's, as `load` takes it.
         say: takes a line before each slow step of reading the text.
 
     Raises:
@@ -70,7 +73,7 @@ def audit_run(
     corpus = _corpus(directory, text, say)
     windows = spread_windows(corpus.validation, config.model.context, tokens)
     corpus.check_unchanged()
-    model = load(run).model.to(chosen.device)
+    model = load(run, checkpoint).model.to(chosen.device)
     count, context = windows.shape[0], config.model.context
     logits = min(batch_size, count) * context * model.embedding.weight.shape[0]
     check_memory(8 * logits, "the logits of a batch and their logarithms (batch_size times context)", chosen.device)
@@ -79,7 +82,7 @@ def audit_run(
         findings = audit(model, windows, sample=sample, batch_size=batch_size, progress=reporter.update)
     results = AuditResults(
         run=str(run),
-        step=directory.step(),
+        step=directory.checkpoint(checkpoint).step,
         model=config.model,
         corpus=corpus.description,
         corpus_sha256=corpus.sha256,

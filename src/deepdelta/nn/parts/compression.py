@@ -170,12 +170,13 @@ def _convolved(x_NCT: Tensor, weight_VDK: Tensor) -> Tensor:
     weight = weight_VDK.transpose(0, 1).to(x_NCT.dtype)
     with without_autocast(x_NCT.device):
         y_NDT = F.conv1d(x_NCT, weight, groups=weight.shape[0])
-    return y_NDT.transpose(-1, -2).contiguous()
+    # Not contiguous(): what an exported program does must not depend on the number of tokens.
+    return y_NDT.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
 
 
 def convolve_last(x_BKVD: Tensor, tokens: int, weight_VDK: Tensor) -> Tensor:
     """(B, T, D) of the last T tokens, which K - 1 others come before."""
-    if tokens == 1:
+    if not torch.compiler.is_exporting() and tokens == 1:  # an exported program has any number
         # For one token the convolution costs more in its set-up than in its sums.
         return (x_BKVD * weight_VDK.permute(2, 0, 1)).sum((1, 2)).unsqueeze(1)
     return _convolved(_by_feature(x_BKVD), weight_VDK)

@@ -61,7 +61,7 @@ class EmbeddingConvolution(Initialised):
             x_NDT = F.pad(x_BTD.reshape(-1, tokens, width).transpose(-1, -2), (taps - 1, 0))
         else:
             x_BKD = extend(x_BTD)
-            if tokens == 1:
+            if not torch.compiler.is_exporting() and tokens == 1:  # an exported program has any number
                 # For one token the convolution costs more in its set-up than in its sums.
                 weight_VKD = self.weight.transpose(1, 2).to(x_BTD.dtype)
                 return (x_BKD.unsqueeze(1) * weight_VKD).sum(2).unsqueeze(1)
@@ -71,7 +71,8 @@ class EmbeddingConvolution(Initialised):
         with without_autocast(x_BTD.device):
             y_NDVT = F.conv1d(x_NDT, weight, groups=width).reshape(-1, width, channels, tokens)
         # Contiguous once here: else the strange strides go along through every layer.
-        return y_NDVT.permute(0, 3, 2, 1).contiguous().view(*batch, tokens, channels, width)
+        y_NTVD = y_NDVT.permute(0, 3, 2, 1).clone(memory_format=torch.contiguous_format)
+        return y_NTVD.view(*batch, tokens, channels, width)
 
 
 def build_expansion(config: ResidualConfig, dim: int) -> Repeat | EmbeddingConvolution:
