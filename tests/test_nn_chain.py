@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import deepdelta
 from deepdelta import DeltaStream, Intervention, UserError, intervening, recording, use_backend, use_memory
-from deepdelta.nn import Chain, norms, residual
+from deepdelta.nn import Chain, norms, rewriting
 from helpers import gradients, perturb, randn
 
 D = 6
@@ -96,13 +96,13 @@ def test_values_and_gradients(backend: str, dtype: torch.dtype, channels: int, n
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Of each fused step whether it opened the next sublayer."""
-    step, seen = residual.fused_step, []
+    step, seen = rewriting.fused_step, []
 
     def watched(*given: Any, opens: bool, **others: Any) -> Any:
         seen.append(opens)
         return step(*given, opens=opens, **others)
 
-    monkeypatch.setattr(residual, "fused_step", watched)
+    monkeypatch.setattr(rewriting, "fused_step", watched)
     return seen
 
 
