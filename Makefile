@@ -4,6 +4,7 @@
 # make test-browser   the pages that people look at, in a real browser (Debian's chromium, and npm for axe-core)
 # make test-hf  what transformers does with the models, at length (about a minute)
 # make test-home  evaluation, export, serving, tracking, in a venv of their own (.venv-home)
+# make test-scale  1, 2 and 4 processes train what one trains (some minutes)
 # make figures   the pictures of docs/images, from real output (two small runs, Debian's chromium)
 # make docs    set up, then build the pages of docs/ as a site into build/site
 # make check   lint, format and types, without running anything
@@ -21,7 +22,7 @@ EXTRAS_docs := docs
 EXTRAS_browser := browser
 AXE := axe-core@4.14.1
 
-.PHONY: study wheel test test-hf test-home test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
+.PHONY: study wheel test test-hf test-home test-scale test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
@@ -42,6 +43,9 @@ test-home: .venv-home/stamp
 	.venv-home/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[home]"
 	.venv-home/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
+
+test-scale: .venv/test.stamp .venv/torchvision.stamp
+	$(BIN)/python -m pytest tests/test_ranks.py -m "scale or not scale"
 
 # The pages in Debian's Chromium, with axe-core for what people with other senses need.
 test-browser: chromium .venv/test.stamp .venv/browser.stamp build/axe/package/axe.min.js

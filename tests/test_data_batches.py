@@ -1,4 +1,4 @@
-"""Batches: purity in (seed, step, rank), the stated positions, and exact coverage by evaluation windows."""
+"""Batches: purity in (seed, step), the stated positions, and exact coverage by evaluation windows."""
 
 import hashlib
 import math
@@ -18,11 +18,11 @@ from deepdelta.errors import UserError
 WORD = (1 << 64) - 1
 
 
-def philox(seed: int, step: int, rank: int, count: int) -> list[int]:
+def philox(seed: int, step: int, count: int) -> list[int]:
     """Philox 4x64 with 10 rounds as Salmon et al. (2011) give it; numpy adds 1 to the counter before each block."""
     numbers: list[int] = []
     while len(numbers) < count:
-        c = [len(numbers) // 4 + 1, 0, 0, rank]
+        c = [len(numbers) // 4 + 1, 0, 0, 0]
         k = [seed, step]
         for _ in range(10):
             a, b = 0xD2E7470EE14C6C93 * c[0], 0xCA5A826395121157 * c[2]
@@ -35,17 +35,14 @@ def philox(seed: int, step: int, rank: int, count: int) -> list[int]:
 @given(
     seed=st.integers(0, WORD),
     step=st.integers(0, WORD),
-    rank=st.integers(0, WORD),
     size=st.integers(1, 9),
     context=st.integers(1, 7),
     extra=st.integers(1, 400),
 )
-def test_windows_lie_where_an_own_philox_puts_them(
-    seed: int, step: int, rank: int, size: int, context: int, extra: int
-) -> None:
+def test_windows_lie_where_an_own_philox_puts_them(seed: int, step: int, size: int, context: int, extra: int) -> None:
     tokens = np.arange(context + extra, dtype=np.uint16)  # a token's value is its position
-    inputs, labels = batch(tokens, seed=seed, step=step, rank=rank, batch_size=size, context=context)
-    starts = [number % extra for number in philox(seed, step, rank, size)]
+    inputs, labels = batch(tokens, seed=seed, step=step, batch_size=size, context=context)
+    starts = [number % extra for number in philox(seed, step, size)]
     assert inputs.tolist() == [list(range(start, start + context)) for start in starts]
     assert labels.tolist() == [list(range(start + 1, start + context + 1)) for start in starts]
     assert inputs.is_contiguous() and labels.is_contiguous()
@@ -55,7 +52,7 @@ def test_batch_ignores_and_leaves_alone_all_global_random_state() -> None:
     tokens = np.arange(1000, dtype=np.uint16)
 
     def draw() -> torch.Tensor:
-        return batch(tokens, seed=3, step=5, rank=1, batch_size=4, context=8)[0]
+        return batch(tokens, seed=3, step=5, batch_size=4, context=8)[0]
 
     torch.manual_seed(1)
     np.random.seed(1)
@@ -67,22 +64,20 @@ def test_batch_ignores_and_leaves_alone_all_global_random_state() -> None:
     assert torch.equal(before, again) and torch.equal(before, draw())
 
 
-def test_another_seed_step_or_rank_is_another_batch() -> None:
+def test_another_seed_or_step_is_another_batch() -> None:
     tokens = np.arange(60000, dtype=np.uint16)
-    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1)]
-    starts = {
-        tuple(batch(tokens, seed=a, step=b, rank=c, batch_size=3, context=2)[0][:, 0].tolist()) for a, b, c in keys
-    }
+    keys = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (2, 0)]
+    starts = {tuple(batch(tokens, seed=a, step=b, batch_size=3, context=2)[0][:, 0].tolist()) for a, b in keys}
     assert len(starts) == len(keys)
 
 
 def test_a_fresh_process_draws_the_same_batch() -> None:
     code = (
         "import hashlib, numpy as np; from deepdelta.data import batch\n"
-        "x, y = batch(np.arange(999, dtype=np.uint16), seed=7, step=11, rank=2, batch_size=6, context=5)\n"
+        "x, y = batch(np.arange(999, dtype=np.uint16), seed=7, step=11, batch_size=6, context=5)\n"
         "print(hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest())"
     )
-    x, y = batch(np.arange(999, dtype=np.uint16), seed=7, step=11, rank=2, batch_size=6, context=5)
+    x, y = batch(np.arange(999, dtype=np.uint16), seed=7, step=11, batch_size=6, context=5)
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert there == hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
 
@@ -91,7 +86,7 @@ def test_every_window_can_be_drawn_and_no_other() -> None:
     tokens = np.arange(12, dtype=np.uint8)
     counts = np.zeros(12, int)
     for step in range(250):
-        inputs, labels = batch(tokens, seed=0, step=step, rank=0, batch_size=16, context=8)
+        inputs, labels = batch(tokens, seed=0, step=step, batch_size=16, context=8)
         assert torch.equal(labels, inputs + 1)
         counts += np.bincount(inputs[:, 0].numpy(), minlength=12)
     assert counts[4:].sum() == 0
@@ -103,7 +98,7 @@ def test_every_window_can_be_drawn_and_no_other() -> None:
 def test_ids_of_every_width_arrive_whole(dtype: type[np.unsignedinteger]) -> None:
     largest = int(np.iinfo(dtype).max)
     tokens = np.full(10, largest, dtype)
-    inputs, labels = batch(tokens, seed=0, step=0, rank=0, batch_size=2, context=9)
+    inputs, labels = batch(tokens, seed=0, step=0, batch_size=2, context=9)
     assert inputs.dtype == labels.dtype == torch.int64
     assert inputs.unique().tolist() == labels.unique().tolist() == [largest]
     assert next(iter(windows(tokens, context=9, batch_size=2)))[0].tolist() == [[largest] * 9]
@@ -136,7 +131,7 @@ def test_only_the_last_window_is_filled_up_and_at_its_end() -> None:
 @pytest.mark.parametrize("context", [1, 5, 40])
 def test_windows_that_end_with_their_document(context: int) -> None:
     tokens = np.random.default_rng(3).integers(0, 7, 500).astype("<u2")
-    drawn = {"seed": 1, "step": 2, "rank": 0, "batch_size": 60, "context": context}
+    drawn = {"seed": 1, "step": 2, "batch_size": 60, "context": context}
     inputs, labels = batch(tokens, **drawn)
     kept, ended = batch(tokens, **drawn, ends_at=0)
     assert kept.equal(inputs)

@@ -215,7 +215,7 @@ for name in ("real.txt", "real.bin"):
 corpus.digest = lambda document, count: "hashing 20 GiB takes too long for a test"
 huge = load_corpus(DataConfig(source=str(place / "huge.txt")), cache=place / "cache")
 assert len(huge.train) + len(huge.validation) == 20 << 30
-x, y = batch(huge.train, seed=0, step=0, rank=0, batch_size=8, context=64)
+x, y = batch(huge.train, seed=0, step=0, batch_size=8, context=64)
 assert x.sum() == 0 and x.shape == (8, 64)
 print(peak() - before)
 """

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import Tensor, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from deepdelta import GPT, PRESETS, DeltaStream, GPTConfig, UserError, param_groups, use_backend
 from deepdelta.decoding import DecodingCache
@@ -83,16 +84,49 @@ def test_a_sharded_residual_in_a_chain(alone: None, unchecked: None) -> None:
         torch.testing.assert_close(part(state), expected, rtol=1e-10, atol=1e-10)
 
 
+def gradients(model: nn.Module, first: int, last: int) -> dict[str, Tensor]:
+    """Of the loss of rows first .. last - 1, whole, by the names of the parameters."""
+    ids = torch.randint(12, (4, 9), generator=torch.Generator().manual_seed(5))
+    model(ids[first:last, :-1], ids[first:last, 1:]).loss.backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+    return found
+
+
+def assert_gradients(preset: str, first: int, last: int) -> None:
+    """Those of one (1,) parameter too: PyTorch has had a report of such a one whose gradient was 0 when sharded."""
+    whole = model_of(preset)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(0.1)  # what is 0 at the start keeps gradients at 0 behind it
+    part = sharded(copy.deepcopy(whole))
+    expected = gradients(whole, 0, 4)
+    for name, gradient in gradients(part, first, last).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=f"{preset}: {name}")
+        assert expected[name].abs().sum() > 0, f"{preset}: {name}"
+    tiny = [name for name, gradient in expected.items() if gradient.shape == (1,)]
+    assert tiny or preset.startswith("additive"), "gates have biases of one number"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_gradient(preset: str, alone: None, unchecked: None) -> None:
+    assert_gradients(preset, 0, 4)
+
+
 def _rank(rank: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{store}")
     for preset in PRESETS:
+        assert_gradients(preset, 2 * rank, 2 * rank + 2)
         results[f"{preset} {rank}"] = trained(sharded(model_of(preset)), 2 * rank, 2 * rank + 2)
     dist.destroy_process_group()
 
 
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    """Each rank sees half of every batch; the mean of their losses is that of one process on the whole batch."""
+    """Each rank sees half of every batch: the mean of their losses is that of one process on the whole batch, and every
+    gradient its own."""
     with multiprocessing.Manager() as manager:
         results = manager.dict()
         multiprocessing.spawn(_rank, (str(tmp_path / "store"), results), nprocs=2)

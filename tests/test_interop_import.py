@@ -182,7 +182,7 @@ def test_training_from_an_imported_model(tmp_path, unchecked):
     given = vector("cc-ec")
     model = load_published(given.config, given.parameters)
     corpus = load_corpus(DataConfig(source=str(source), bin_vocab_size=97))
-    inputs, labels = batch(corpus.train, seed=0, step=0, rank=0, batch_size=2, context=64)
+    inputs, labels = batch(corpus.train, seed=0, step=0, batch_size=2, context=64)
     recorded = [row["loss"] for row in rows(tmp_path / "new") if "loss" in row]
     assert recorded[0] == pytest.approx(model(inputs, labels).loss.item(), rel=1e-6)
     assert len(recorded) == 2 and recorded[1] != recorded[0]

@@ -75,7 +75,7 @@ def test_a_study_counts_what_its_runs_read_and_asks_on_their_windows(tmp_path):
     assert found is not None and found.order == 5
     read = {}
     for seed in (4, 5):
-        pairs = [batch(corpus.train, seed=seed, step=s, rank=0, batch_size=4, context=16) for s in range(3)]
+        pairs = [batch(corpus.train, seed=seed, step=s, batch_size=4, context=16) for s in range(3)]
         read[seed] = [[*x, y[-1]] for xs, ys in pairs for x, y in zip(xs.tolist(), ys.tolist(), strict=True)]
     asked = spread(corpus.validation, context=16, limit=48).tolist()
     for seed, windows in read.items():

@@ -142,7 +142,7 @@ def test_a_run_goes_on_from_exactly_the_weights_of_its_start(done: Done, tmp_pat
     for name in ("plain", "retrofit"):
         quietly(config.train_config(name, 1), tmp_path / name, init_from=tmp_path / "began")
         assert_same_run(out / "runs" / f"{name}-seed1", tmp_path / name)
-        ids, labels = batch(train, seed=1, step=0, rank=0, batch_size=2, context=16)
+        ids, labels = batch(train, seed=1, step=0, batch_size=2, context=16)
         windows = torch.cat((ids, labels[:, -1:]), dim=1).numpy()
         expected = np.mean([nats(model, window) for window in windows])
         assert rows(tmp_path / name)[0]["loss"] == pytest.approx(expected, abs=2e-6)

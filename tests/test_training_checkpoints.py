@@ -171,14 +171,14 @@ def test_a_faulty_file_layer_leaves_the_last_good_checkpoint(
     def fail(*arguments: Any, **options: Any) -> Any:
         raise OSError(number, os.strerror(number))
 
-    def write(file: Path, model: Any, optimizer: Any, step: int, seconds: float, *rest: Any) -> None:
+    def write(file: Path, tensors: Any, step: int, seconds: float) -> None:
         if step == 8 and file.name == "checkpoint.safetensors":
             if place == "link":  # no link, and no copy either
                 monkeypatch.setattr(Path, "hardlink_to", fail)
                 monkeypatch.setattr(shutil, "copyfile", fail)
             else:
                 monkeypatch.setattr(place, fail)
-        real(file, model, optimizer, step, seconds, *rest)
+        real(file, tensors, step, seconds)
 
     monkeypatch.setattr("deepdelta.training.rundir.write_checkpoint", write)
     with pytest.raises(UserError, match=rf"{words}.* The last good checkpoint is at step 4 in .* the same command"):

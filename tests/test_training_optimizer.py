@@ -89,7 +89,7 @@ def first_gradients(settings: TrainConfig) -> tuple[GPT, list[torch.Tensor]]:
     corpus = load_corpus(settings.data)
     model = GPT(replace(settings.model, vocab_size=256), seed=settings.seed)
     inputs, labels = batch(
-        corpus.train, seed=settings.seed, step=0, rank=0, batch_size=settings.batch_size, context=settings.model.context
+        corpus.train, seed=settings.seed, step=0, batch_size=settings.batch_size, context=settings.model.context
     )
     loss = nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), labels.flatten())
     return model, list(torch.autograd.grad(loss, list(model.parameters())))

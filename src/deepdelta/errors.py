@@ -22,6 +22,10 @@ class UserError(ValueError):
         super().__init__(printable(message))
 
 
+class Told(UserError):
+    """What another process of the same run has said already: it ends this one, without a line of its own."""
+
+
 def printable(text: str) -> str:
     """The text with what a terminal would obey and XML cannot hold escaped as in a Python string: `\\x1b`."""
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from deepdelta import interruption
 from deepdelta.cli.options import COMMANDS, parse
-from deepdelta.errors import UserError, printable
+from deepdelta.errors import Told, UserError, printable
 
 __all__ = ["COMMANDS", "main"]
 
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Told:
+        sys.exit(2)
     except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
         if (message := _in_one_line(error)) is None:
             raise

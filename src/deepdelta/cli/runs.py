@@ -1,5 +1,6 @@
 """The commands about one run: train, evaluate, generate, audit, import."""
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from deepdelta.progress import reporting, show
 from deepdelta.training import RunDirectory, TrainConfig, evaluate, import_published, load, train
 from deepdelta.training.checkpoints import CHECKPOINT
 from deepdelta.training.loop import corpus_facts
+from deepdelta.training.ranks import TIMEOUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,20 @@ class Train:
     """A run whose weights a new run starts from."""
     inexact_resume: bool = False
     """Continue although versions, machine, threads or device differ, so not bit for bit."""
+    timeout: float = TIMEOUT
+    """Seconds that the processes which torchrun has started wait for each other."""
     settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
     """What is trained."""
 
     def __call__(self) -> None:
-        trained = train(self.settings, self.run, init_from=self.init_from, inexact_resume=self.inexact_resume)
-        if trained.finished:
+        trained = train(
+            self.settings,
+            self.run,
+            init_from=self.init_from,
+            inexact_resume=self.inexact_resume,
+            timeout=self.timeout,
+        )
+        if trained.finished and int(os.environ.get("RANK", "0")) == 0:
             following(*_uses(self.run))
 
 

@@ -19,7 +19,6 @@ def batch(
     *,
     seed: int,
     step: int,
-    rank: int,
     batch_size: int,
     context: int,
     ends_at: int | None = None,
@@ -30,18 +29,18 @@ def batch(
     inputs are all but the last, labels all but the first. Positions are uniform over all windows, drawn with
     replacement.
 
-    The result is a pure function of the tokens and (seed, step, rank): position i of the batch is the i-th number of
-    the counter-based generator Philox 4x64 with key (seed, step) and rank in the highest word of its counter, modulo
-    the number of windows. No state exists to save or restore, and ranks and steps never share numbers.
+    The result is a pure function of the tokens and (seed, step): position i of the batch is the i-th number of the
+    counter-based generator Philox 4x64 with key (seed, step), modulo the number of windows. No state exists to save or
+    restore, and steps never share numbers. Of several processes each takes its rows of the one batch.
 
     Args:
         tokens: the ids of a split, more than `context` of them (see `check_context`).
-        seed, step, rank: 0 or more, below 2^64.
+        seed, step: 0 or more, below 2^64.
         ends_at: the separator of documents. What follows the first one in a window's labels has the label -1
             (`IGNORED`): it would have another document before it. A window may begin with one.
     """
     assert len(tokens) > context, "check_context comes first"
-    generator = Philox(key=np.array([seed, step], np.uint64), counter=np.array([0, 0, 0, rank], np.uint64))
+    generator = Philox(key=np.array([seed, step], np.uint64))
     starts = np.atleast_1d(generator.random_raw(batch_size)) % np.uint64(len(tokens) - context)
     windows_BT1 = np.stack([tokens[start : start + context + 1] for start in starts.tolist()]).astype(np.int64)
     inputs, labels = _inputs_and_labels(windows_BT1)

@@ -2,10 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -13,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 from deepdelta.errors import UserError
 from deepdelta.files import atomic_path, naming
 from deepdelta.tensors import check_finite, load_tensors, save_tensors
+from deepdelta.training.parallel import fill, whole
+from deepdelta.training.ranks import ALONE, Ranks
 
 CHECKPOINT, BEST, AVERAGE = "checkpoint.safetensors", "best.safetensors", "average.safetensors"
 """The last one, the one of the lowest validation loss, and one of averaged weights."""
@@ -32,21 +35,30 @@ class Checkpoint(NamedTuple):
     """What `AveragedModel` holds; empty where nothing is averaged."""
 
 
-def write_checkpoint(
-    file: Path,
-    model: nn.Module,
-    optimizer: Optimizer | None,
-    step: int,
-    seconds: float,
-    average: AveragedModel | None = None,
-) -> None:
-    """Write weights, optimiser state, average, step and training seconds as one file, whole or not at all."""
+def state_of(
+    model: nn.Module, optimizer: Optimizer | None, average: AveragedModel | None, ranks: Ranks = ALONE
+) -> dict[str, Tensor]:
+    """Weights, optimiser state and average by the names of a checkpoint; every rank must ask, the first gets them.
+
+    Of a sharded model one tensor at a time is put together, and kept in the first rank's host memory.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors |= {f"average.{name}": tensor for name, tensor in (average.state_dict() if average else {}).items()}
-    for parameter, state in (optimizer.state if optimizer else {}).items():
-        for key, value in state.items():
-            tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
+    for name, parameter in model.named_parameters():
+        for key, value in (optimizer.state.get(parameter, {}) if optimizer else {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    if not ranks.started_together:
+        return tensors
+    held = {}
+    for name, tensor in tensors.items():
+        one = whole(tensor)
+        if ranks.first:
+            held[name] = one.detach().cpu()
+    return held
+
+
+def write_checkpoint(file: Path, tensors: Mapping[str, Tensor], step: int, seconds: float) -> None:
+    """Write what `state_of` gave, step and training seconds as one file, whole or not at all."""
     save_tensors(file, tensors, {"step": str(step), "seconds": repr(seconds)})
 
 
@@ -138,6 +150,16 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, file: Path, absent: Coll
     Raises:
         UserError: tensors that do not fit the model or are not finite.
     """
+    check_fits(model, checkpoint, file, absent)
+    model.load_state_dict(model.state_dict() | checkpoint.weights)
+
+
+def check_fits(model: nn.Module, checkpoint: Checkpoint, file: Path, absent: Collection[str] = ()) -> None:
+    """Refuse weights that are not those of `model`; it may hold those in `absent` besides.
+
+    Raises:
+        UserError: tensors that do not fit the model or are not finite.
+    """
     tensors, own = checkpoint.weights, model.state_dict()
     missing, unknown = sorted(set(own) - set(tensors) - set(absent)), sorted(set(tensors) - set(own))
     if missing or unknown:
@@ -151,4 +173,42 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, file: Path, absent: Coll
                 f"{tuple(own[name].shape)}."
             )
     check_finite(tensors, file)
-    model.load_state_dict(own | tensors)
+
+
+def restore(
+    run: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    average: AveragedModel | None,
+    say: Callable[[str], None],
+    ranks: Ranks = ALONE,
+) -> tuple[int, float]:
+    """Load the last checkpoint's weights, optimiser state and average, or, where it is damaged, those of the one
+    before it, which is said; the step and the training seconds that it was made at.
+
+    The first of several ranks reads it and gives the others theirs, so it matters nothing how many wrote it.
+
+    Raises:
+        UserError: see `last_good` and `check_fits`.
+    """
+    found = Checkpoint({}, {}, 0, 0.0, {})
+
+    def read() -> tuple[int, float, dict[str, list[int]]]:
+        nonlocal found
+        found = last_good(run, say)
+        check_fits(model, found, run / CHECKPOINT)
+        return found.step, found.seconds, {name: [*tensor.shape] for name, tensor in found.optimizer.items()}
+
+    step, seconds, shapes = ranks.shared(read)
+    fill(model.state_dict(), found.weights, ranks)
+    states = {}
+    for name, parameter in model.named_parameters():
+        for key in (key for key in shapes if key.startswith(f"{name}.")):
+            # Sharded as the parameter is, or a count of steps.
+            alike = shapes[key] == [*parameter.shape] and parameter.ndim
+            state = torch.zeros_like(parameter) if alike else torch.zeros(shapes[key], device=parameter.device)
+            states[key] = optimizer.state[parameter][key.removeprefix(f"{name}.")] = state
+    fill(states, found.optimizer, ranks)
+    if average is not None:
+        fill(average.state_dict(), found.average, ranks)
+    return step, seconds

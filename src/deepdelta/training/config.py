@@ -32,7 +32,7 @@ class TrainConfig(Settings):
     """Draws the parameters (with their names) and the batches (with the step)."""
     steps: Count = 1000
     batch_size: Count = 8
-    """Sequences per micro-batch."""
+    """Sequences per micro-batch, over all processes."""
     accumulate: Count = 1
     """Micro-batches per step."""
     lr: Positive | None = None
@@ -80,6 +80,9 @@ class TrainConfig(Settings):
     for bit), recover (the last, the others made backwards). Compiled code decides by itself."""
     compile: bool = False
     """torch.compile the model."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How processes that torchrun has started share a run: ddp, each has the whole model and some rows of every batch;
+    fsdp, weights, gradients and optimiser state are shared too, and whole a layer at a time."""
     threads: Threads | None = None
     """CPU threads; None keeps torch's choice."""
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from deepdelta.data import Corpus, spread, window_count, windows
+from deepdelta.data import IGNORED, Corpus, spread, window_count, windows
 from deepdelta.errors import UserError
 from deepdelta.limits import check_memory
 from deepdelta.models import LanguageModel, logits_at_once
+from deepdelta.training.ranks import ALONE, Ranks
 
 
 def contexts(context: int, split: int, tokens: int | None) -> str:
@@ -54,12 +55,14 @@ def evaluate(
     autocast: bool = False,
     tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """The model's loss on the validation split, or on about `tokens` of its tokens.
 
     Contexts are windows of the model's context length that do not overlap: consecutive ones, so that every token but
     the very first is predicted exactly once, or for fewer tokens whole ones evenly spread over the split. Tokens at the
-    start of a window are predicted with little context. Sums are kept in fp64.
+    start of a window are predicted with little context. Sums are kept in fp64. Of several ranks each takes its rows of
+    every batch.
 
     Raises:
         UserError: a batch_size below 1, or one past memory; the corpus has changed since it was loaded.
@@ -84,8 +87,10 @@ def evaluate(
     batches = -(-number // batch_size)
     was_training = model.training
     model.eval()
-    for index, (inputs, labels) in enumerate(pairs):
-        inputs, labels = inputs.to(device), labels.to(device)
+    for index, (every, every_label) in enumerate(pairs):
+        inputs, labels = ranks.rows(every).to(device), ranks.rows(every_label).to(device)
+        if not len(inputs):  # the ranks call a sharded model equally often
+            inputs, labels = every[:1].to(device), torch.full_like(every_label[:1], IGNORED, device=device)
         counted = int((labels != -1).sum())
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             if logits_at_once(labels.numel(), vocabulary) < labels.numel() * vocabulary:
@@ -102,4 +107,7 @@ def evaluate(
             progress(index + 1, batches)
     corpus.check_unchanged()
     model.train(was_training)
+    if ranks.size > 1:
+        total, predicted = ranks.summed(torch.tensor([total, count], dtype=torch.float64)).tolist()
+        count = round(predicted)
     return Evaluation(total / count, count, contexts(context, len(split), tokens))

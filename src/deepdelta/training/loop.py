@@ -1,6 +1,7 @@
 """From a configuration to a run directory: what must hold before the first step, and what is written then."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,9 @@ from deepdelta.progress import show
 from deepdelta.provenance import commit, machine, versions
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.optimizer import rate_change
-from deepdelta.training.rundir import RunDirectory
+from deepdelta.training.parallel import check_parallel, claim_device, fill
+from deepdelta.training.ranks import TIMEOUT, Ranks, together
+from deepdelta.training.rundir import ONE_PROCESS, RunDirectory
 from deepdelta.training.trainer import Say, Trained, Trainer
 
 
@@ -32,6 +35,7 @@ def train(
     inexact_resume: bool = False,
     say: Say = show,
     on_row: Callable[[Mapping[str, Any]], None] | None = None,
+    timeout: float = TIMEOUT,
 ) -> Trained:
     """Start the run in `path`, or continue the one that is there.
 
@@ -43,61 +47,99 @@ def train(
         inexact_resume: continue even where versions, machine, threads or device differ from the run's.
         say: takes the lines meant for the user.
         on_row: takes every row of `metrics.jsonl` once it is written.
+        timeout: seconds that the processes of a run wait for each other, where torchrun has started several; the first
+            of them alone writes, and calls `say` and `on_row`.
 
     Raises:
         UserError: anything the user must mend; the run directory is then as it was. `not_finite` steps in a row whose
             loss or gradient is not finite, or such a validation loss, stop the run and leave the last good checkpoint.
     """
-    run = RunDirectory(path)
-    if not run.started:
-        run.cut_short()  # refused before the work, if at all
-    check_folder(run.path, "run directory")
+    with together(timeout) as ranks:
+        return _train(config, RunDirectory(path), init_from, inexact_resume, say, on_row, ranks)
+
+
+def _train(
+    config: TrainConfig,
+    run: RunDirectory,
+    init_from: AnyPath | None,
+    inexact_resume: bool,
+    say: Say,
+    on_row: Callable[[Mapping[str, Any]], None] | None,
+    ranks: Ranks,
+) -> Trained:
+    given = {"run": str(run.path), "init_from": init_from and str(init_from), "inexact_resume": inexact_resume}
+    ranks.agree(given | to_plain(config))
+    check_parallel(config, ranks)
+    ranks.shared(lambda: _check_place(run))
+    say = say if ranks.first else lambda line: None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     chosen = choose_device(config.device, config.precision)
     if config.compile and (problem := compiler_problem(chosen.device.type)):
         raise UserError(f"{problem}; or train with compile=False.")
+    claim_device(chosen, ranks)
     threads = torch.get_num_threads()
     keep_freed_memory()
     say(f"Device {chosen.device} ({chosen.reason}), precision {chosen.precision}, CPU threads: {threads}.")
+    if ranks.started_together:
+        say(f"{ranks.size} processes by {config.parallel}, of each batch {config.batch_size // ranks.size} rows each.")
     corpus = load_corpus(config.data, progress=say)
     check_context(corpus, config.model.context)
     config = resolve(config, corpus)
     say(corpus.description)
-    check_size(config, chosen)
-    model = language_model(config.model, config.seed).to(chosen.device)
-    if init_from is not None:
-        start_from(RunDirectory(init_from), model)
+    sharded = ranks.started_together and config.parallel == "fsdp"
+    check_size(config, chosen, ranks.size, ranks.size if sharded else 1)
+    model = language_model(config.model, config.seed)
+    if not sharded:  # or its layers, one by one
+        model.to(chosen.device)
+    if (source := None if init_from is None else RunDirectory(init_from)) is not None:
+        ranks.shared(lambda: start_from(source, model))
+        weights = model.state_dict()
+        fill(weights, weights, ranks)
     rewrites = set_runtime(model, config)
     if config.warning:
         say(config.warning)
     say(f"Rewrites by the backend '{rewrites.backend}' ({rewrites.reason}).")
     environment = describe(chosen, corpus) | {"backend": rewrites.backend}
-    trainer = Trainer(config, run, corpus, chosen, model, say, on_row)
-    with run.locked():
-        if run.started:
-            _check_continues(run, config, environment, init_from, inexact_resume)
+    ranks.agree({key: value for key, value in environment.items() if key not in ("machine", "commit", "threads")})
+    environment |= {"processes": ranks.size, "parallel": config.parallel} if ranks.started_together else ONE_PROCESS
+    trainer = Trainer(config, run, corpus, chosen, model, say, on_row, ranks)
+    with run.locked() if ranks.first else nullcontext():
+        if ranks.shared(lambda: run.started):
+            ranks.shared(lambda: _check_continues(run, config, environment, init_from, inexact_resume))
             trainer.restore()
-            if change := rate_change(run.config(), config, trainer.step):
+            if ranks.first and (change := rate_change(run.config(), config, trainer.step)):
                 say(change)
         else:
-            run.clear()
+            ranks.shared(run.clear)
             # Written first: a checkpoint at step 0 tells what a start cut short has left from the files of a user.
             trainer.save()
-            if corpus.tokenizer is not None:
-                corpus.tokenizer.save(run.path)
-            start = {"init_from": None} if init_from is None else _describe_start(RunDirectory(init_from))
-            run.write_environment(environment | start)
+            start = {"init_from": None} if source is None else _describe_start(source)
+            ranks.shared(lambda: _write_start(run, corpus, environment | start))
         # Written last: it makes the directory a run, or gives the run its new number of steps.
-        run.write_config(config)
+        ranks.shared(lambda: run.write_config(config))
         return trainer.run_steps()
 
 
-def check_size(config: TrainConfig, chosen: Device) -> None:
+def _check_place(run: RunDirectory) -> None:
+    """Refuse, before the work, a place that cannot be a run directory."""
+    if not run.started:
+        run.cut_short()
+    check_folder(run.path, "run directory")
+
+
+def _write_start(run: RunDirectory, corpus: Corpus, environment: dict[str, Any]) -> None:
+    if corpus.tokenizer is not None:
+        corpus.tokenizer.save(run.path)
+    run.write_environment(environment)
+
+
+def check_size(config: TrainConfig, chosen: Device, processes: int = 1, shards: int = 1) -> None:
     """Refuse a run that no step of can fit into memory, before its model is made.
 
     Counted are weights, gradients and AdamW's two moments, of a micro-batch the logits with their gradient, and of a
-    batch its ids and labels: what every step needs.
+    batch its ids and labels: what every step needs. Of several processes each has its rows of a micro-batch, and of
+    a model in shards its share.
 
     Raises:
         UserError: the model, its training state or a batch is too large for the machine or its device.
@@ -105,9 +147,9 @@ def check_size(config: TrainConfig, chosen: Device) -> None:
     assert config.model.vocab_size is not None, "the configuration is resolved"
     check_memory(least_bytes(config.model), "the model")
     check_memory(16 * config.tokens_per_step, "a batch (batch_size times accumulate times context)")
-    tokens = config.batch_size * config.model.context
+    tokens = config.batch_size // processes * config.model.context
     logits = logits_at_once(tokens, config.model.vocab_size)
-    state = least_bytes(config.model) + 12 * parameter_count(config.model)
+    state = (least_bytes(config.model) + 12 * parameter_count(config.model)) // shards
     least = state + 8 * logits + 2 * tokens * config.model.dim
     check_memory(least, "a training step (the model's size, batch_size times context)", chosen.device)
 

@@ -13,7 +13,7 @@ checkpoints/             on request the same of the checkpoints before the last
 import fcntl
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -38,14 +38,15 @@ from deepdelta.training.checkpoints import (
     Checkpoint,
     earlier,
     keep_last,
-    last_good,
     load_into,
     name_of,
     read_checkpoint,
+    state_of,
     write_checkpoint,
 )
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.metrics import damaged, is_step, last_row, read_rows
+from deepdelta.training.ranks import ALONE, Ranks
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 UNUSED, LOCK = "unused_published.safetensors", ".lock"
@@ -54,13 +55,15 @@ SHOWN = 500
 """Points of a loss that a notebook shows."""
 
 CHANGEABLE = (
-    *("steps", "cooldown", "eval_every", "eval_tokens", "final_eval_tokens"),
+    *("steps", "cooldown", "eval_every", "eval_tokens", "final_eval_tokens", "parallel"),
     *("checkpoint_every", "keep_last", "keep_best", "not_finite"),
 )
 """What may differ when a run is continued: none of it touches the steps already made."""
 
-NUMERICS = ("versions", "machine", "threads", "device", "precision", "backend")
+NUMERICS = ("versions", "machine", "threads", "device", "precision", "backend", "processes", "parallel")
 """What the last bits of a number depend on besides the configuration."""
+ONE_PROCESS = {"processes": 1, "parallel": "none"}
+"""Of an environment that says nothing else."""
 
 TOKENIZER_SHA = "tokenizer_file_sha256"
 """The key in environment.json of the checksum of tokenizer.json, null where there is none."""
@@ -254,7 +257,7 @@ class RunDirectory:
         Raises:
             UserError: naming what differs.
         """
-        there = self.environment()
+        there = ONE_PROCESS | self.environment()
         if different := _differing(there, environment, ("corpus_sha256", "tokenizer_sha256")):
             raise UserError(
                 f"{self.path} was trained on another corpus ({different}); restore that one: what is trained or "
@@ -301,18 +304,24 @@ class RunDirectory:
         *,
         name: str = CHECKPOINT,
         last: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Write weights, optimiser state, average, step and training seconds as one file, whole or not at all.
 
         Args:
             name: of the file.
             last: how many are kept: this one, and the ones before it in EARLIER.
+            ranks: they hold the model together, and all of them call this; the first one writes.
         """
+        tensors = state_of(model, optimizer, average, ranks)
+        ranks.shared(lambda: self._write(tensors, step, seconds, name, last))
+
+    def _write(self, tensors: Mapping[str, Tensor], step: int, seconds: float, name: str, last: int) -> None:
         if self.metrics_path.exists():
             # On disk before the checkpoint is: a machine that fails must not leave a step whose line is lost.
             with self.metrics_path.open("rb") as rows:
                 os.fsync(rows.fileno())
-        write_checkpoint(self.path / name, model, optimizer, step, seconds, average)
+        write_checkpoint(self.path / name, tensors, step, seconds)
         if name == CHECKPOINT:
             keep_last(self.path, step, last)
 
@@ -364,26 +373,6 @@ class RunDirectory:
             UserError: no checkpoint, a damaged one, or tensors that do not fit the model or are not finite.
         """
         load_into(model, self.checkpoint(), self.path / CHECKPOINT, absent)
-
-    def restore(
-        self, model: nn.Module, optimizer: Optimizer, average: AveragedModel | None, say: Callable[[str], None]
-    ) -> tuple[int, float]:
-        """Load the last checkpoint's weights, optimiser state and average, or, where it is damaged, those of the one
-        before it, which is said; the step and the training seconds that it was made at.
-
-        Raises:
-            UserError: see `load_weights`.
-        """
-        checkpoint = last_good(self.path, say)
-        load_into(model, checkpoint, self.path / CHECKPOINT)
-        for name, parameter in model.named_parameters():
-            prefix = f"{name}."
-            state = {k.removeprefix(prefix): v for k, v in checkpoint.optimizer.items() if k.startswith(prefix)}
-            if state:
-                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
-        if average is not None:
-            average.load_state_dict(checkpoint.average)
-        return checkpoint.step, checkpoint.seconds
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self.path / name

@@ -7,18 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepdelta.data import Corpus, batch
+from deepdelta.data import IGNORED, Corpus, batch
 from deepdelta.device import Device
 from deepdelta.training.config import TrainConfig
+from deepdelta.training.parallel import synchronising, whole
+from deepdelta.training.ranks import ALONE, Ranks
 
 
 def step_batch(config: TrainConfig, corpus: Corpus, step: int) -> tuple[Tensor, Tensor]:
-    """Inputs and labels (B, T) of the step after `step`, all of its micro-batches; see `data.batch`."""
+    """Inputs and labels (B, T) of the step after `step`, all of its micro-batches on all ranks; see `data.batch`."""
     return batch(
         corpus.train,
         seed=config.seed,
         step=step,
-        rank=0,
         batch_size=config.batch_size * config.accumulate,
         context=config.model.context,
         ends_at=corpus.ends_at,
@@ -26,23 +27,32 @@ def step_batch(config: TrainConfig, corpus: Corpus, step: int) -> tuple[Tensor, 
 
 
 def micro_losses(
-    forward: nn.Module, inputs: Tensor, labels: Tensor, accumulate: int, chosen: Device
+    forward: nn.Module, inputs: Tensor, labels: Tensor, accumulate: int, chosen: Device, ranks: Ranks = ALONE
 ) -> Iterator[Tensor]:
-    """The share of each of `accumulate` micro-batches in the loss of a step, one after the other.
+    """The share of each of `accumulate` micro-batches in the loss of a step, one after the other; of several ranks the
+    mean of their shares is that of the micro-batch.
+
+    Every label that counts weighs the same in the step's loss, however many each rank has of a micro-batch.
 
     Each is to be taken backward before the next is asked for, so that one micro-batch's activations live at a time.
     """
-    for part, part_labels in zip(inputs.chunk(accumulate), labels.chunk(accumulate), strict=True):
-        with torch.autocast(chosen.device.type, dtype=torch.bfloat16, enabled=chosen.precision == "bf16"):
-            loss = forward(part.to(chosen.device), part_labels.to(chosen.device), loss_alone=True).loss / accumulate
-        yield loss
+    counted = (labels != IGNORED).sum()
+    pairs = zip(inputs.chunk(accumulate), labels.chunk(accumulate), strict=True)
+    for number, (part, part_labels) in enumerate(pairs, start=1):
+        part, part_labels = ranks.rows(part), ranks.rows(part_labels)
+        # As many such parts as there are labels to one of its own: a whole number where all have as many.
+        parts = counted / ((part_labels != IGNORED).sum() * ranks.size)
+        with synchronising(forward, number == accumulate):
+            with torch.autocast(chosen.device.type, dtype=torch.bfloat16, enabled=chosen.precision == "bf16"):
+                loss = forward(part.to(chosen.device), part_labels.to(chosen.device), loss_alone=True).loss / parts
+            yield loss
 
 
 class Made(NamedTuple):
     """What a step gave, on its device until it is read."""
 
     shares: Tensor
-    """The loss of each micro-batch, divided by their number."""
+    """Of each micro-batch in the loss, which is their sum."""
     norm: Tensor
     """Of the gradient, before clipping."""
 
@@ -60,10 +70,18 @@ def backward(losses: Iterable[Tensor]) -> Tensor:
     return torch.stack(shares)
 
 
-def update(model: nn.Module, optimizer: Optimizer, clip: float, shares: Tensor | None = None) -> Tensor:
-    """Clip the gradients, step where they and the loss are finite, and clear them; their norm before clipping."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    finite = norm.isfinite() if shares is None else norm.isfinite() & shares.isfinite().all()
+def update(
+    model: nn.Module, optimizer: Optimizer, clip: float, shares: Tensor | None = None, ranks: Ranks = ALONE
+) -> Made:
+    """Clip the gradients, step where they and the loss are finite on every rank, and clear them; the loss of all ranks
+    and the norm before clipping."""
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip))
+    shares = norm.new_zeros(1) if shares is None else shares
+    finite = norm.isfinite() & shares.isfinite().all()
+    if ranks.size > 1:
+        # In one sum, of which every rank gets the same bits, so that all of them step or none does.
+        told = ranks.summed(torch.cat((shares / ranks.size, (~finite).to(shares.dtype)[None])))
+        shares, finite = told[:-1], told[-1] == 0
     if optimizer.defaults.get("fused"):
         # As under torch.amp's GradScaler: where this is 1 the fused step leaves weights and state as they were, and
         # the host need not wait for the device to know.
@@ -72,11 +90,17 @@ def update(model: nn.Module, optimizer: Optimizer, clip: float, shares: Tensor |
     elif finite:
         optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return Made(shares, norm)
 
 
 def training_step(
-    model: nn.Module, optimizer: Optimizer, losses: Iterable[Tensor], *, clip: float, rate: float | None = None
+    model: nn.Module,
+    optimizer: Optimizer,
+    losses: Iterable[Tensor],
+    *,
+    clip: float,
+    rate: float | None = None,
+    ranks: Ranks = ALONE,
 ) -> Made:
     """Backward and update, at the learning rate `rate` or the optimiser's own; the loss and the gradient norm.
 
@@ -85,5 +109,4 @@ def training_step(
     if rate is not None:
         for group in optimizer.param_groups:
             group["lr"] = rate
-    shares = backward(losses)
-    return Made(shares, update(model, optimizer, clip, shares))
+    return update(model, optimizer, clip, backward(losses), ranks)

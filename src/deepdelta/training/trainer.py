@@ -4,6 +4,7 @@ A step is a pure function of (weights, optimiser state, seed, step), so a run co
 bit: no generator or loader has a state of its own.
 """
 
+import io
 import math
 import signal
 import threading
@@ -14,7 +15,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from deepdelta.data import Corpus, windows
 from deepdelta.device import Device
@@ -22,12 +26,14 @@ from deepdelta.errors import UserError
 from deepdelta.models import LanguageModel
 from deepdelta.progress import Reporter, duration, reporting
 from deepdelta.training.averaging import averaged, begin_anew, follow
-from deepdelta.training.checkpoints import AVERAGE, BEST
+from deepdelta.training.checkpoints import AVERAGE, BEST, CHECKPOINT, restore
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.evaluation import Evaluation, evaluate
 from deepdelta.training.health import Health, first_not_finite, health
 from deepdelta.training.metrics import append_json, is_step
 from deepdelta.training.optimizer import build_optimizer, learning_rate
+from deepdelta.training.parallel import distributed
+from deepdelta.training.ranks import ALONE, Ranks
 from deepdelta.training.rundir import RunDirectory
 from deepdelta.training.step import Made, micro_losses, step_batch, training_step
 
@@ -68,11 +74,13 @@ class Trainer:
         model: LanguageModel,
         say: Say,
         on_row: Callable[[Mapping[str, Any]], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.on_row = on_row
+        self.on_row, self.ranks = on_row, ranks
         self.config, self.run, self.corpus, self.chosen, self.model, self.say = config, run, corpus, chosen, model, say
-        self.optimizer = build_optimizer(model, config)
         self.average = averaged(model, config)
+        shared = distributed(model, [self.average.module] if self.average else [], config, chosen, ranks)
+        self.optimizer = build_optimizer(model, config)
         self.step, self.seconds = 0, 0.0
         self.unread: list[_Unread] = []
         self.read_every = 1 if chosen.device.type == "cpu" else READ_EVERY
@@ -85,7 +93,7 @@ class Trainer:
         self.warned = False
         self.saved: int | None = None
         """The step of the last good checkpoint."""
-        self.forward: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+        self.forward: nn.Module = torch.compile(shared) if config.compile else shared  # type: ignore[assignment]
 
     def run_steps(self) -> Trained:
         config = self.config
@@ -93,15 +101,18 @@ class Trainer:
         if self.step >= config.steps and validation_loss is not None:
             self.say(f"{self.run.path} has all its {config.steps} steps; give more --steps to extend it.")
             return Trained(self.step, True, validation_loss)
-        with stop_signals() as stopped, reporting(str(self.run.path), config.steps, self.step) as reporter:
-            stop = stopped()
+        console = None if self.ranks.first else Console(file=io.StringIO())
+        with stop_signals() as stopped, reporting(str(self.run.path), config.steps, self.step, console) as reporter:
+            stop = self.ranks.any(stopped())
             while self.step < config.steps and not stop:
                 self._one_step()
                 last = self.step == config.steps
                 validates, saves = last or self.step % config.eval_every == 0, self.step % config.checkpoint_every == 0
-                if validates or saves or len(self.unread) == self.read_every:
+                reads = validates or saves or len(self.unread) == self.read_every
+                if reads:
                     self._read(reporter)
-                if stop := stopped():
+                # Several ranks stop after the same step, so they ask each other, where they have waited in any case.
+                if (reads or self.ranks.size == 1) and (stop := self.ranks.any(stopped() or self.ranks.orphaned)):
                     self._read(reporter)
                 if validates:
                     self._validate(config.eval_tokens, reporter, final=False)
@@ -115,8 +126,7 @@ class Trainer:
                 self.say(f"Stopped at step {self.step} of {config.steps}, {saved}. The same command continues.")
                 return Trained(self.step, False, None)
             if self.average is not None:
-                with self._naming_the_last_good():
-                    self.run.save_checkpoint(self.average.module, None, self.step, self.seconds, name=AVERAGE)
+                self._save(self.average.module, None, None, AVERAGE)
             validation_loss = self._validate(config.final_eval_tokens, reporter, final=True)
         self.say(
             f"Finished {config.steps} steps in {duration(self.seconds)}: validation loss {validation_loss:.4f} nats "
@@ -130,30 +140,49 @@ class Trainer:
         Raises:
             UserError: the checkpoint or the metrics are damaged, or it is beyond the last step.
         """
-        self.step, self.seconds = self.run.restore(self.model, self.optimizer, self.average, self.say)
+        run, ranks = self.run, self.ranks
+        self.step, self.seconds = restore(run.path, self.model, self.optimizer, self.average, self.say, ranks)
         self.saved = self.step
         if self.step > self.config.steps:
             raise UserError(
                 f"{self.run.path} is at step {self.step} already; steps={self.config.steps} must not be fewer."
             )
-        self.run.cut_metrics(self.step)
+        ranks.shared(lambda: run.cut_metrics(self.step))
         if self.average is not None:
             begin_anew(self.average, self.config, self.step)
-        for row in self.run.metrics():
-            if is_step(row):
-                self.skipped = row.get("skipped", self.skipped)
-                self.in_a_row = self.in_a_row + 1 if "skipped" in row else 0
-            elif not row["final"]:
-                self.best = min(self.best, row["validation_loss"])
+        self.skipped, self.in_a_row, self.best = ranks.shared(self._recorded)
         self.say(f"Continuing {self.run.path} at step {self.step} of {self.config.steps}.")
 
+    def _recorded(self) -> tuple[int, int, float]:
+        """Skipped steps so far and in a row, and the best validation loss."""
+        skipped, in_a_row, best = 0, 0, math.inf
+        for row in self.run.metrics():
+            if is_step(row):
+                skipped, in_a_row = row.get("skipped", skipped), in_a_row + 1 if "skipped" in row else 0
+            elif not row["final"]:
+                best = min(best, row["validation_loss"])
+        return skipped, in_a_row, best
+
     def save(self) -> None:
-        with self._naming_the_last_good():
-            last = self.config.keep_last
-            self.run.save_checkpoint(self.model, self.optimizer, self.step, self.seconds, self.average, last=last)
+        self._save(self.model, self.optimizer, self.average, CHECKPOINT)
         self.saved = self.step
 
+    def _save(self, model: nn.Module, optimizer: Optimizer | None, average: AveragedModel | None, name: str) -> None:
+        with self._naming_the_last_good():
+            self.run.save_checkpoint(
+                model,
+                optimizer,
+                self.step,
+                self.seconds,
+                average,
+                name=name,
+                last=self.config.keep_last,
+                ranks=self.ranks,
+            )
+
     def _record(self, row: dict[str, Any]) -> None:
+        if not self.ranks.first:
+            return
         with self._naming_the_last_good():
             append_json(self.run.metrics_path, row)
         if self.on_row is not None:
@@ -178,7 +207,7 @@ class Trainer:
         if not self.unread:
             self.began = time.perf_counter()
         rate, losses = learning_rate(config, self.step), self._losses(self.forward, self.step)
-        made = training_step(self.model, self.optimizer, losses, clip=config.clip, rate=rate)
+        made = training_step(self.model, self.optimizer, losses, clip=config.clip, rate=rate, ranks=self.ranks)
         self.step += 1
         follow(self.average, self.model, config, self.step)
         self.unread.append(_Unread(self.step, rate, made))
@@ -207,7 +236,9 @@ class Trainer:
         if self.in_a_row < self.config.not_finite:
             reporter.note(f"step {step}: {what}; skipped, the weights stay as they are")
             return
-        name = first_not_finite(self.model, lambda: list(self._losses(self.model, step - 1)))
+        found = first_not_finite(self.model, lambda: list(self._losses(self.model, step - 1)))
+        every, names = self.ranks.gathered(found), [name for name, _ in self.model.named_modules()]
+        name = min(filter(None, every), key=names.index, default=None)
         layer = f"the first layer whose output is not finite is '{name}'" if name else "every layer's output is finite"
         row = f", {self.in_a_row} such steps in a row" if self.in_a_row > 1 else ""
         raise self._diverged(f"{what} at step {step}{row} ({layer})", step)
@@ -217,12 +248,12 @@ class Trainer:
         config = self.config
         self.corpus.check_mapped()
         inputs, labels = step_batch(config, self.corpus, step)
-        return micro_losses(forward, inputs, labels, config.accumulate, self.chosen)
+        return micro_losses(forward, inputs, labels, config.accumulate, self.chosen, self.ranks)
 
     @torch.no_grad()
     def _next_is_finite(self) -> bool:
         """Whether the next step has a finite loss: only weights with which it has may replace the last good ones."""
-        return math.isfinite(next(self._losses(self.model, self.step)).item())
+        return not self.ranks.any(not math.isfinite(next(self._losses(self.model, self.step)).item()))
 
     def _diverged(self, what: str, step: int) -> UserError:
         self._record({"step": step, "diverged": True})
@@ -256,10 +287,7 @@ class Trainer:
         if not final and result.loss < self.best:
             self.best = result.loss
             if self.config.keep_best:
-                with self._naming_the_last_good():
-                    self.run.save_checkpoint(
-                        self.model, self.optimizer, self.step, self.seconds, self.average, name=BEST
-                    )
+                self._save(self.model, self.optimizer, self.average, BEST)
         return result.loss
 
     def _evaluated(self, model: LanguageModel, tokens: int | None) -> Evaluation:
@@ -270,6 +298,7 @@ class Trainer:
             device=self.chosen.device,
             autocast=self.chosen.precision == "bf16",
             tokens=tokens,
+            ranks=self.ranks,
         )
 
     def _health(self) -> Health | None:
@@ -281,8 +310,12 @@ class Trainer:
 
     def _recorded_validation(self) -> float | None:
         """The final validation at the present step, where the run has made it already."""
-        rows = [row for row in self.run.metrics() if row.get("final") and row["step"] == self.step]
-        return rows[-1]["validation_loss"] if rows else None
+
+        def find() -> float | None:
+            rows = [row for row in self.run.metrics() if row.get("final") and row["step"] == self.step]
+            return rows[-1]["validation_loss"] if rows else None
+
+        return self.ranks.shared(find)
 
 
 @contextmanager

@@ -1,0 +1,295 @@
+"""Several processes train what one trains: losses, norms and weights within rounding, checkpoints for any number."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deepdelta.config import merged
+from deepdelta.models import language_model
+from deepdelta.training import RunDirectory, Trained, ranks
+from deepdelta.training.trainer import Trainer
+from rank_runs import Case, by_ranks, host, meeting, run_cases
+from tiny_runs import rows, settings, tensors, text_file
+
+SMALL: dict[str, Any] = {
+    "model": {"context": 8, "layers": 2, "heads": 2, "dim": 8, "embedding_std": 0.1},
+    "batch_size": 4,
+    "accumulate": 2,
+    "steps": 6,
+    "schedule": "constant",
+    "eval_every": 4,
+    "eval_tokens": 40,
+    "final_eval_tokens": 100,
+    "checkpoint_every": 3,
+}
+NAN_STEPS = (2, 4)
+
+
+def small(source: Path, preset: str = "ddl", **changes: Any) -> dict[str, Any]:
+    """A short run as plain data; `residual` goes over the preset."""
+    plain = merged(SMALL, {"model": {"residual": {"preset": preset} | changes.pop("residual", {})}})
+    return settings(source, **merged(plain, changes))
+
+
+def variants(source: Path) -> dict[str, dict[str, Any]]:
+    """The ways of sharing, with what each has to get right."""
+    documents = {"source": str(source.parent / "documents"), "windows": "documents"}
+    return {
+        "ddp": small(source, average="ema", keep_best=True),
+        "ddp-documents": small(source, "paper-scalar", data=documents, accumulate=3),
+        "ddp-fused": small(source, "paper-tc", backend="fused"),
+        "fsdp": small(source, parallel="fsdp", average="last", average_steps=2, keep_best=True),
+        "fsdp-fused": small(source, "code-cc", parallel="fsdp", backend="fused"),
+        "fsdp-write-only": small(source, "paper-tc", residual={"rule": "write_only"}, parallel="fsdp"),
+        "skips": small(source, parallel="fsdp"),
+    }
+
+
+def assert_close(run: Path, expected: Path) -> None:
+    """Losses, norms and weights within rounding; Adam's first steps divide by gradients that may be next to nothing."""
+    # A run that was extended has been validated where it had ended before.
+    made = [row for row in rows(run) if "validation_loss" not in row or row["step"] != 3]
+    for row, other in zip(made, rows(expected), strict=True):
+        assert row == pytest.approx(other, rel=2e-5), f"{row} instead of {other}"
+    ours, theirs = tensors(run), tensors(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def halves(name: str, plain: dict[str, Any]) -> tuple[Case, Case]:
+    """A run up to its third step, and to its end by other ranks."""
+    return (name, plain | {"steps": 3}, {}), (name, plain, {"inexact_resume": True})
+
+
+@contextmanager
+def ruined(rank: int, steps: tuple[int, ...]) -> Iterator[None]:
+    """The loss of one rank is NaN in some steps."""
+    real = Trainer._losses
+
+    def losses(self: Trainer, forward: nn.Module, step: int) -> Iterator[Tensor]:
+        for loss in real(self, forward, step):
+            yield loss * math.nan if self.ranks.rank == rank and step + 1 in steps and loss.requires_grad else loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_losses", losses)
+        yield
+
+
+def _two(folder: Path, cases: dict[str, dict[str, Any]], others: dict[str, list[Case]]) -> dict[str, str]:
+    """What each of two ranks does in the short form, and what it is told; the second dies in the end."""
+    told = run_cases(folder, [(name, plain, {}) for name, plain in cases.items() if name != "skips"] + others["sound"])
+    with ruined(1, NAN_STEPS):
+        told |= run_cases(folder, [("skips", cases["skips"], {})])
+    with ruined(1, (3, 4, 5)):
+        told |= run_cases(folder, others["diverges"])
+    seed = int(os.environ["RANK"])
+    told |= run_cases(folder, [(name, plain | {"seed": seed}, options) for name, plain, options in others["differ"]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "run_steps", lambda self: Trained(0, False, None))
+        told |= run_cases(folder, others["start"])
+    (folder / f"told-{seed}.json").write_text(json.dumps(told))
+    real = Trainer._one_step
+
+    def one_step(self: Trainer) -> None:
+        if self.step == 4 and self.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", one_step)
+        patch.setattr(ranks, "ANSWER", 2.0)
+        return run_cases(folder, others["dies"])
+
+
+class Short(NamedTuple):
+    """What two ranks left."""
+
+    expected: Path
+    """Where one process has trained the same."""
+    found: Path
+    told: list[dict[str, str]]
+    """Of each rank, by runs that failed."""
+    ends: list[Any]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "documents").mkdir()
+    text = text_file(folder / "text.txt").read_text()
+    for number in range(0, len(text), 37):
+        (folder / "documents" / f"{number}.txt").write_text(text[number : number + 5 + number % 31] + str(number))
+    return folder / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def short(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Short:
+    expected, found = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    cases = variants(source)
+    for name, plain in cases.items():
+        with ruined(0, NAN_STEPS if name == "skips" else ()):
+            assert not run_cases(expected, [(name, plain, {})])
+    (begun, gone_on), (left, _) = halves("from-one", cases["fsdp"]), halves("from-two", cases["ddp"])
+    assert not run_cases(found, [begun])
+    (found / "occupied").mkdir()
+    (found / "occupied" / "metrics.jsonl").write_text("of somebody else")
+    exact = (gone_on[0], gone_on[1], {})
+    wrong: list[Case] = [
+        ("divides", cases["ddp"] | {"batch_size": 3}, {}),
+        ("occupied", cases["ddp"], {}),
+        ("rival", small(source, model={"rival": "identity-hyper"}, parallel="fsdp"), {}),
+        ("from-one", *exact[1:]),
+    ]
+    others: dict[str, list[Case]] = {
+        "sound": [*wrong, gone_on, left],
+        "diverges": [("diverges", cases["fsdp"], {})],
+        "differ": [("differ", cases["ddp"], {})],
+        "start": [("start", cases["fsdp"], {})],
+        "dies": [("dies", cases["fsdp"], {})],
+    }
+    ends = by_ranks(2, found, _two, cases, others)
+    told = [json.loads((found / f"told-{rank}.json").read_text()) for rank in range(2)]
+    return Short(expected, found, told, ends)
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp-documents", "ddp-fused", "fsdp", "fsdp-fused", "fsdp-write-only"])
+def test_two_train_as_one(short: Short, name: str) -> None:
+    assert name not in short.told[0] | short.told[1]
+    assert_close(short.found / name, short.expected / name)
+    files = {path.name for path in (short.expected / name).iterdir()}
+    assert {path.name for path in (short.found / name).iterdir()} == files
+
+
+def test_all_skip_where_one_is_not_finite(short: Short) -> None:
+    assert [row["step"] for row in rows(short.found / "skips") if "skipped" in row] == [*NAN_STEPS]
+    assert_close(short.found / "skips", short.expected / "skips")
+
+
+def test_weights_start_the_same_bit_for_bit(short: Short, source: Path) -> None:
+    config = RunDirectory(short.found / "start").config()
+    saved = RunDirectory(short.found / "start").checkpoint()
+    assert saved.step == 0
+    for name, tensor in language_model(config.model, config.seed).state_dict().items():
+        assert tensor.equal(saved.weights[name]), name
+
+
+def test_what_one_began_two_end(short: Short) -> None:
+    assert_close(short.found / "from-one", short.expected / "fsdp")
+
+
+def test_what_two_began_one_ends(short: Short, source: Path) -> None:
+    _, case = halves("from-two", variants(source)["ddp"])
+    assert RunDirectory(short.found / "from-two").step() == 3
+    assert not run_cases(short.found, [case])
+    assert_close(short.found / "from-two", short.expected / "ddp")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("divides", "batch_size must be a multiple of the number of processes, got batch_size=3 and 2 processes"),
+        ("occupied", "holds metrics.jsonl, which a run would overwrite"),
+        ("rival", "parallel='fsdp' shards a GPT's layers; the rival 'identity-hyper' takes 'ddp'"),
+        ("differ", "rank 1 differs from rank 0 here: seed: 1 there, 0 here."),
+        ("diverges", "3 such steps in a row (every layer's output is finite): training diverged."),
+    ],
+)
+def test_refused_once(short: Short, name: str, message: str) -> None:
+    """One rank says it, the other ends without a line; nothing is left."""
+    said = sorted(told[name] for told in short.told)
+    assert [line.partition(":")[0] for line in said] == ["Told", "UserError"] and message in said[1]
+    left = {path.name for path in (short.found / name).iterdir()} if (short.found / name).exists() else set()
+    if name == "diverges":
+        assert RunDirectory(short.found / name).step() == 3  # a step that was skipped leaves good weights
+    else:
+        assert left == ({"metrics.jsonl"} if name == "occupied" else set())
+
+
+def test_another_number_of_ranks_is_another_environment(short: Short) -> None:
+    """Refused without `inexact_resume`, since the last bits differ; the run then went on with it."""
+    message = "was started in another environment (parallel: 'none' there, 'fsdp' here; processes: 1 there, 2 here)"
+    assert message in max(told["from-one"] for told in short.told)
+
+
+def test_a_rank_that_dies_is_named_and_the_run_goes_on(short: Short, source: Path) -> None:
+    said, code = short.ends
+    assert code == -signal.SIGKILL
+    assert said["dies"].startswith("UserError: rank 1 of 2 ended without a word: killed, stuck, or")
+    assert RunDirectory(short.found / "dies").step() == 3
+    assert not run_cases(short.found, [("dies", variants(source)["fsdp"], {"inexact_resume": True})])
+    assert_close(short.found / "dies", short.expected / "fsdp")
+
+
+def test_one_rank_alone(short: Short, source: Path, tmp_path: Path) -> None:
+    store = host()
+    with meeting(0, 1, store.port):
+        assert not run_cases(tmp_path, [("fsdp", variants(source)["fsdp"], {})])
+    assert_close(tmp_path / "fsdp", short.expected / "fsdp")
+    assert RunDirectory(tmp_path / "fsdp").environment()["parallel"] == "fsdp"
+
+
+def test_ranks_that_do_not_meet(source: Path, tmp_path: Path) -> None:
+    store = host()
+    with meeting(0, 2, store.port):
+        (said,) = run_cases(tmp_path, [("run", variants(source)["ddp"], {"timeout": 1.0})]).values()
+    assert "the 2 processes of this run have not met at 127.0.0.1:" in said and "within 1 s" in said
+    assert not (tmp_path / "run").exists()
+
+
+PRESETS = {
+    "default": ("ddl", {}),
+    "delta": ("paper-cc", {}),
+    "delta-token": ("paper-tc", {}),
+    "write-only": ("paper-cc", {"rule": "write_only"}),
+}
+
+
+def matrix(source: Path) -> dict[str, dict[str, Any]]:
+    return {
+        f"{name}-{channels}-{backend}": small(
+            source, preset, residual=changes | {"value_channels": channels}, backend=backend, steps=3
+        )
+        for name, (preset, changes) in PRESETS.items()
+        for channels in (1, 4)
+        for backend in ("reference", "fused")
+    }
+
+
+@pytest.mark.scale
+def test_every_number_trains_as_one(source: Path, tmp_path: Path) -> None:
+    cases = matrix(source)
+    assert not run_cases(tmp_path / "one", [(name, plain, {}) for name, plain in cases.items()])
+    for size in (1, 2, 4):
+        shared: list[Case] = [
+            (f"{name}-{parallel}", plain | {"parallel": parallel}, {})
+            for name, plain in cases.items()
+            for parallel in ("ddp", "fsdp")
+        ]
+        assert by_ranks(size, tmp_path / f"{size}", run_cases, shared) == [{}] * size
+        for name in cases:
+            for parallel in ("ddp", "fsdp"):
+                assert_close(tmp_path / f"{size}" / f"{name}-{parallel}", tmp_path / "one" / name)
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_saved_by_some_resumed_by_others(source: Path, tmp_path: Path, parallel: str) -> None:
+    plain = small(source, parallel=parallel, average="ema")
+    pairs = {f"{a}-{b}": (a, b) for a in (1, 2, 4) for b in (1, 2, 4) if a != b}
+    assert not run_cases(tmp_path / "one", [("run", plain, {})])
+    for part in range(2):
+        for size in (1, 2, 4):
+            cases = [halves(name, plain)[part] for name, sizes in pairs.items() if sizes[part] == size]
+            assert by_ranks(size, tmp_path / "shared", run_cases, cases) == [{}] * size
+    for name in pairs:
+        assert_close(tmp_path / "shared" / name, tmp_path / "one" / "run")
