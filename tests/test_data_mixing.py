@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def mixed(folders: dict[str, Path], web: float = 3.0, code: float = 1.0) -> DataConfig:
-    weights = {str(folders["web"]): web, str(folders["code"]): code}
+    weights = (str(folders["web"]), web), (str(folders["code"]), code)
     return DataConfig(
         source=str(folders["web"]), tokenizer=str(folders["web"].parent / "tokenizer.json"), mixture=weights
     )
@@ -84,10 +84,12 @@ def test_a_mixture_maps_its_sources_and_is_another_corpus_with_other_weights(
     other = folders["code"].parent / "text.txt"
     text_file(other)
     with pytest.raises(UserError, match=r"must have one tokenizer and vocabulary, and .*text\.txt has another than"):
-        load_corpus(DataConfig(source=str(folders["web"]), mixture={str(other): 1.0}), cache=tmp_path)
+        load_corpus(DataConfig(source=str(folders["web"]), mixture=((str(other), 1.0),)), cache=tmp_path)
     for weight in (0.0, -1.0):
         with pytest.raises(UserError, match="mixture"):
-            DataConfig(mixture={"a": weight})
+            DataConfig(mixture=(("a", weight),))
+    with pytest.raises(UserError, match="the sources of a mixture must be different ones"):
+        DataConfig(mixture=(("a", 1.0), ("a", 2.0)))
 
 
 def test_a_run_keeps_the_hash_of_every_shard_and_names_the_one_that_changed(
@@ -99,7 +101,11 @@ def test_a_run_keeps_the_hash_of_every_shard_and_names_the_one_that_changed(
         place.mkdir()
         for file in folders[name].iterdir():
             (place / file.name).write_bytes(file.read_bytes())
-    data = {"source": str(web), "tokenizer": str(web / "tokenizer.json"), "mixture": {str(web): 0.7, str(code): 0.3}}
+    data = {
+        "source": str(web),
+        "tokenizer": str(web / "tokenizer.json"),
+        "mixture": [[str(web), 0.7], [str(code), 0.3]],
+    }
     settings = config(tmp_path, data=data, steps=4)
     quietly(settings, tmp_path / "run")
     kept = json.loads((tmp_path / "run" / "environment.json").read_text())["shards"]

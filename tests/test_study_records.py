@@ -228,7 +228,7 @@ def test_records_differ_in_every_setting_that_decides_numbers() -> None:
     same: dict[str, Any] = {
         "device": "cpu",
         "threads": 3,
-        "data": {"source": "x", "pattern": "*.py", "mixture": {"x": 1.0}},
+        "data": {"source": "x", "pattern": "*.py", "mixture": [["x", 1.0]]},
     }
     same |= {"checkpoint_every": 7, "keep_last": 2, "keep_best": True}
     other: dict[str, Any] = {

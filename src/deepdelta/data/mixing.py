@@ -20,12 +20,12 @@ def load_corpus(config: DataConfig, *, cache: AnyPath | None = None, progress: S
     Raises:
         UserError: see `load_source`; or the sources do not have one tokenizer and one vocabulary.
     """
-    alone = replace(config, mixture={})
+    alone = replace(config, mixture=())
     main = load_source(alone, cache=cache, progress=progress)
     if not config.mixture:
         return main
     parts: dict[str, Corpus] = {}
-    for name in config.mixture:
+    for name, _ in config.mixture:
         if name != config.source:
             parts[name] = load_source(replace(alone, source=name), cache=cache, progress=progress)
         else:
@@ -38,8 +38,8 @@ def load_corpus(config: DataConfig, *, cache: AnyPath | None = None, progress: S
                 f"sources that are mixed must have one tokenizer and vocabulary, and {name} has another than "
                 f"{config.source}: name one `tokenizers` JSON file by tokenizer, or give ids of one vocabulary."
             )
-    total = sum(config.mixture.values())
-    shares = {name: weight / total for name, weight in config.mixture.items()}
+    total = sum(weight for _, weight in config.mixture)
+    shares = {name: weight / total for name, weight in config.mixture}
     told = [main.sha256, *([parts[name].sha256, share] for name, share in shares.items())]
     others = [(name, *shard) for name, part in parts.items() if part is not main for shard in part.shards]
     return replace(
