@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,15 @@ import pytest
 import torch
 from numpy.random import Philox
 
-from deepdelta import UserError
+from deepdelta import GPT, GPTConfig, TrainConfig, UserError
 from deepdelta.data import DataConfig, batch, check_context, load_corpus
 from deepdelta.data.prepare import prepare
 from deepdelta.data.tokenizer import BPETokenizer
+from deepdelta.device import choose_device
 from deepdelta.training import trainer
+from deepdelta.training.optimizer import build_optimizer
 from deepdelta.training.prefetch import Prefetched
+from deepdelta.training.step import micro_losses, training_step
 from tiny_runs import assert_same_run, config, quietly, text_file
 
 TEXTS = [f"document {i}: größe and {'more ' * (i % 9)}of it\n" for i in range(120)]
@@ -165,3 +169,23 @@ def test_a_run_with_batches_made_ahead_is_the_same_run(tmp_path: Path, monkeypat
     monkeypatch.setattr(trainer.Trainer, "__init__", init)
     quietly(settings, tmp_path / "ahead")
     assert_same_run(tmp_path / "plain", tmp_path / "ahead")
+
+
+@pytest.mark.parametrize("kind", ["one", "mixed"])
+def test_batches_take_a_twentieth_of_a_small_model_s_step_at_most(kind: str) -> None:
+    """In seconds of this process alone, whatever else the machine does; of larger models a smaller share yet."""
+    sources = [np.random.default_rng(n).integers(0, 512, 10**6).astype(np.uint16) for n in range(2)]
+    mixture = list(zip(sources, (0.7, 0.3), strict=True)) if kind == "mixed" else []
+    model = GPT(GPTConfig(vocab_size=512, context=128, layers=2, heads=2, dim=64), seed=0)
+    optimizer = build_optimizer(model, TrainConfig(lr=1e-3))
+    spent = {"batches": 0.0, "steps": 0.0}
+    for step in range(8):
+        began = time.process_time()
+        drawn: dict[str, Any] = {"seed": 0, "rank": 0, "batch_size": 8, "context": 128, "mixture": mixture}
+        pair = batch(sources[0], step=step, **drawn)
+        made = time.process_time()
+        training_step(model, optimizer, micro_losses(model, *pair, 1, choose_device("cpu", "fp32")), clip=1.0)
+        if step >= 2:  # the first ones warm up
+            spent["batches"] += made - began
+            spent["steps"] += time.process_time() - made
+    assert 20 * spent["batches"] < spent["steps"], spent
