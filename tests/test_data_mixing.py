@@ -49,7 +49,7 @@ def mixed(folders: dict[str, Path], web: float = 3.0, code: float = 1.0) -> Data
 def test_windows_are_drawn_by_the_weights_and_by_nothing_but_seed_and_step() -> None:
     sources = [np.arange(1000 * n, 1000 * n + 200 * (n + 1), dtype=np.uint16) for n in range(3)]
     mixture = list(zip(sources, (0.6, 0.3, 0.1), strict=True))
-    drawn: dict[str, Any] = {"seed": 5, "rank": 0, "batch_size": 2000, "context": 7, "mixture": mixture}
+    drawn: dict[str, Any] = {"seed": 5, "batch_size": 2000, "context": 7, "mixture": mixture}
     inputs, labels = batch(sources[0], step=3, **drawn)
     assert labels[:, :-1].equal(inputs[:, 1:]) and (labels - inputs == 1).all()  # never over an end of a source
     counts = Counter((inputs[:, 0] // 1000).tolist())
@@ -181,7 +181,7 @@ def test_batches_take_a_twentieth_of_a_small_model_s_step_at_most(kind: str) -> 
     spent = {"batches": 0.0, "steps": 0.0}
     for step in range(8):
         began = time.process_time()
-        drawn: dict[str, Any] = {"seed": 0, "rank": 0, "batch_size": 8, "context": 128, "mixture": mixture}
+        drawn: dict[str, Any] = {"seed": 0, "batch_size": 8, "context": 128, "mixture": mixture}
         pair = batch(sources[0], step=step, **drawn)
         made = time.process_time()
         training_step(model, optimizer, micro_losses(model, *pair, 1, choose_device("cpu", "fp32")), clip=1.0)
