@@ -9,6 +9,9 @@
 # make docs    set up, then build the pages of docs/ as a site into build/site
 # make check   lint, format and types, without running anything
 # make wheel   wheel and sdist, checked, then a first run from the wheel alone in a clean environment; PYTHON=... chooses it
+# make test-ray   studies on a Ray cluster of this machine (about a minute)
+# make soak    kills at 200 seeded points, 10,000 checkpoints, a study of 300 runs (about 60 minutes); SHORT=1 a fiftieth of it
+# make security  known faults of the pinned packages (pip-audit) and of the source (bandit), with what SECURITY.md explains
 # make fingerprint BASE=COMMIT   losses of 20 steps of every preset here and at that commit, bit for bit
 # make gpu     on a machine with a GPU: kernel tests, doctor, benchmark, in that order; DRY=1 goes through it without one
 # make triton-study   registers and spills of the Triton kernels for sm_90, without a GPU (about 10 minutes)
@@ -20,9 +23,10 @@ EXTRAS_study := lab
 EXTRAS_test := test
 EXTRAS_docs := docs
 EXTRAS_browser := browser
+EXTRAS_ray := ray
 AXE := axe-core@4.14.1
 
-.PHONY: study wheel test test-hf test-home test-scale test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
+.PHONY: study wheel test security soak test-ray test-hf test-home test-scale test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
@@ -85,6 +89,19 @@ wheel:
 	build/wheel/clean/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		build/wheel/dist/*.whl
 	cd build/wheel && PATH=$$PWD/clean/bin:$$PATH bash -eu $(CURDIR)/tests/first_run.sh
+
+soak: .venv/test.stamp
+	$(BIN)/python tests/soak.py $(or $(OUT),results/soak) $(if $(SHORT),--short)
+
+test-ray: .venv/test.stamp .venv/ray.stamp
+	$(BIN)/python -m pytest tests/test_ray.py -m scale
+
+# In an environment of their own; not in CI, since what is known of a package changes from day to day.
+security:
+	$(PYTHON) -m venv build/security
+	build/security/bin/python -m pip install --quiet --disable-pip-version-check pip-audit bandit
+	build/security/bin/bandit --quiet --recursive --configfile pyproject.toml src
+	build/security/bin/pip-audit --disable-pip --no-deps --strict --requirement constraints.txt
 
 fingerprint: .venv/test.stamp
 	@test -n "$(BASE)" || { echo "Name the commit to compare with: make fingerprint BASE=COMMIT"; exit 2; }

@@ -15,6 +15,7 @@ from deepdelta.lab import runner
 from deepdelta.lab.analysis.results import StudyResults
 from deepdelta.lab.analysis.stored import load_stored
 from deepdelta.lab.audit.findings import AuditResults
+from deepdelta.lab.experiments.places import Places
 from deepdelta.lab.views import write_report
 from deepdelta.lab.views.audit import write_audit
 from tiny_runs import RUNS, study_from
@@ -51,7 +52,9 @@ changes.model.residual = {{ rule = "write_only", value_channels = 2, expansion =
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyResults]:
     """A study that ran; then a condition gets a name that wants to be markup."""
     folder = tmp_path_factory.mktemp("study")
-    results = runner.run_study(study_from(STUDY, folder), folder / "out", workers=1, command="deepdelta study tiny")
+    results = runner.run_study(
+        study_from(STUDY, folder), folder / "out", places=Places(workers=1), command="deepdelta study tiny"
+    )
     renamed = tuple(
         dataclasses.replace(one, name=NASTY) if one.name == "renamed" else one for one in results.conditions
     )

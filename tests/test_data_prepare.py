@@ -1,12 +1,17 @@
 """`prepare` writes what the texts are, stopped or not; another program could read it."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from deepdelta.cli import main
+from deepdelta.cli.options import parse
 from deepdelta.data import DataConfig, load_corpus
 from deepdelta.data import prepare as module
 from deepdelta.data.prepare import prepare
@@ -115,11 +120,14 @@ def test_what_is_refused(source, tmp_path):
         prepare(source, out, **options(source))
     with pytest.raises(UserError, match=r"a.jsonl, line 1: there is no 'text', but the fields 'body'"):
         prepare(source, tmp_path / "other", **options(source, field="text"))
+    assert not (tmp_path / "other").exists()  # nothing is locked to the mistake
+    prepare(source, tmp_path / "other", **options(source))
     (source / "c.txt").write_bytes(b"\xff\xfa not UTF-8")
     with pytest.raises(UserError, match=r"c.txt must be UTF-8; byte 0 of document 0 in it is not"):
         prepare(source, tmp_path / "third", **options(source))
     with pytest.raises(UserError, match=r"no document of .* fell to val; choose another fraction"):
         prepare(source / "b00.txt", tmp_path / "fourth", **options(source, validation_fraction=1e-9))
+    assert not (tmp_path / "fourth").exists()
     with pytest.raises(UserError, match="shard_tokens must be at least 1, got 0"):
         prepare(source, tmp_path / "fifth", **options(source, shard_tokens=0))
 
@@ -140,3 +148,21 @@ def test_the_command(source, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "training and " in printed.out and "Next: deepdelta train runs/new --data.source" in printed.out
     assert not printed.err and (tmp_path / "out" / "prepared.json").exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("size", "more"), [(65_536, ""), (65_537, " --data.bin-dtype uint32")])
+def test_the_next_command_reads_bare_shards_of_many_ids(tmp_path, capsys, size, more):
+    words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, size)}
+    made = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    made.save(str(tmp_path / "many.json"))
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"w{size - 1} w{i + 1} " * 9)
+    out, tokenizer = tmp_path / "out", tmp_path / "many.json"
+    words = ["prepare", tmp_path, "--pattern", "*.txt", "--out", out, "--tokenizer", tokenizer, "--no-header"]
+    main([*map(str, words), "--validation-fraction", "0.3"])
+    following = capsys.readouterr().out.splitlines()[-1]
+    assert following.endswith(f"tokenizer.json{more}")
+    corpus = load_corpus(parse(shlex.split(following)[2:]).settings.data)
+    assert corpus.train[1] == size - 1 and corpus.train.dtype == ("u4" if more else "u2")

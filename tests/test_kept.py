@@ -93,6 +93,22 @@ def test_a_place_that_others_can_write(folder: Path, mode: int) -> None:
     refused("can be written by others")
 
 
+def test_a_place_that_is_new_is_its_owner_s_alone(folder: Path) -> None:
+    """Whatever others may read by the umask; one that was there keeps its mode."""
+    before = os.umask(0o022)
+    try:
+        usable()
+    finally:
+        os.umask(before)
+    kept = [inner for inner in folder.iterdir() if inner.is_dir()]
+    assert kept and {oct(inner.stat().st_mode & 0o777) for inner in kept} == {"0o700"}
+    for inner in kept:
+        inner.chmod(0o755)
+        (inner / "index").touch()
+    usable()
+    assert {oct(inner.stat().st_mode & 0o777) for inner in kept} == {"0o755"}
+
+
 def test_a_place_within_one_that_others_can_write(folder: Path) -> None:
     usable()
     folder.chmod(0o777)

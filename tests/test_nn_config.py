@@ -2,13 +2,15 @@
 
 import dataclasses
 import inspect
+import itertools
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
 
 from deepdelta import PRESETS, DeltaStream, GPTConfig, ResidualConfig, UserError
 from deepdelta.config import from_plain, to_plain
-from deepdelta.nn.config import ILLEGAL
+from deepdelta.nn.config import ILLEGAL, NEEDED, Rule
 
 # For every entry of the table, settings that break this rule and no other.
 TRIGGERS: dict[str, list[dict[str, Any]]] = {
@@ -237,11 +239,45 @@ def test_the_library_s_defaults():
     assert dataclasses.replace(PRESETS["paper-scalar"], value_channels=4) == DeltaStream(8, rule="delta").config
 
 
-@pytest.mark.parametrize("setting", [{"gate_init": 0.5}, {"target": "constant"}, {"target_value": 1.0}], ids=str)
-def test_what_the_default_does_not_have_is_refused_by_name(setting):
-    with pytest.raises(UserError, match=f"{next(iter(setting))} has no effect on the default residual.*rule='delta'"):
+UNUSED = [
+    ({"gate_init": 0.5}, {"rule": "delta"}),
+    ({"target": "constant"}, {"rule": "delta"}),
+    ({"target_value": 1.0}, {"rule": "delta", "target": "constant"}),
+    ({"target_init": 1.0}, {"preset": "paper-cc", "target": "affine"}),
+    ({"direction_pool": "flatten"}, {"preset": "paper-v1"}),
+    ({"gate_hidden": 8}, {"gate": "two_layer"}),
+    ({"compression_kernel": 2}, {"preset": "code-cc"}),
+    ({"expansion_kernel": 2}, {"preset": "ddl"}),
+    ({"norm_eps": 1e-6}, {"norm": "rms"}),
+]
+
+
+@pytest.mark.parametrize(("setting", "having"), UNUSED[:-1], ids=str)
+def test_what_a_residual_does_not_have_is_refused_by_name(setting, having):
+    with pytest.raises(UserError, match=f"DeltaStream: {next(iter(setting))} has no effect on this residual"):
         DeltaStream(8, **setting)
-    assert DeltaStream(8, rule="delta", **setting).config.rule == "delta"
+    assert DeltaStream(8, **having, **setting).config is not None
+
+
+def test_every_setting_without_effect_is_one_that_changes_nothing():
+    """Held against the parts that streams have: a stream and its residual, made with another value, are the same."""
+    kinds = [{"rule": rule} for rule in get_args(Rule)] + [{"preset": name} for name in PRESETS]
+    values = {"gate_init": 0.3, "erase_init": 0.3, "direction_pool": "attention", "target": "constant"}
+    values |= {"gate": "constant", "target_init": 3.0, "target_scale": 2.0, "target_value": 1.0, "norm_eps": 1e-2}
+    values |= {"gate_hidden_bias": True, "expansion_kernel": 2, "compression_kernel": 3}
+    x, refused = torch.randn(2, 5, 8), set()
+    for kind, (name, (_, used)) in itertools.product(kinds, NEEDED.items()):
+        stream = DeltaStream(8, **kind, seed=1)
+        if used(stream.config):
+            continue
+        refused.add(name)
+        outputs = []
+        for config in (stream.config, dataclasses.replace(stream.config, **{name: values.get(name, 7)})):
+            made = DeltaStream(8, **dataclasses.asdict(config), seed=1)
+            residual = made.wrap(torch.nn.Tanh())
+            outputs.append(made.reduce(residual(made.expand(x))))
+        assert torch.equal(*outputs), (kind, name)
+    assert refused == NEEDED.keys() - {"norm_eps"}  # every one of these has a norm
 
 
 def test_configurations_are_frozen():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepdelta import DeltaStream
+from deepdelta import DeltaStream, ResidualConfig
 from deepdelta.nn import initialise
 from deepdelta.nn.config import LEARNING
 from helpers import near, randn
@@ -31,7 +31,8 @@ COMMON = {"norm.weight": (D,), "compression.weight": (V, D)}
 
 
 def parameters(channels: int = V, seed: int = 0, **options: Any) -> dict[str, Tensor]:
-    return dict(DeltaStream(D, channels, seed=seed, **{"rule": "delta"} | options).wrap().named_parameters())
+    config = ResidualConfig(value_channels=channels, **options)
+    return dict(DeltaStream(D, seed=seed, **vars(config)).wrap().named_parameters())
 
 
 def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -214,7 +215,7 @@ def test_compression_starts_as_the_mean_over_value_channels(compression, causal)
     if causal and compression != "channel_conv":
         pytest.skip("only the convolution along channels pads")
     options = {"compression": compression, "compression_kernel": 3, "compression_causal": causal, "norm": "none"}
-    stream = DeltaStream(D, V, seed=0, **{"rule": "delta"} | options)
+    stream = DeltaStream(D, seed=0, **vars(ResidualConfig(value_channels=V, **options)))
     state = randn(2, 5, V, D).float()
     near(stream.reduce(state), state.mean(-2), tol=1e-6)
     near(stream.wrap().open(state)[0], state.mean(-2), tol=1e-6)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepdelta import DeltaResidual, DeltaStream, RewriteRecord, recording
+from deepdelta import DeltaResidual, DeltaStream, ResidualConfig, RewriteRecord, recording
 from helpers import (
     compressed,
     direction_parts,
@@ -27,7 +27,7 @@ RULES = ["delta", "write_only", "erase_only", "additive", "additive_erase", "two
 
 def residual_of(**options: Any) -> DeltaResidual:
     options = {"value_channels": V, "gate_hidden": 3, "direction_hidden": 4, **options}
-    residual = DeltaStream(D, seed=0, **{"rule": "delta"} | options).wrap().double()
+    residual = DeltaStream(D, seed=0, **vars(ResidualConfig(**options))).wrap().double()
     perturb(residual)
     return residual
 

@@ -21,7 +21,8 @@ DIM = 5
 
 def residual_of(seed: int = 0, **options: Any) -> DeltaResidual:
     """A residual with every parameter moved away from its start, in fp64."""
-    stream = DeltaStream(DIM, seed=seed, gate_hidden=3, direction_hidden=4, **{"rule": "delta"} | options)
+    config = ResidualConfig(**{"gate_hidden": 3, "direction_hidden": 4} | options)
+    stream = DeltaStream(DIM, seed=seed, **vars(config))
     residual = stream.wrap().double()
     perturb(residual, seed)
     return residual
@@ -151,7 +152,7 @@ def test_any_combination(options, batch, seed):
 @settings(max_examples=25)
 @given(configurations(), st.integers(0, 99))
 def test_expansion_and_reduction(options, seed):
-    stream = DeltaStream(DIM, seed=seed, **{"rule": "delta"} | options).double()
+    stream = DeltaStream(DIM, seed=seed, **vars(ResidualConfig(**options))).double()
     perturb(stream, seed)
     p = dict(stream.named_parameters())
     x = randn(2, 5, DIM, seed=seed).requires_grad_()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from deepdelta import DeltaResidual, DeltaStream, UserError, use_backend
+from deepdelta import DeltaResidual, DeltaStream, ResidualConfig, UserError, use_backend
 from helpers import gradients, near, perturb, randn
 
 D, V = 6, 3
@@ -32,7 +32,7 @@ class Network(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.stream = DeltaStream(D, V, seed=0, **{"rule": "delta"} | options)
+        self.stream = DeltaStream(D, seed=0, **vars(ResidualConfig(**{"value_channels": V} | options)))
         first = self.stream.wrap(nn.Linear(D, D))
         self.blocks = nn.ModuleList([first, self.stream.wrap(nn.Linear(D, D), share_compression=first)])
 
@@ -239,7 +239,8 @@ def test_half_precision_state_under_autocast_and_fp32_gates(gate_dtypes):
 def test_identity_limit_under_autocast(rule):
     """A closed gate leaves an fp32 state bit for bit as it was, whatever autocast does to the branch."""
     options = {"gate": "constant", "gate_init": 0.0, "erase_init": 0.0}
-    residual, state = DeltaStream(D, V, seed=0, rule=rule, **options).wrap(nn.Identity()), randn(4, V, D).float()
+    config = ResidualConfig(rule=rule, value_channels=V, **options)
+    residual, state = DeltaStream(D, seed=0, **vars(config)).wrap(nn.Identity()), randn(4, V, D).float()
     if rule == "additive_erase":
         c, rewrite = residual.open(state)
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -14,7 +14,17 @@ from deepdelta.cli.options import parse
 from deepdelta.lab.measure.memory import peak_bytes
 from deepdelta.models import parameter_count
 from deepdelta.models.flops import training_flops_per_token
-from deepdelta.planning import GPUS, Bytes, Gpu, bytes_per_token, fitting, outlook, seconds_per_token
+from deepdelta.models.gpt import PART_OF_LOGITS
+from deepdelta.planning import (
+    GPUS,
+    Bytes,
+    Gpu,
+    bytes_per_token,
+    fitting,
+    held_outside_layers,
+    outlook,
+    seconds_per_token,
+)
 from deepdelta.training import TrainConfig
 from deepdelta.training.config import run_settings
 from deepdelta.training.optimizer import build_optimizer
@@ -94,6 +104,18 @@ def test_the_layout_is_the_first_that_fits() -> None:
         layout(1.9e9)
     with pytest.raises(UserError, match="gpus must divide the 12 sequences of a step, got 5"):
         outlook(tiny("ddl"), GPUS["h100"], 5)
+
+
+def test_many_logits_are_counted_in_parts() -> None:
+    """Beyond 2^26 of them: a batch of 8 x 1,024 x 50,304 holds as many of them as 667 tokens have."""
+    model = run_settings(recipe("small"), {"preset": "additive"}, where="").model
+    held, outside = bytes_per_token(model).held, held_outside_layers(model)
+    parameters, gpu = parameter_count(model), GPUS["h200"]
+    one, eight = (fitting(model, gpu, 1, size, parameters, held) for size in (1, 8))
+    assert (one.batch_size, eight.batch_size) == (1, 8)
+    assert one.activations == pytest.approx(1024 * held)
+    assert eight.activations == pytest.approx(8192 * (held - outside) + outside * PART_OF_LOGITS / 50304, rel=1e-6)
+    assert outside > 6 * 50304 and eight.activations < 0.65 * 8192 * held
 
 
 def test_published_numbers_are_those_of_the_page() -> None:

@@ -1,6 +1,7 @@
 """The pool of processes: order, how many at a time, failures, an end from outside; and locks of folders for results."""
 
 import fcntl
+import itertools
 import os
 import signal
 import subprocess
@@ -8,14 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from deepdelta import UserError
+from deepdelta import UserError, errors
 from deepdelta.files import HELD, locked
+from deepdelta.lab.experiments import places as places_module
 from deepdelta.lab.experiments import pool
-from deepdelta.lab.experiments.pool import run_processes
+from deepdelta.lab.experiments.places import Places
+from deepdelta.lab.experiments.pool import Claimed, Runner, run_processes
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import RecordFile
 from deepdelta.lab.experiments.run import Run
@@ -24,6 +28,9 @@ from tiny_runs import ENVIRONMENT
 WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[1])"
 SLEEPS = "import sys, time; print('at work', flush=True); time.sleep(1000)"
 FAILS = "print('first'); raise SystemExit('the last line')"
+
+
+TWO = Places(workers=2)
 
 
 class Made(Run):
@@ -67,10 +74,11 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
     """The processes that are started, of Python alone, which starts fast."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def launch(run: Made) -> subprocess.Popen[bytes]:
+    def launch(run: Made, device: str | None) -> subprocess.Popen[bytes]:
         with run.log.open("ab") as log:
             command = [sys.executable, "-c", *run.command()]
-            started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log))
+            environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+            started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment))
         return started[-1]
 
     monkeypatch.setattr(pool, "launch", launch)
@@ -79,13 +87,16 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
 
 
 def run(
-    runs: list[Made], workers: int = 2, stopped: Callable[[], bool] = lambda: False, **options: Any
+    runs: list[Made],
+    places: Places = TWO,
+    stopped: Callable[[], bool] = lambda: False,
+    **options: Any,
 ) -> dict[str, str]:
     """What the runs wrote, by name, in the order in which they ended."""
     found: dict[str, str] = {}
     options = {"watch": lambda waiting, running: None} | options
     run_processes(
-        runs, lambda one: found.update({one.name: one.path.read_text()}), workers=workers, stopped=stopped, **options
+        runs, lambda one: found.update({one.name: one.path.read_text()}), places=places, stopped=stopped, **options
     )
     return found
 
@@ -102,6 +113,53 @@ def test_every_record_is_made_once_and_no_more_than_so_many_at_a_time(tmp_path, 
     assert len(processes) == 4 and all(process.returncode == 0 for process in processes)
     assert max(running for _, running in seen) <= 2 and seen[-1] == (0, 0)
     assert all(process.stdin is not None and process.stdin.closed for process in processes)
+
+
+def test_every_device_is_one_run_s_at_a_time(tmp_path, processes):
+    """Three devices for seven runs, of which each says which it sees, and when it began and ended."""
+    code = (
+        "import os, sys, pathlib, time; began = time.monotonic(); time.sleep(0.05)\n"
+        "seen = os.environ['CUDA_VISIBLE_DEVICES']\n"
+        "pathlib.Path(sys.argv[1]).write_text(f'{seen} {began} {time.monotonic()}')"
+    )
+    places = Places(devices=("3", "GPU-ab", "5")).settled("cpu", 1)
+    assert places.workers == 3
+    found = [text.split() for text in run([Made(tmp_path, str(n), code) for n in range(7)], places).values()]
+    assert {device for device, *_ in found} == {"3", "GPU-ab", "5"}
+    for device in places.devices:
+        spans = sorted((float(began), float(ended)) for seen, began, ended in found if seen == device)
+        assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(spans))
+
+
+def test_places_as_they_are_settled(monkeypatch):
+    monkeypatch.setattr(places_module, "usable_cores", lambda: 8)
+    assert [Places().settled("cpu", threads).workers for threads in (1, 3, 20)] == [8, 2, 1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 7")
+    assert Places().settled("cuda", 4) == Places(workers=2, devices=("2", "7"))
+    assert Places(workers=1).settled("cuda", 4).workers == 1
+    assert Places(on="ray").settled("cuda", 4) == Places(workers=2, on="ray")
+    with pytest.raises(UserError, match="devices must be different ones, got 1, 1"):
+        Places(devices=("1", "1"))
+    with pytest.raises(UserError, match="on a Ray cluster Ray gives runs their devices"):
+        Places(devices=("1",), on="ray")
+
+
+def test_a_run_that_would_be_written_elsewhere_is_refused(tmp_path, processes):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "a").symlink_to(elsewhere)
+    silent = SimpleNamespace(update=lambda done, facts: None, note=lambda text: None)
+    with pytest.raises(UserError, match=rf"{folder}/a must lie in {folder}, but leads to {elsewhere}: remove the link"):
+        Runner(Places(workers=1), {}, "", set(), lambda: False, silent).make(Claimed([Made(folder, "a")], {}), "runs")
+    assert elsewhere.read_text() == "mine" and not processes
+
+
+def test_without_ray_a_cluster_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="studies on a cluster need the extra 'ray', but the package ray is absent"):
+        run([Made(tmp_path, "never")], Places(workers=1, on="ray"))
 
 
 def test_a_job_waits_for_another(tmp_path, processes):
@@ -126,7 +184,7 @@ def test_stopped_it_ends_its_processes_and_waits_for_them(tmp_path, processes):
         return (tmp_path / "sleeps.log").exists() and (tmp_path / "sleeps.log").stat().st_size > 0
 
     with pytest.raises(KeyboardInterrupt):
-        run([Made(tmp_path, "sleeps", SLEEPS), Made(tmp_path, "next", WRITES)], workers=1, stopped=stopped)
+        run([Made(tmp_path, "sleeps", SLEEPS), Made(tmp_path, "next", WRITES)], Places(workers=1), stopped=stopped)
     assert [process.returncode for process in processes] == [-signal.SIGTERM] and not (tmp_path / "next").exists()
 
 

@@ -11,6 +11,9 @@ from torch import nn
 
 import deepdelta
 from deepdelta import PRESETS, DeltaStream, GPTConfig, ResidualConfig, UserError, retrofit, retrofitted
+from deepdelta.cli.options import parse
+from deepdelta.config import to_plain
+from deepdelta.files import write_json
 from deepdelta.lab.experiments.config import load_study
 from deepdelta.lab.tasks import load_task
 from deepdelta.lab.tasks.task import read_overrides
@@ -83,13 +86,30 @@ def test_one_meaning_everywhere(
 
 def test_a_residual_that_names_neither_is_laid_over_what_stands_below(tmp_path: Path) -> None:
     assert in_a_study(tmp_path, "", "") == PRESETS["ddl"] == GPTConfig().residual
-    changes = "changes.model.residual = { gate_init = 0.5 }"
-    assert in_a_study(tmp_path, "", changes) == replace(PRESETS["ddl"], gate_init=0.5)
+    changes = "changes.model.residual = { direction_eps = 0.5 }"
+    assert in_a_study(tmp_path, "", changes) == replace(PRESETS["ddl"], direction_eps=0.5)
     tokens = in_a_study(tmp_path, 'preset = "paper-tc"', changes)
-    assert tokens == replace(PRESETS["paper-tc"], gate_init=0.5)
+    assert tokens == replace(PRESETS["paper-tc"], direction_eps=0.5)
     assert in_a_study(tmp_path, 'model.residual = { rule = "additive", norm_eps = 0.25 }', changes) == replace(
-        PLAIN, norm_eps=0.25, gate_init=0.5
+        PLAIN, norm_eps=0.25, direction_eps=0.5
     )
+
+
+def test_what_the_residual_of_a_run_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typed, in a file, or as a condition's changes; a file of a whole residual holds settings of every part."""
+    with pytest.raises(UserError, match=r"train: gate_init has no effect on this residual \(rule='additive_erase'\)"):
+        parse(["train", "RUN", "--model.residual.gate-init", "0.5"])
+    with pytest.raises(UserError, match="train: gate_hidden_bias has no effect"):
+        parse(["train", "RUN", "--preset", "paper-cc", "--model.residual.no-gate-hidden-bias"])
+    text = "model.residual = { target = 'constant' }"
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(UserError, match="train: target has no effect"):
+        parse(["train", "RUN", "--config", str(tmp_path / "a.toml")])
+    assert typed(monkeypatch, "--config", tmp_path / "a.toml", "--preset", "ddl").model.residual == PRESETS["ddl"]
+    with pytest.raises(UserError, match="condition a: target has no effect"):
+        in_a_study(tmp_path, "", f"changes.{text}")
+    write_json(tmp_path / "whole.json", {"model": {"residual": to_plain(PRESETS["code-cc"])}})
+    assert typed(monkeypatch, "--config", tmp_path / "whole.json").model.residual == PRESETS["code-cc"]
 
 
 def test_sizes_and_starts_of_a_study_take_presets(tmp_path: Path) -> None:

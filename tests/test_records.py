@@ -15,12 +15,12 @@ from deepdelta.lab.analysis.scaling import Scaling
 from deepdelta.lab.analysis.stored import load_stored
 from deepdelta.lab.analysis.tasks import TaskResults
 from deepdelta.lab.audit.findings import AuditResults
-from deepdelta.lab.bench import BenchResults, gradients
+from deepdelta.lab.bench import BenchResults, depth, gradients
 from deepdelta.lab.bench.tables import markdown as bench_markdown
 from deepdelta.lab.experiments import costs
 from deepdelta.lab.experiments.config import load_study
 from deepdelta.lab.experiments.record import RunRecord
-from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
+from deepdelta.lab.experiments.records import FILE_NAME, RecordFile, take_over
 from deepdelta.lab.experiments.search import SearchResults
 from deepdelta.lab.tasks import load_task
 from deepdelta.lab.tasks.results import collect
@@ -46,6 +46,48 @@ def test_what_is_appended_is_read(tmp_path):
     assert list(again.rows().values()) == ROWS and "b" in again and "d" not in again
     assert "ü" in lzma.open(tmp_path / FILE_NAME, "rt", encoding="utf-8").read().encode().decode("unicode_escape")
     assert RecordFile(tmp_path / "absent").rows() == {}
+
+
+def record(name: str, loss: float = 1.5, **changes: object) -> dict[str, object]:
+    row = {"name": name, "experiment": "tiny", "condition": "a", "seed": 0, "settings": {"lr": 0.1}, "inputs": {}}
+    return row | {"metrics": {"validation_loss": loss}, "diverged": None, "seconds": 3.0, "machine": "one"} | changes
+
+
+def test_records_of_other_folders_are_taken_over_once(tmp_path):
+    out, one, other = (tmp_path / name for name in ("out", "one", "other"))
+    filled(out, [record("a")])
+    filled(one, [record("a", seconds=9.0, machine="two"), record("b", seed=1)])
+    filled(other, [record("b", seed=1, machine="three"), record("c", seed=2, diverged="at step 3", metrics={})])
+    take_over(out, [one, other])
+    rows = RecordFile(out).rows()
+    assert list(rows) == ["a", "b", "c"] and rows["a"]["machine"] == "one" and rows["b"]["machine"] == "one"
+    before = (out / FILE_NAME).read_bytes()
+    take_over(out, [other, one])
+    assert (out / FILE_NAME).read_bytes() == before  # nothing is new
+    take_over(tmp_path / "new", [one, other])
+    assert list(RecordFile(tmp_path / "new").rows()) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (record("a", loss=1.25), r"the records of a in \S+out and \S+other contradict each other \(metrics\)"),
+        (record("a", settings={"lr": 0.2}), r"contradict each other \(settings\): leave one of the folders out"),
+        (record("b", experiment="big"), r"other holds b of big, and \S+out the study tiny"),
+        (None, "other must hold the records of a study, runs.jsonl.xz, but holds none"),
+    ],
+)
+def test_records_that_contradict_are_refused_and_none_is_taken_over(tmp_path, row, message):
+    out, one, other = (tmp_path / name for name in ("out", "one", "other"))
+    filled(out, [record("a")])
+    filled(one, [record("z", seed=3)])
+    filled(other, [] if row is None else [row])
+    with pytest.raises(UserError, match=message):
+        take_over(out, [one, other])
+    assert list(RecordFile(out).rows()) == ["a"]
+    if row is not None and row["name"] == "b":
+        with pytest.raises(UserError, match="the folders hold different studies, big and tiny"):
+            take_over(tmp_path / "new", [one, other])
 
 
 def test_cut_short_anywhere_it_holds_what_was_whole_and_goes_on(tmp_path):
@@ -176,6 +218,10 @@ def test_the_committed_tables_are_those_of_the_stored_analysis():
             text = task_markdown(load_stored(TaskResults, stored, "deepdelta task"))
         elif folder.name == "bench-gradients":
             text = gradients.markdown(load_stored(gradients.GradientResults, stored, "deepdelta bench"))
+        elif folder.name == "bench-depth":
+            found = load_stored(depth.DepthResults, stored, "deepdelta bench")
+            text = depth.markdown(found)
+            assert depth.picture(found) == (folder / "plot.svg").read_text(encoding="utf-8")
         elif folder.name.startswith("bench-"):
             text = bench_markdown(load_stored(BenchResults, stored, "deepdelta bench"))
         else:

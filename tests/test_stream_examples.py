@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn import functional as F
 
 import deepdelta
-from deepdelta import DeltaStream, UserError
+from deepdelta import PRESETS, DeltaStream, UserError
 from deepdelta.nn import resnet_branch
 from helpers import randn
 from torchvision_beside_cpu_torch import models
@@ -213,7 +213,8 @@ def test_channel_last_maps():
 @pytest.mark.parametrize(("value_channels", "compression"), [(1, "channel"), (3, "channel"), (3, "channel_conv")])
 def test_images_are_positions_of_a_channel_last_stream(value_channels, compression):
     """(N, V, C, H, W) and (N, H, W, V, C): the same numbers, permuted, and the same gradients."""
-    options = {"value_channels": value_channels, "compression": compression, "compression_kernel": 2, "seed": 4}
+    options = vars(PRESETS["plain-start"]) | {"value_channels": value_channels, "seed": 4}
+    options |= {"compression": compression, "compression_kernel": 2}
     x = randn(2, 6, 3, 5).float().requires_grad_()
     results = []
     for first in (True, False):

@@ -21,6 +21,7 @@ from deepdelta.lab.analysis import statistics
 from deepdelta.lab.analysis.comparison import Comparison
 from deepdelta.lab.analysis.results import StudyResults, Tuned, load_results
 from deepdelta.lab.experiments.config import StudyConfig, Tune
+from deepdelta.lab.experiments.places import LOCAL, Places
 from deepdelta.lab.experiments.plan import Plan, at_rates
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
@@ -106,7 +107,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyResul
         monkeypatch.setattr(runner, "measure", lambda *_: costs())
         monkeypatch.setattr(runner, "EXTENSIONS", 0)
         names = trained_here(monkeypatch)
-        results = run_study(study(folder), folder / "out", workers=2, command="deepdelta study")
+        results = run_study(study(folder), folder / "out", places=Places(workers=2), command="deepdelta study")
     return folder, results, names
 
 
@@ -224,7 +225,11 @@ def test_records_differ_in_every_setting_that_decides_numbers() -> None:
     base = TrainConfig(
         model=GPTConfig(residual=PRESETS["paper-cc"]), lr=1e-3, schedule="constant"
     )  # the one that a cooldown goes with
-    same: dict[str, Any] = {"device": "cpu", "threads": 3, "data": {"source": "x", "pattern": "*.py"}}
+    same: dict[str, Any] = {
+        "device": "cpu",
+        "threads": 3,
+        "data": {"source": "x", "pattern": "*.py", "mixture": [["x", 1.0]]},
+    }
     same |= {"checkpoint_every": 7, "keep_last": 2, "keep_best": True}
     other: dict[str, Any] = {
         "model": {"dim": 64, "residual": {"rule": "write_only"}},
@@ -246,8 +251,12 @@ def test_records_differ_in_every_setting_that_decides_numbers() -> None:
         return json.dumps(canonical(from_plain(TrainConfig, merged(to_plain(base), changes))))
 
     assert of(same) == of({})
+    # These two are settings of an average, which must then be made.
+    numbers |= {"ema_decay": None, "average_steps": None}
+    averages = [{"average": "ema", "ema_decay": 0.5}, {"average": "last"}, {"average": "last", "average_steps": 9}]
     parts = [{key: {name: value}} for key in ("model", "data") for name, value in other[key].items()]
     flat = [{key: value} for key, value in (other | numbers).items() if key not in ("model", "data")]
+    flat = [changes for changes in flat if None not in changes.values()] + averages
     seen = [of({}), *(of(changes) for changes in (*parts, *flat))]
     assert len(set(seen)) == len(seen)
 
@@ -358,7 +367,7 @@ def test_a_grid_grows_where_its_end_is_best_at_most_twice(tmp_path: Path, monkey
     monkeypatch.setattr(runner, "measure", lambda *_: costs())
     monkeypatch.setattr(runner, "_running", Loss().running)
     config = dataclasses.replace(study(tmp_path), tune=Tune(lr=(1e-2, 2e-2), seeds=(7,)))
-    found = runner._tuned(plan_of(config, tmp_path / "out"), tmp_path / "out", None)[1]
+    found = runner._tuned(plan_of(config, tmp_path / "out"), tmp_path / "out", LOCAL)[1]
     assert {name: (one.lr, one.grid, one.edge) for name, one in found.items()} == {
         "plain": (5e-3, (2.5e-3, 5e-3, 1e-2, 2e-2), False),
         "delta": (8e-2, (1e-2, 2e-2, 4e-2, 8e-2), True),

@@ -25,13 +25,26 @@ from deepdelta.lab import runner
 from deepdelta.lab.analysis.results import Sample, StudyResults, load_results
 from deepdelta.lab.experiments import pool
 from deepdelta.lab.experiments.config import load_study
+from deepdelta.lab.experiments.places import Places
 from deepdelta.lab.experiments.plan import Plan
 from deepdelta.lab.experiments.pool import Runner
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import RecordFile
 from deepdelta.lab.experiments.training_run import TrainingRun
 from deepdelta.training import RunDirectory
-from tiny_runs import assert_same_run, forget, quietly, rows, start, tensors, text_file, trained_here, wait_for_step
+from tiny_runs import (
+    assert_same_run,
+    forget,
+    quietly,
+    record_anew,
+    recorded,
+    rows,
+    start,
+    tensors,
+    text_file,
+    trained_here,
+    wait_for_step,
+)
 
 # As users run it: tyro's mark for a missing option is no Path, which the run-time type checks would refuse.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -329,12 +342,28 @@ def test_the_line_of_progress_tells_records_and_the_loss_of_runs(copy: Path, fol
     said: list[tuple[int, str]] = []
     reporter = SimpleNamespace(update=lambda done, facts: said.append((done, facts)), note=said.append)
     work = {"twin-seed0": 100.0, "other": 20.0, "third": 7.0}
-    runs = Runner(1, work, "s of work", {"other"}, lambda: False, reporter)
+    runs = Runner(Places(workers=1), work, "s of work", {"other"}, lambda: False, reporter)
     runs.report([], [run], "tuning")
     runs.report([run], [], "tuning")
     loss = rows(run.path)[-1]["loss"]
     facts = "s of work, 1/3 records (tuning)"
     assert said == [(70, f"{facts}, twin-seed0 15/30 loss {loss:.3f}"), (70, facts)]
+
+
+def test_a_study_made_of_another_folder_s_records_runs_nothing(
+    capsys: pytest.CaptureFixture[str], copy: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "launch", lambda *_: pytest.fail("a run of another folder was made again"))
+    results, _ = again(capsys, folder, tmp_path / "merged", "--merge", str(copy))
+    old = load_results(copy / "results.json")
+    assert [one.runs for one in results.conditions] == [one.runs for one in old.conditions]
+    rows = recorded(copy).items()
+    record_anew(
+        tmp_path / "changed",
+        {name: row | {"metrics": row["metrics"] | {"validation_loss": 9.0}} for name, row in rows},
+    )
+    said = fails(capsys, folder, tmp_path / "merged", "--merge", str(tmp_path / "changed"))
+    assert "contradict each other (metrics)" in said and said.count("\n") == 1
 
 
 def test_costs_belong_to_their_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +416,7 @@ def test_the_page_while_a_study_is_at_work(
         write(results, path, **options)
         pages.append(path.read_text())
 
-    def stopped(run: Any) -> Any:
+    def stopped(run: Any, device: Any) -> Any:
         if len(launched) == 3:
             raise KeyboardInterrupt
         return here(run)

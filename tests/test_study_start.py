@@ -18,6 +18,7 @@ from deepdelta.data import batch, load_corpus, train_tail
 from deepdelta.lab import runner
 from deepdelta.lab.analysis.results import StudyResults, load_results
 from deepdelta.lab.experiments.config import START_SEED, StudyConfig
+from deepdelta.lab.experiments.places import Places
 from deepdelta.lab.experiments.plan import Plan
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
@@ -84,7 +85,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyResul
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(runner, "measure", lambda *_: {})
         names = trained_here(monkeypatch)
-        results = run_study(study(folder), folder / "out", workers=2, command="deepdelta study")
+        results = run_study(study(folder), folder / "out", places=Places(workers=2), command="deepdelta study")
     return folder, results, names
 
 
@@ -96,7 +97,7 @@ def done(original: tuple[Path, StudyResults, list[str]], tmp_path: Path) -> Done
 
 
 def again(config: StudyConfig, out: Path) -> StudyResults:
-    return run_study(config, out, workers=2, command="")
+    return run_study(config, out, places=Places(workers=2), command="")
 
 
 def drop(out: Path, name: str, *, record: bool = True) -> None:

@@ -45,7 +45,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def made_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
-    def launch(run: Run) -> Ended:
+    def launch(run: Run, device: str | None) -> Ended:
         names.append(run.name)
         module, given = run.command()
         assert module == "deepdelta.lab.tasks.runner"

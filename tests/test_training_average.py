@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepdelta import load
+from deepdelta import UserError, load
 from deepdelta.cli import main
 from deepdelta.training import RunDirectory
 from deepdelta.training.checkpoints import earlier, read_checkpoint
@@ -46,7 +46,7 @@ def test_averages_are_those_of_the_weights_after_each_step(
     source: Path, weights: list[dict[str, Tensor]], tmp_path: Path, average: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    given = {"average": average, "ema_decay": 0.7, "average_steps": 5}
+    given = {"average": average} | ({"ema_decay": 0.7} if average == "ema" else {"average_steps": 5})
     quietly(settings(source, **given), whole)
     made = RunDirectory(whole).checkpoint("average.safetensors")
     assert made.step == 12 and not made.optimizer
@@ -75,6 +75,12 @@ def test_averages_are_those_of_the_weights_after_each_step(
 
 class Killed(BaseException):
     pass
+
+
+@pytest.mark.parametrize("given", [{"ema_decay": 0.5}, {"average_steps": 3, "average": "ema"}], ids=str)
+def test_settings_of_an_average_that_is_not_made_are_refused(source: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"{next(iter(given))}=\S+ has no effect where average is not '(ema|last)'"):
+        config(source, **given)
 
 
 def test_of_an_extended_run_what_was_averaged_before_is_left_out(

@@ -68,6 +68,9 @@ def test_the_last_and_the_best_are_kept(finished: Path, source: Path, tmp_path: 
     run = Path(shutil.copytree(finished, tmp_path / "fewer"))
     quietly(kept(source, steps=21, keep_last=1), run)
     assert not (run / "checkpoints").exists() and RunDirectory(run).step() == 21
+    ended = Path(shutil.copytree(finished, tmp_path / "ended"))
+    quietly(kept(source, keep_last=1), ended)  # no step is left to be made
+    assert not (ended / "checkpoints").exists() and RunDirectory(ended).step() == 20
 
 
 def test_the_best_is_evaluated_on_request(finished: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,17 @@
 """Progress: plain lines where nobody watches, a live bar on a terminal."""
 
 import io
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from deepdelta import progress, train
 from deepdelta.progress import duration, reporting
+from deepdelta.training import trainer
+from deepdelta.training.step import Made
 from tiny_runs import config, text_file
 
 
@@ -76,6 +80,21 @@ def test_what_training_shows_on_a_terminal(tmp_path: Path, monkeypatch: pytest.M
     shown = out.getvalue()
     for part in ("20/20", "loss ", "tokens/s", "ETA", "step 8: validation loss ", "step 20: validation loss "):
         assert part in shown, part
+
+
+def test_a_skipped_step_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(progress._Lines, "update", lambda self, done, facts: lines.append(facts))
+    real, step = trainer.training_step, iter(range(20))
+
+    def ruined(*arguments: Any, **options: Any) -> Made:
+        made = real(*arguments, **options)
+        return made._replace(norm=made.norm * math.nan) if next(step) in (3, 4) else made
+
+    monkeypatch.setattr(trainer, "training_step", ruined)
+    train(config(text_file(tmp_path / "t")), tmp_path / "run", say=lambda line: None)
+    assert [number for number, line in enumerate(lines) if line.startswith("skipped  ")] == [3, 4]
+    assert not any("nan" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs of studies that are started from now on: the same commands, but in this process and at once."""
     names: list[str] = []
 
-    def launch(run: Run) -> Ended:
+    def launch(run: Run, device: str | None = None) -> Ended:
         module, train, path, *command = run.command()
         names.append(run.name)
         given = dict(zip(command[::2], command[1::2], strict=True))

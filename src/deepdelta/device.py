@@ -57,6 +57,15 @@ def compiler_problem(device: str) -> str | None:
     return None
 
 
+def visible_devices(kind: str) -> tuple[str, ...]:
+    """The devices of a kind that this process may use, as CUDA_VISIBLE_DEVICES names them; none of kinds but cuda."""
+    if kind != "cuda":
+        return ()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    named = tuple(name.strip() for name in given.split(",") if name.strip())
+    return named or tuple(map(str, range(torch.cuda.device_count())))
+
+
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -238,6 +238,18 @@ def check_folder(out: Path, option: str = "--out") -> None:
                 path.rmdir()
 
 
+def check_inside(folder: Path, path: Path) -> None:
+    """Refuse a path that leads out of a folder for results, by links say, before anything is written or deleted there.
+
+    Raises:
+        UserError: it does.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{path} must lie in {folder}, but leads to {path.resolve()}: remove the link, or give another --out."
+        )
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold a folder for results, made if absent, so that no second command works in it; nothing of it stays behind.

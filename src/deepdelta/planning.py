@@ -4,8 +4,8 @@ Nothing is computed: a model of one and of two layers is run forward and backwar
 sequence and with two, and what each further layer and sequence adds is added up.
 
 - state of a device: fp32 parameters, gradients and AdamW's two moments, and bf16 copies of the parameters;
-- activations: what plain PyTorch saves for the backward pass, and the gradient of the logits. The fused step with a
-  memory plan saves less;
+- activations: what plain PyTorch saves for the backward pass, and the gradient of the logits, of many logits those that
+  stand at one time. The fused step with a memory plan saves less;
 - seconds per token: matrix FLOPs / (`COMPUTE` x the GPU's peak) + bytes / (`MEMORY` x its bandwidth) + bytes of
   convolutions / (`CONVOLUTION` x its bandwidth), the bytes being those that the operators without a matrix product
   read and write, one by one. The three shares are fitted on the authors' figures (docs/planning.md), so they hold for
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepdelta.errors import UserError, nearest
-from deepdelta.models import GPT, GPTConfig, language_model, parameter_shapes
+from deepdelta.models import GPT, GPTConfig, language_model, logits_at_once, parameter_shapes
 from deepdelta.models.flops import training_flops_per_token
 from deepdelta.nn import use_backend
 from deepdelta.training.config import TrainConfig
@@ -152,7 +152,8 @@ def fitting(model: GPTConfig, gpu: Gpu, gpus: int, sequences: int, parameters: i
 
     A number takes 16 bytes (fp32 parameter, gradient, two moments) and 2 as a bf16 copy. FSDP shards the 16, and holds
     two layers and the embedding gathered in bf16, with their gradients. With checkpoints a layer's input state is
-    saved, and all of it for one layer at a time; the logits stay.
+    saved, and all of it for one layer at a time; the logits stay, where they are many those of a part of the tokens
+    (`deepdelta.models.gpt.head_loss`).
     """
     layer, embedding = layer_parameters(model)
     state_bytes = 4 * model.residual.value_channels * model.dim
@@ -166,18 +167,24 @@ def fitting(model: GPTConfig, gpu: Gpu, gpus: int, sequences: int, parameters: i
     ]
     room = USABLE * gpu.memory
     for name, state, per_token in options:
-        per_sequence = per_token * model.context
+
+        def activations(batch: int, per_token: float = per_token) -> float:
+            tokens, vocabulary = batch * model.context, model.vocab_size
+            assert vocabulary is not None
+            return tokens * (per_token - logits) + logits * logits_at_once(tokens, vocabulary) / vocabulary
+
         for batch in (size for size in range(sequences, 0, -1) if sequences % size == 0):
-            if state + batch * per_sequence <= room:
+            if state + activations(batch) <= room:
                 return Layout(
                     name=name,
                     batch_size=batch,
                     accumulate=sequences // batch,
                     state=round(state),
-                    activations=round(batch * per_sequence),
+                    activations=round(activations(batch)),
                 )
+    needed = (state + activations(1)) / 1e9
     raise UserError(
-        f"the state and one sequence must fit into {room / 1e9:.0f} GB of a device: {(state + per_sequence) / 1e9:.0f} "
+        f"the state and one sequence must fit into {room / 1e9:.0f} GB of a device: {needed:.0f} "
         "GB are needed even sharded and with checkpoints; give more gpus, a larger gpu, or a smaller model."
     )
 

@@ -4,7 +4,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -32,18 +32,26 @@ class Study:
     threads: int | None = None
     """Other CPU threads per run than the study's."""
     workers: int | None = None
-    """Runs side by side; by default as many as the cores have room for."""
+    """Runs side by side; by default one for each device, or as many as the cores have room for."""
+    devices: tuple[str, ...] = ()
+    """CUDA devices by name, each for one run at a time; by default all that CUDA_VISIBLE_DEVICES names."""
+    on: Literal["here", "ray"] = "here"
+    """here, or ray: a Ray cluster whose nodes share the folder --out (extra 'ray')."""
+    merge: tuple[Path, ...] = ()
+    """Folders of the same study, from other machines say, whose records are taken over; equal ones count once."""
     self_contained: bool = False
     """The report holds the script that draws its pictures (5 MB), instead of plotly.min.js beside it."""
 
     def __call__(self) -> None:
         # Here, since it needs the packages of the extra `lab`, which the other commands do without.
         from deepdelta.lab.experiments.config import Search, load_study, study_questions
+        from deepdelta.lab.experiments.places import Places
         from deepdelta.lab.runner import run
 
         if self.study is None:
             print(f"Named studies:\n{listing(study_questions())}")
             return
+        places = Places(workers=self.workers, devices=self.devices, on=self.on)
         common: dict[str, Any] = {} if self.source is None else {"data": {"source": self.source}}
         if self.threads is not None:
             common["threads"] = self.threads
@@ -60,7 +68,7 @@ class Study:
         for warning in dict.fromkeys(config.train_config(name, 0).warning for name in config.conditions):
             if warning is not None:
                 show(warning)
-        run(config, out, workers=self.workers, command=command, self_contained=self.self_contained)
+        run(config, out, places=places, merge=self.merge, command=command, self_contained=self.self_contained)
         to_read(out / "report.html", out / "table.md")
 
 
@@ -99,7 +107,7 @@ class Bench:
     """Time a named suite: correctness first, then interleaved rounds; JSON, table and plot."""
 
     name: Positional[Annotated[str | None, arg(metavar="NAME")]] = None
-    """bar, peers, growth, operator, gpu or gradients; without one, the suites are listed."""
+    """bar, peers, growth, operator, gpu, gradients or depth; without one, the suites are listed."""
     out: Path | None = None
     """Where results.json, table.md, plot.svg and plot.html go; runs/bench-NAME by default."""
     rounds: int | None = None
@@ -114,7 +122,16 @@ class Bench:
 
     def __call__(self) -> None:
         # Here: importing what compares takes time that the other commands need not spend.
-        from deepdelta.lab.bench import GRADIENTS, QUESTIONS, load_suite, redraw, run_gradients, run_suite
+        from deepdelta.lab.bench import (
+            DEPTH,
+            GRADIENTS,
+            QUESTIONS,
+            load_suite,
+            redraw,
+            run_depth,
+            run_gradients,
+            run_suite,
+        )
         from deepdelta.lab.bench.config import quick
 
         if self.redraw is not None:
@@ -126,6 +143,12 @@ class Bench:
             return
         out = self.out or Path("runs") / f"bench-{self.name}"
         command = shlex.join(["deepdelta", *sys.argv[1:]])
+        if self.name == DEPTH:
+            if self.rounds is not None or self.threads is not None:
+                raise UserError(f"{DEPTH} measures no times, so it has no rounds and one thread; leave both out.")
+            run_depth(out, quick=self.quick, command=command)
+            to_read(out / "table.md")
+            return
         if self.name == GRADIENTS:
             if self.rounds is not None:
                 raise UserError(f"{GRADIENTS} measures no times, so it has no rounds; leave --rounds out.")

@@ -21,7 +21,7 @@ from deepdelta.cli.runs import Audit, Evaluate, Generate, Import, Train
 from deepdelta.cli.watch import Watch
 from deepdelta.errors import UserError, check_utf8, nearest
 from deepdelta.files import read_object
-from deepdelta.nn.config import Rule
+from deepdelta.nn.config import Rule, refuse_unused
 from deepdelta.training import TrainConfig
 from deepdelta.training.config import run_settings
 from deepdelta.training.recipes import recipe
@@ -52,6 +52,8 @@ def parse(given: list[str]) -> Any:
         SystemExit: help was asked for, or tyro has said what is wrong with an option.
     """
     command = _parse(given)
+    if isinstance(command, Train):
+        refuse_unused(command.settings.model.residual, _residual_given(given, command.config), "train")
     # Shells leave the ~ of --out=~/runs alone.
     return replace(command, **{name: _home(path) for name, path in vars(command).items() if isinstance(path, Path)})
 
@@ -96,6 +98,16 @@ def _value_of(option: str, given: list[str]) -> str | None:
         if word == option and position + 1 < len(given):
             return given[position + 1]
     return None
+
+
+def _residual_given(given: list[str], file: Path | None) -> set[str]:
+    """The residual's settings that were typed, or stand in the file where no typed preset or rule replaces them."""
+    before = "--model.residual."
+    typed = [word.removeprefix(before).partition("=")[0] for word in given if word.startswith(before)]
+    names = {name.removeprefix("no-").replace("-", "_") for name in typed}
+    if file is not None and "rule" not in names and _value_of("--preset", given) is None:
+        names |= read_object(_home(file), "mend it").get("model", {}).get("residual", {}).keys()
+    return names
 
 
 def _settings(given: list[str]) -> TrainConfig:

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from deepdelta.cli.shared import following
 from deepdelta.data.prepare import prepare
+from deepdelta.data.tokenizer import read_tokenizer
 from deepdelta.errors import printable
 from deepdelta.progress import show
 
@@ -41,4 +42,7 @@ class Prepare:
         )
         show(f"{sums['train']:,} training and {sums['val']:,} validation tokens in {self.out}")
         tokenizer = ("--data.tokenizer", self.out / "tokenizer.json")
-        following(("deepdelta", "train", "runs/new", "--data.source", self.out, *tokenizer))
+        # A header says how wide ids are; without one, two bytes are taken.
+        wide = not self.header and read_tokenizer(self.tokenizer).vocab_size > 1 << 16
+        width = ("--data.bin-dtype", "uint32") if wide else ()
+        following(("deepdelta", "train", "runs/new", "--data.source", self.out, *tokenizer, *width))

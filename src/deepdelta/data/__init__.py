@@ -3,7 +3,8 @@
 from deepdelta.data.batches import IGNORED, batch, spread, window_count, windows
 from deepdelta.data.cache import default_cache
 from deepdelta.data.config import DataConfig
-from deepdelta.data.corpus import Corpus, check_context, load_corpus, train_tail
+from deepdelta.data.corpus import Corpus, check_context, train_tail
+from deepdelta.data.mixing import load_corpus
 from deepdelta.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [

@@ -3,7 +3,7 @@
 Shapes: B batch, T context.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ def batch(
     batch_size: int,
     context: int,
     ends_at: int | None = None,
+    mixture: Sequence[tuple[UInt[np.ndarray, " _"], float]] = (),
 ) -> tuple[Int64[Tensor, "batch context"], Int64[Tensor, "batch context"]]:
     """Inputs and labels of one training step: `batch_size` windows at random positions.
 
@@ -38,11 +39,20 @@ def batch(
         seed, step: 0 or more, below 2^64.
         ends_at: the separator of documents. What follows the first one in a window's labels has the label -1
             (`IGNORED`): it would have another document before it. A window may begin with one.
+        mixture: ids and their weights, which add up to 1, in place of `tokens`: number 2i, as a fraction of 2^64,
+            says which of them position i is taken from, number 2i + 1 where.
     """
     assert len(tokens) > context, "check_context comes first"
     generator = Philox(key=np.array([seed, step], np.uint64))
-    starts = np.atleast_1d(generator.random_raw(batch_size)) % np.uint64(len(tokens) - context)
-    windows_BT1 = np.stack([tokens[start : start + context + 1] for start in starts.tolist()]).astype(np.int64)
+    if mixture:
+        which, numbers = np.atleast_1d(generator.random_raw(2 * batch_size)).reshape(batch_size, 2).T
+        bounds = np.cumsum([weight for _, weight in mixture])[:-1]
+        sources = [mixture[at][0] for at in np.searchsorted(bounds, which * 2.0**-64, side="right")]
+    else:
+        numbers, sources = np.atleast_1d(generator.random_raw(batch_size)), [tokens] * batch_size
+    starts = [int(number) % (len(source) - context) for number, source in zip(numbers, sources, strict=True)]
+    cut = [source[start : start + context + 1] for source, start in zip(sources, starts, strict=True)]
+    windows_BT1 = np.stack([window.astype(np.int64) for window in cut])
     inputs, labels = _inputs_and_labels(windows_BT1)
     if ends_at is not None:
         ends = labels == ends_at

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 
 from deepdelta.config import Settings
 from deepdelta.errors import UserError, check_utf8
@@ -38,6 +38,8 @@ class DataConfig(Settings):
             of the document that it begins in, so that no token is learned with another document before it.
         held_out: "validation", the validation part; or "train_tail", the last tenth of the training part, which is then
             not trained on, for choices that the validation part must not know of.
+        mixture: sources and weights, for training on several: each window is one of a source drawn by them. `source` is
+            validated on, and trained on where it is among them. Empty: `source` alone.
     """
 
     source: str = "stdlib"
@@ -50,13 +52,17 @@ class DataConfig(Settings):
     validation_fraction: float = 0.1
     windows: Literal["joined", "documents"] = "joined"
     held_out: Literal["validation", "train_tail"] = "validation"
+    mixture: tuple[tuple[str, Annotated[float, Gt(0)]], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("source", "pattern", "field", "tokenizer"):
-            if not getattr(self, name):
+        named = [(name, getattr(self, name)) for name in ("source", "pattern", "field", "tokenizer")]
+        for name, value in (*named, *(("a source of the mixture", one) for one, _ in self.mixture)):
+            if not value:
                 raise UserError(f"{name} must not be empty.")
-            check_utf8(name, getattr(self, name))
+            check_utf8(name, value)
+        if len(dict(self.mixture)) < len(self.mixture):
+            raise UserError("the sources of a mixture must be different ones: add up the weights of one named twice.")
         if PurePath(self.pattern).is_absolute() or ".." in PurePath(self.pattern).parts:
             raise UserError(f"pattern must stay inside the folder that source names, got '{self.pattern}'.")
         most = 1 << (16 if self.bin_dtype == "uint16" else 31)

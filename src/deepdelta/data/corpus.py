@@ -14,6 +14,7 @@ from jaxtyping import UInt
 from deepdelta.data.cache import built_once, remembered
 from deepdelta.data.config import DataConfig
 from deepdelta.data.documents import CHUNK, Document, FileState, Say, chunks, digest, reading, telling, texts
+from deepdelta.data.prepared import check_prepared
 from deepdelta.data.sources import Listing, list_source, split_by_group
 from deepdelta.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer
 from deepdelta.errors import UserError, nearest
@@ -35,6 +36,8 @@ class Corpus:
         description: one line of plain English.
         ends_at: the separator at which training windows end; None where they run over the ends of documents.
         sources, mapped: the documents' files and those that `train` and `validation` are mapped from, as they were.
+        mixture: training ids and their weights, which add up to 1, where windows are drawn from several sources.
+        shards: names and hashes of the files of ids, of a source that has such.
     """
 
     train: UInt[np.ndarray, " train_tokens"]
@@ -48,6 +51,8 @@ class Corpus:
     sources: tuple[FileState, ...]
     mapped: tuple[FileState, ...]
     ends_at: int | None = None
+    mixture: tuple[tuple[UInt[np.ndarray, " _"], float], ...] = ()
+    shards: tuple[tuple[str, str], ...] = ()
 
     def check_mapped(self) -> None:
         """Look at size and time of the mapped files again: costs microseconds, and to be called before ids are read.
@@ -68,8 +73,8 @@ class Corpus:
             file.check()
 
 
-def load_corpus(config: DataConfig, *, cache: AnyPath | None = None, progress: Say | None = None) -> Corpus:
-    """The corpus that `config` describes.
+def load_source(config: DataConfig, *, cache: AnyPath | None = None, progress: Say | None = None) -> Corpus:
+    """The corpus of `config.source` alone.
 
     A single text file at byte level and `.bin` files are mapped where they lie. Everything else is encoded, document
     by document, into token files in the cache, where the next call finds them. Exact duplicates among the documents
@@ -101,6 +106,8 @@ def load_corpus(config: DataConfig, *, cache: AnyPath | None = None, progress: S
             "file by tokenizer, or leave windows at 'joined'."
         )
     hashes = _hashes(listing, cache, say)
+    if listing.ids:
+        check_prepared(listing.documents, cache)
     train, validation = _split(listing, hashes, config.validation_fraction)
     sha256 = _corpus_hash(train, validation, hashes)
     tokenizer: Tokenizer | None
@@ -142,6 +149,7 @@ def load_corpus(config: DataConfig, *, cache: AnyPath | None = None, progress: S
         sources=sources,
         mapped=mapped,
         ends_at=tokenizer.separator if tokenizer and config.windows == "documents" else None,
+        shards=tuple((one.path.name, hashes[one]) for one in (*train, *validation)) if listing.ids else (),
     )
     corpus.check_unchanged()  # what is mapped is what was hashed
     return corpus if config.held_out == "validation" else train_tail(corpus)
@@ -168,7 +176,8 @@ def train_tail(corpus: Corpus) -> Corpus:
 
 def check_context(corpus: Corpus, context: int) -> None:
     """Raise a UserError unless both splits hold a window of `context` tokens and the token after it."""
-    for name, tokens in (("training", corpus.train), ("validation", corpus.validation)):
+    mixed = [("mixed", tokens) for tokens, _ in corpus.mixture]
+    for name, tokens in (("training", corpus.train), ("validation", corpus.validation), *mixed):
         if len(tokens) <= context:
             raise UserError(
                 f"context must be smaller than the number of tokens in each split; it is {context:,} and the {name} "

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from deepdelta.data.config import DataConfig
 from deepdelta.data.documents import Document, Say
 from deepdelta.data.formats import HEADER, MAGIC, check_text
 from deepdelta.data.packed import bytes_of, holds_records, is_packed, records_of
+from deepdelta.data.prepared import MANIFEST
 from deepdelta.data.sources import files_in
-from deepdelta.data.tokenizer import BPETokenizer, Tokenizer, read_tokenizer
+from deepdelta.data.tokenizer import FILE_NAME, BPETokenizer, Tokenizer, read_tokenizer
 from deepdelta.errors import UserError
 from deepdelta.files import FORMAT, AnyPath, atomic_path, check_format, locked, read_object, sha256_of, write_json
 
-MANIFEST = "prepared.json"
 _AT_ONCE = 1 << 22  # characters that are encoded together, on all cores
 
 
@@ -102,38 +102,52 @@ def prepare(
         "validation_fraction": validation_fraction,
         "header": header,
     }
-    out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         kept = _begun(out, settings)
         dtype = "<u2" if encoder.vocab_size <= 1 << 16 else "<u4"
         train, val = (_Split(name=name, dtype=dtype, shards=kept[name]) for name in ("train", "val"))
         if not kept["finished"]:
-            encoder.save(out)
             done = int(kept["documents"])
 
-            def commit(documents: int, finished: bool = False) -> None:
-                for split in (train, val):
-                    split.flush(out, header)
+            def write(documents: int, finished: bool = False) -> None:
                 shards = {"train": train.shards, "val": val.shards}
                 about = {"format": FORMAT, "settings": settings, "documents": documents, "finished": finished}
                 write_json(out / MANIFEST, about | shards)
 
-            commit(done)  # what is written from here on is known to be of these settings
+            def commit(documents: int) -> None:
+                for split in (train, val):
+                    split.flush(out, header)
+                write(documents)
+
+            begun = False
             for number, name, ids in _encoded(files, field, encoder, done):
                 split = val if _share(name) < validation_fraction else train
                 split.add([encoder.separator, *ids])
+                if not begun:
+                    # What is written from here on is known to be of these settings, under which a document was read.
+                    encoder.save(out)
+                    write(done)
+                    begun = True
                 done = number + 1
                 if train.tokens >= shard_tokens:
                     commit(done)
                     say(f"{done:,} documents, {train.written + val.written:,} tokens.")
-            commit(done, finished=True)
-    sums = {split.name: split.written for split in (train, val)}
-    if empty := [name for name, tokens in sums.items() if not tokens]:
-        raise UserError(
-            f"with validation_fraction={validation_fraction} no document of {source} fell to {empty[0]}; choose "
-            "another fraction and folder, or give more documents."
-        )
-    return sums
+            commit(done)
+            sums = {split.name: split.written for split in (train, val)}
+            if empty := [name for name, tokens in sums.items() if not tokens]:
+                _clear(out, (*train.shards, *val.shards))
+                raise UserError(
+                    f"with validation_fraction={validation_fraction} no document of {source} fell to {empty[0]}; "
+                    "choose another fraction, or give more documents. Nothing was kept."
+                )
+            write(done, finished=True)
+    return {split.name: split.written for split in (train, val)}
+
+
+def _clear(out: Path, shards: Iterable[dict[str, Any]]) -> None:
+    """Delete what was written, which no run could train on."""
+    for name in (MANIFEST, FILE_NAME, *(shard["name"] for shard in shards)):
+        (out / name).unlink(missing_ok=True)
 
 
 def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:

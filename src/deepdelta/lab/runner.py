@@ -1,6 +1,6 @@
 """Run a study: plan, claim, costs, the runs that tune, those that are reported; then results, tables and pages."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -8,18 +8,20 @@ from pathlib import Path
 from rich.console import Console
 
 from deepdelta.data import check_context, load_corpus, train_tail
-from deepdelta.device import choose_device, usable_cores
+from deepdelta.device import choose_device
 from deepdelta.errors import UserError, require
 from deepdelta.files import AnyPath, locked, write_text
 from deepdelta.lab.analysis.results import Corpus, StudyResults, Tuned
 from deepdelta.lab.analysis.scaling import Scaling, scaling
+from deepdelta.lab.experiments.cluster import require_ray
 from deepdelta.lab.experiments.collection import collect
 from deepdelta.lab.experiments.config import Comparison, Search, Sizes, StudyConfig
 from deepdelta.lab.experiments.costs import measure
+from deepdelta.lab.experiments.places import LOCAL, Places
 from deepdelta.lab.experiments.plan import Plan, at_rates
 from deepdelta.lab.experiments.pool import Runner, running
 from deepdelta.lab.experiments.record import RunRecord
-from deepdelta.lab.experiments.records import RecordFile
+from deepdelta.lab.experiments.records import RecordFile, take_over
 from deepdelta.lab.experiments.search import RungResult, SearchResults, rank
 from deepdelta.lab.experiments.training_run import TrainingRun, claim, starts
 from deepdelta.lab.experiments.tuning import EXTENSIONS, beyond, chosen
@@ -42,37 +44,48 @@ from deepdelta.provenance import now, provenance
 
 
 def run(
-    study: StudyConfig, out: AnyPath, *, workers: int | None = None, command: str, self_contained: bool = False
+    study: StudyConfig,
+    out: AnyPath,
+    *,
+    places: Places = LOCAL,
+    merge: Sequence[AnyPath] = (),
+    command: str,
+    self_contained: bool = False,
 ) -> None:
     """Run what is missing of a study in `out`, of whatever kind: see docs/studies.md.
 
     Args:
-        workers: runs side by side; None: as many as the cores have room for at the study's threads per run.
+        places: where runs are made, and how many side by side.
+        merge: folders of the same study on other machines, whose records are taken over first.
         command: the command that was typed, kept with the results.
         self_contained: report.html holds the script that draws its pictures.
 
     Raises:
         UserError: `out` holds another study, another process is at work there, a run failed (its own message is passed
-            on), the extra `lab` is absent, or workers < 1.
+            on), the extra `lab` is absent, or records of the folders contradict each other.
         KeyboardInterrupt: interrupted; every run has saved its step and the same command continues.
     """
     out = Path(out)
+    if places.on == "ray":
+        require_ray()
     with locked(out):
+        for part in study.sizes if isinstance(study, Sizes) else ("",):
+            take_over(out / part, [Path(folder) / part for folder in merge])
         if isinstance(study, Search):
-            run_search(study, out, workers=workers, command=command)
+            run_search(study, out, places=places, command=command)
         elif isinstance(study, Sizes):
-            run_sizes(study, out, workers=workers, command=command, self_contained=self_contained)
+            run_sizes(study, out, places=places, command=command, self_contained=self_contained)
         elif isinstance(study, Comparison):
-            run_study(study, out, workers=workers, command=command, self_contained=self_contained)
+            run_study(study, out, places=places, command=command, self_contained=self_contained)
 
 
 def run_study(
-    study: Comparison, out: AnyPath, *, workers: int | None = None, command: str, self_contained: bool = False
+    study: Comparison, out: AnyPath, *, places: Places = LOCAL, command: str, self_contained: bool = False
 ) -> StudyResults:
     """All conditions and seeds; writes results.json and report.html and prints the tables."""
     out, started = Path(out), now()
-    plan = _plan(study, out, workers)
-    costs, tuned = _tuned(plan, out, workers)
+    plan = _plan(study, out)
+    costs, tuned = _tuned(plan, out, places)
     planned = at_rates(plan.runs(study, costs), tuned)
     page = out / "report.html"
     so_far: list[StudyResults] = []
@@ -94,7 +107,7 @@ def run_study(
             write_so_far("At work", True)
 
     try:
-        with _running(plan, costs, planned.values(), workers) as runner:
+        with _running(plan, costs, planned.values(), places) as runner:
             records = runner.make(claim(planned.values()), "runs", ended)
     except BaseException:
         if so_far:
@@ -119,14 +132,14 @@ def run_study(
 
 
 def run_sizes(
-    study: Sizes, out: AnyPath, *, workers: int | None = None, command: str, self_contained: bool = False
+    study: Sizes, out: AnyPath, *, places: Places = LOCAL, command: str, self_contained: bool = False
 ) -> Scaling:
     """The comparison at every size, each in a folder of its own; then scaling.json and its table."""
     out, studies = Path(out), {}
     for size in study.sizes:
         with locked(out / size):
             studies[size] = run_study(
-                study.sized(size), out / size, workers=workers, command=command, self_contained=self_contained
+                study.sized(size), out / size, places=places, command=command, self_contained=self_contained
             )
     found = scaling(studies, study.name, study.extrapolate, command=command)
     found.save(out / "scaling.json")
@@ -136,15 +149,15 @@ def run_sizes(
     return found
 
 
-def run_search(study: Search, out: AnyPath, *, workers: int | None = None, command: str) -> SearchResults:
+def run_search(study: Search, out: AnyPath, *, places: Places = LOCAL, command: str) -> SearchResults:
     """Rung after rung on the training part's tail; then search.json and its table."""
     out = Path(out)
-    plan = _plan(study, out, workers)
-    costs, tuned = _tuned(plan, out, workers)
+    plan = _plan(study, out)
+    costs, tuned = _tuned(plan, out, places)
     left, rungs = study.candidates, list[RungResult]()
     for number in range(len(study.search.rungs)):
         planned = plan.rung(study, number, (study.baseline, *left), tuned)
-        with _running(plan, costs, planned.values(), workers) as runner:
+        with _running(plan, costs, planned.values(), places) as runner:
             records = runner.make(claim(planned.values()), f"rung {number + 1} of {len(study.search.rungs)}")
         rungs.append(rank(study, number, left, {key: records[run.name] for key, run in planned.items()}))
         left = tuple(one.condition for one in rungs[-1].ranking if one.kept)
@@ -168,10 +181,8 @@ def run_search(study: Search, out: AnyPath, *, workers: int | None = None, comma
     return found
 
 
-def _plan(study: StudyConfig, out: Path, workers: int | None) -> Plan:
+def _plan(study: StudyConfig, out: Path) -> Plan:
     """Refuse what can be refused before there are files."""
-    if workers is not None and workers < 1:
-        raise UserError(f"workers must be at least 1, got {workers}.")
     if isinstance(study, Comparison) and study.primary is None:
         show(
             f"warning: study {study.name} has no table 'primary': without a comparison named beforehand, what would "
@@ -190,7 +201,7 @@ def _plan(study: StudyConfig, out: Path, workers: int | None) -> Plan:
     return Plan(study, corpus, tail, records)
 
 
-def _tuned(plan: Plan, out: Path, workers: int | None) -> tuple[dict[str, Cost], dict[str, Tuned]]:
+def _tuned(plan: Plan, out: Path, places: Places) -> tuple[dict[str, Cost], dict[str, Tuned]]:
     """What conditions cost, and every condition's rate; where it is at an end of its grid, that grows by a step."""
     tuning, tune = plan.tuning(), plan.study.tune
     claimed = claim(tuning.values())
@@ -200,7 +211,7 @@ def _tuned(plan: Plan, out: Path, workers: int | None) -> tuple[dict[str, Cost],
         return costs, {}
     new, records = tuning, dict[str, RunRecord]()
     for extension in range(EXTENSIONS + 1):
-        with _running(plan, costs, new.values(), workers) as runner:
+        with _running(plan, costs, new.values(), places) as runner:
             records |= runner.make(claimed, "tuning")
         tuned = chosen(tune, tuning, records)
         further = {name: rate for name, one in tuned.items() if (rate := beyond(one)) is not None}
@@ -214,12 +225,11 @@ def _tuned(plan: Plan, out: Path, workers: int | None) -> tuple[dict[str, Cost],
 
 
 @contextmanager
-def _running(
-    plan: Plan, costs: Mapping[str, Cost], runs: Iterable[TrainingRun], workers: int | None
-) -> Iterator[Runner]:
+def _running(plan: Plan, costs: Mapping[str, Cost], runs: Iterable[TrainingRun], places: Places) -> Iterator[Runner]:
     """What makes these runs and those that they start from."""
     runs = list(runs)
-    threads = plan.study.train_config(plan.study.baseline, plan.study.seeds[0]).threads or 1
+    settings = plan.study.train_config(plan.study.baseline, plan.study.seeds[0])
+    chosen = places.settled(choose_device(settings.device, settings.precision).device.type, settings.threads or 1)
     work = [(run, plan.seconds(run, costs)) for run in (*starts(runs), *runs)]
-    with running(f"Study {plan.study.name}", work, "s of work", workers or max(1, usable_cores() // threads)) as runner:
+    with running(f"Study {plan.study.name}", work, "s of work", chosen) as runner:
         yield runner

@@ -1,7 +1,8 @@
 """Every setting of a delta residual, what it may be, and which settings do not go together."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
@@ -269,3 +270,44 @@ ILLEGAL: tuple[Illegal, ...] = (
         lambda c: c.gate_per_channel and c.rule == "additive",
     ),
 )
+
+
+NEEDED: Mapping[str, tuple[str, Callable[[ResidualConfig], bool]]] = MappingProxyType(
+    {
+        "direction_pool": ("direction='pooled'", lambda c: c.direction == "pooled"),
+        "direction_hidden": ("direction='pooled'", lambda c: c.direction == "pooled"),
+        "target": ("rule='delta'", lambda c: c.uses_target),
+        "target_init": ("target='affine'", lambda c: c.uses_target and c.target == "affine"),
+        "target_scale": ("target='scaled_sigmoid'", lambda c: c.uses_target and c.target == "scaled_sigmoid"),
+        "target_value": ("target='constant'", lambda c: c.uses_target and c.target == "constant"),
+        "gate": ("rule='delta'", lambda c: c.has_gate or c.has_erase_gate),
+        "gate_init": ("rule='delta'", lambda c: c.has_gate),
+        "erase_init": ("rule='additive_erase'", lambda c: c.has_erase_gate),
+        "gate_hidden": ("gate='two_layer'", lambda c: c.rule != "additive" and c.gate == "two_layer"),
+        "gate_hidden_bias": ("gate='two_layer'", lambda c: c.rule != "additive" and c.gate == "two_layer"),
+        "expansion_kernel": ("expansion='embedding_conv'", lambda c: c.expansion == "embedding_conv"),
+        "compression_kernel": ("compression='token'", lambda c: c.compression != "channel"),
+        "norm_eps": ("norm='rms'", lambda c: c.norm == "rms"),
+    }
+)
+"""Settings of parts that not every residual has: one that has the part, and whether a residual does."""
+
+
+def refuse_unused(config: ResidualConfig, given: Iterable[str], where: str) -> None:
+    """Refuse settings that were given and change nothing of this residual.
+
+    Presets hold such settings, and so do files of a whole residual; `given` names what was given beside them, and where
+    it names every field it is such a whole.
+
+    Raises:
+        UserError: naming `where` and the setting.
+    """
+    names = set(given)
+    if names >= {field.name for field in fields(ResidualConfig)}:
+        return
+    for name, (having, used) in NEEDED.items():
+        if name in names and not used(config):
+            raise UserError(
+                f"{where}: {name} has no effect on this residual (rule='{config.rule}'); leave it out, or choose a "
+                f"residual that has it, such as one with {having}."
+            )

@@ -17,7 +17,7 @@ from deepdelta.nn import config
 from deepdelta.nn.adding import refuse_adding, unwrapped
 from deepdelta.nn.backend import Work, described
 from deepdelta.nn.chain import Chain
-from deepdelta.nn.config import ResidualConfig, Rule
+from deepdelta.nn.config import ResidualConfig, Rule, refuse_unused
 from deepdelta.nn.layout import Layout, check_kind
 from deepdelta.nn.linear import initialise
 from deepdelta.nn.parts.compression import Pool, Reduce, build_compression
@@ -85,7 +85,7 @@ class DeltaStream(nn.Module):
 
     Raises:
         UserError: an unknown option or preset (the nearest valid one is named), settings that do not go together, or
-            without rule and preset one that the default does not have.
+            one that this residual does not use.
     """
 
     def __init__(
@@ -110,11 +110,10 @@ class DeltaStream(nn.Module):
             raise UserError(f"DeltaStream: unknown key '{unknown[0]}'; {nearest(unknown[0], [*known, *own])}")
         first = {"preset": preset, "value_channels": value_channels, "rule": rule}
         given = {name: value for name, value in first.items() if value is not None} | options
-        default = rule is None and preset is None
-        given |= {"preset": "plain-start"} if default else {}
+        if rule is None and preset is None:
+            given["preset"] = "plain-start"
         self.config = from_plain(ResidualConfig, settled(given), where="DeltaStream")
-        if default:
-            _refuse_unused(options)
+        refuse_unused(self.config, given, "DeltaStream")
         if channel_first and self.config.needs_tokens:
             raise UserError(
                 "channel_first=True has no token axis; use expansion='repeat' and compression='channel' or "
@@ -255,14 +254,4 @@ class DeltaStream(nn.Module):
             raise UserError(
                 f"expansion='{self.config.expansion}' with compression='{self.config.compression}' works over a "
                 f"token axis: (..., token, width) is needed, got shape {tuple(tensor.shape)}."
-            )
-
-
-def _refuse_unused(options: Mapping[str, object]) -> None:
-    """Settings of parts that the preset `plain-start` does not have would change nothing."""
-    for name in options:
-        if name == "gate_init" or name.startswith("target"):
-            raise UserError(
-                f"{name} has no effect on the default residual, which writes the branch output itself; name a rule "
-                "that has it, such as rule='delta'."
             )

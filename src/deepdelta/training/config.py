@@ -90,6 +90,11 @@ class TrainConfig(Settings):
         super().__post_init__()
         if self.cooldown and self.schedule != "constant":
             raise UserError(f"cooldown must be 0 where the schedule is not 'constant', got {self.cooldown}.")
+        for name, average in (("ema_decay", "ema"), ("average_steps", "last")):
+            if self.average != average and (value := getattr(self, name)) != getattr(TrainConfig, name):
+                raise UserError(
+                    f"{name}={value} has no effect where average is not '{average}'; set that, or leave it out."
+                )
         if not 0 <= self.cooldown <= max(0, self.steps - self.warmup):
             raise UserError(
                 f"cooldown must lie in [0, {max(0, self.steps - self.warmup)}], the steps after the warmup; got "

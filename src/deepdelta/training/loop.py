@@ -225,4 +225,5 @@ def corpus_facts(corpus: Corpus) -> dict[str, Any]:
         "corpus_sha256": corpus.sha256,
         "tokenizer_sha256": corpus.tokenizer.sha256 if corpus.tokenizer else None,
         "validation_bytes": corpus.validation_bytes,
+        **({"shards": dict(corpus.shards)} if corpus.shards else {}),
     }

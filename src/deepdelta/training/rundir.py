@@ -65,6 +65,8 @@ NUMERICS = ("versions", "machine", "threads", "device", "precision", "backend", 
 ONE_PROCESS = {"processes": 1, "parallel": "none"}
 """Of an environment that says nothing else."""
 
+CORPUS = ("corpus_sha256", "tokenizer_sha256")
+
 TOKENIZER_SHA = "tokenizer_file_sha256"
 """The key in environment.json of the checksum of tokenizer.json, null where there is none."""
 
@@ -258,7 +260,8 @@ class RunDirectory:
             UserError: naming what differs.
         """
         there = ONE_PROCESS | self.environment()
-        if different := _differing(there, environment, ("corpus_sha256", "tokenizer_sha256")):
+        shards = ("shards",) if "shards" in there and "shards" in environment else ()  # which name what changed
+        if different := _differing(there, environment, shards) or _differing(there, environment, CORPUS):
             raise UserError(
                 f"{self.path} was trained on another corpus ({different}); restore that one: what is trained or "
                 "measured on different corpora does not compare."

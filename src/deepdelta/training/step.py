@@ -23,6 +23,7 @@ def step_batch(config: TrainConfig, corpus: Corpus, step: int) -> tuple[Tensor, 
         batch_size=config.batch_size * config.accumulate,
         context=config.model.context,
         ends_at=corpus.ends_at,
+        mixture=corpus.mixture,
     )
 
 

@@ -26,13 +26,14 @@ from deepdelta.errors import UserError
 from deepdelta.models import LanguageModel
 from deepdelta.progress import Reporter, duration, reporting
 from deepdelta.training.averaging import averaged, begin_anew, follow
-from deepdelta.training.checkpoints import AVERAGE, BEST, CHECKPOINT, restore
+from deepdelta.training.checkpoints import AVERAGE, BEST, CHECKPOINT, keep_last, restore
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.evaluation import Evaluation, evaluate
 from deepdelta.training.health import Health, first_not_finite, health
 from deepdelta.training.metrics import append_json, is_step
 from deepdelta.training.optimizer import build_optimizer, learning_rate
 from deepdelta.training.parallel import distributed
+from deepdelta.training.prefetch import Prefetched
 from deepdelta.training.ranks import ALONE, Ranks
 from deepdelta.training.rundir import RunDirectory
 from deepdelta.training.step import Made, micro_losses, step_batch, training_step
@@ -93,12 +94,16 @@ class Trainer:
         self.warned = False
         self.saved: int | None = None
         """The step of the last good checkpoint."""
+        # On a CPU a batch takes a thousandth of a step, and a thread would take a core from it.
+        ahead = chosen.device.type != "cpu"
+        self.batches = Prefetched(self._batch, pinned=chosen.device.type == "cuda") if ahead else self._batch
         self.forward: nn.Module = torch.compile(shared) if config.compile else shared  # type: ignore[assignment]
 
     def run_steps(self) -> Trained:
         config = self.config
         validation_loss = self._recorded_validation()
         if self.step >= config.steps and validation_loss is not None:
+            self.ranks.shared(lambda: keep_last(self.run.path, self.step, config.keep_last))
             self.say(f"{self.run.path} has all its {config.steps} steps; give more --steps to extend it.")
             return Trained(self.step, True, validation_loss)
         console = None if self.ranks.first else Console(file=io.StringIO())
@@ -228,7 +233,8 @@ class Trainer:
                 numbers = {"skipped": self.skipped, "lr": rate}
             self._record({"step": step, **numbers, "seconds": round(self.seconds, 4)})
         pace = len(found) * self.config.tokens_per_step / spent
-        reporter.update(self.step, f"loss {loss:.3f}  {pace:,.0f} tokens/s")
+        said = "skipped" if self.in_a_row else f"loss {loss:.3f}"
+        reporter.update(self.step, f"{said}  {pace:,.0f} tokens/s")
 
     def _skip(self, step: int, what: str, reporter: Reporter) -> None:
         """Count a step that changed nothing; stop at the last of `not_finite` in a row."""
@@ -246,9 +252,12 @@ class Trainer:
     def _losses(self, forward: nn.Module, step: int) -> Iterator[Tensor]:
         """The share of each micro-batch in the loss of the step after `step`."""
         config = self.config
-        self.corpus.check_mapped()
-        inputs, labels = step_batch(config, self.corpus, step)
+        inputs, labels = self.batches(step)
         return micro_losses(forward, inputs, labels, config.accumulate, self.chosen, self.ranks)
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        self.corpus.check_mapped()
+        return step_batch(self.config, self.corpus, step)
 
     @torch.no_grad()
     def _next_is_finite(self) -> bool:

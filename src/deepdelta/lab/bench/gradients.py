@@ -47,7 +47,7 @@ COLUMNS = (
 
 CASES: Mapping[str, ResidualConfig] = MappingProxyType(
     {
-        **{name: PRESETS[name] for name in ("additive", "paper-scalar", "paper-cc")},
+        **{name: PRESETS[name] for name in ("additive", "ddl", "paper-scalar", "paper-cc")},
         "paper-cc, gates at 0.25": replace(PRESETS["paper-cc"], gate_init=0.25),
     }
 )

@@ -263,7 +263,9 @@ GRADIENTS = "gradients"
 QUESTION = "How far from fp64 are the gradients of a deep model, by backend and by what is saved?"
 
 SUITES: Mapping[str, Suite] = MappingProxyType({suite.name: suite for suite in (BAR, PEERS, GROWTH, OPERATOR, GPU)})
-QUESTIONS = {name: suite.question for name, suite in SUITES.items()} | {GRADIENTS: QUESTION}
+DEPTH = "depth"
+DEPTH_QUESTION = "How do state and gradient grow over 1,000 sublayers, beside the plain residual and mHC?"
+QUESTIONS = {name: suite.question for name, suite in SUITES.items()} | {GRADIENTS: QUESTION, DEPTH: DEPTH_QUESTION}
 
 
 def load_suite(name: str) -> Suite:

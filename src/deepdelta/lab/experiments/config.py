@@ -15,6 +15,7 @@ from deepdelta.lab.analysis.factorial import design
 from deepdelta.lab.analysis.results import BudgetName, Extrapolate, Factorial, Power, Primary
 from deepdelta.lab.analysis.statistics import seeds_needed
 from deepdelta.models import GPTConfig, parameter_count
+from deepdelta.nn.config import refuse_unused
 from deepdelta.training import TrainConfig
 from deepdelta.training.config import run_settings, settings_over
 
@@ -156,7 +157,9 @@ class StudyConfig(Settings):
     def train_config(self, condition: str, seed: int) -> TrainConfig:
         """The run of one condition and seed."""
         changes = self.conditions[condition].changes
-        run = run_settings(self.train, changes, {"seed": seed}, where=f"study {self.name}, condition {condition}")
+        where = f"study {self.name}, condition {condition}"
+        run = run_settings(self.train, changes, {"seed": seed}, where=where)
+        refuse_unused(run.model.residual, changes.get("model", {}).get("residual", {}), where)
         run = replace(run, lr=run.rate)
         if self.match_parameters and condition != self.baseline:
             model = as_large_as(self.train_config(self.baseline, seed).model, run.model, condition)

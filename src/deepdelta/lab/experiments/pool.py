@@ -10,9 +10,11 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import IO, NamedTuple, Protocol, runtime_checkable
 
 from deepdelta.errors import UserError
+from deepdelta.lab.experiments.cluster import LOST, ray_launcher
+from deepdelta.lab.experiments.places import Places
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.run import Run
 from deepdelta.progress import Reporter, reporting
@@ -35,9 +37,9 @@ class Claimed(NamedTuple):
 
 @dataclass
 class Runner:
-    """Makes the runs of an experiment, `workers` processes at a time; made by `running`."""
+    """Makes the runs of an experiment, some at a time; made by `running`."""
 
-    workers: int
+    places: Places
     work: Mapping[str, float]
     """Of every run, by name, in units."""
     unit: str
@@ -59,6 +61,8 @@ class Runner:
             KeyboardInterrupt: interrupted.
         """
         missing, records = claimed.missing, dict(claimed.records)
+        for run in missing:
+            run.check_inside()
         self.done -= {run.name for run in missing}
 
         def finish(run: Run) -> None:
@@ -70,7 +74,7 @@ class Runner:
             run_processes(
                 missing,
                 finish,
-                workers=self.workers,
+                places=self.places,
                 stopped=self.stopped,
                 watch=lambda waiting, running: self.report(waiting, running, phase),
             )
@@ -87,8 +91,20 @@ class Runner:
         self.reporter.update(made, ", ".join((facts, *(run.state for run in running[:SHOWN]))))
 
 
+@runtime_checkable
+class Process(Protocol):
+    """What a run is at work in, as `subprocess.Popen` has it."""
+
+    @property
+    def stdin(self) -> IO[bytes] | None: ...
+
+    def wait(self) -> int: ...
+
+    def terminate(self) -> None: ...
+
+
 @contextmanager
-def running(label: str, work: Iterable[tuple[Run, float]], unit: str, workers: int) -> Iterator[Runner]:
+def running(label: str, work: Iterable[tuple[Run, float]], unit: str, places: Places) -> Iterator[Runner]:
     """What makes the runs of an experiment, each of which takes so many units of work.
 
     Progress counts work over all phases; the time left follows from the pace at which it is done.
@@ -98,7 +114,7 @@ def running(label: str, work: Iterable[tuple[Run, float]], unit: str, workers: i
     done = {name for name, (run, _) in units.items() if name in run.records}
     total, first = behind(by_name, set(by_name), ()), behind(by_name, done, (run for run, _ in units.values()))
     with stop_signals() as stopped, reporting(label, total, first) as reporter:
-        yield Runner(workers, by_name, unit, done, stopped, reporter)
+        yield Runner(places, by_name, unit, done, stopped, reporter)
 
 
 def behind(work: Mapping[str, float], done: Container[str], runs: Iterable[Run]) -> int:
@@ -113,14 +129,14 @@ def run_processes(
     runs: Iterable[Run],
     finish: Callable[[Run], object],
     *,
-    workers: int,
+    places: Places,
     stopped: Callable[[], bool],
     watch: Callable[[Sequence[Run], Sequence[Run]], object],
 ) -> None:
     """Have every run made that has not ended, and `finish` called with each when it has.
 
     Args:
-        workers: processes side by side.
+        places: settled, so with a number of workers; without devices, runs see what this process sees.
         stopped: whether to stop: the processes get SIGTERM and are waited for.
         watch: is called as watch(waiting, running) again and again, and at the end.
 
@@ -128,52 +144,65 @@ def run_processes(
         UserError: a process ended without its run; its last line is passed on and the others are stopped.
         KeyboardInterrupt: stopped.
     """
+    workers = places.workers or 1
+    start: Callable[[Run, str | None], Process] = ray_launcher() if places.on == "ray" else launch
     waiting = list(runs)
-    running: dict[Future[int], tuple[Run, subprocess.Popen[bytes]]] = {}
+    running: dict[Future[int], tuple[Run, Process, str | None]] = {}
+    free: list[str | None] = list(places.devices) or [None] * workers
     with ThreadPoolExecutor(workers) as waiters:
         try:
             while (waiting or running) and not stopped():
                 for run in list(waiting):
-                    if run.waits({one.name for one in (*waiting, *(other for other, _ in running.values()))}):
+                    if run.waits({one.name for one in (*waiting, *(other for other, *_ in running.values()))}):
                         continue
                     if run.ended:
                         waiting.remove(run)
                         finish(run)
-                    elif len(running) < workers:
-                        process = launch(run)
+                    elif free and len(running) < workers:
+                        process = start(run, device := free.pop(0))
                         waiting.remove(run)
-                        running[waiters.submit(process.wait)] = run, process
+                        running[waiters.submit(process.wait)] = run, process, device
                 if waiting and not running:
                     time.sleep(POLL_SECONDS)
                 done, _ = concurrent.futures.wait(running, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
                 for future in done:
-                    run, process = running.pop(future)
+                    run, process, device = running.pop(future)
                     _close(process)
-                    if not run.ended:
+                    free.append(device)
+                    if run.ended:
+                        finish(run)
+                    elif future.result() == LOST:
+                        waiting.append(run)
+                    else:
                         raise UserError(_failure(run, future.result()))
-                    finish(run)
-                watch(waiting, [run for run, _ in running.values()])
+                watch(waiting, [run for run, *_ in running.values()])
         finally:
-            for _, process in running.values():
+            for _, process, _ in running.values():
                 process.terminate()
-            for _, process in running.values():
+            for _, process, _ in running.values():
                 process.wait()
                 _close(process)
     if stopped():
         raise KeyboardInterrupt
 
 
-def launch(run: Run) -> subprocess.Popen[bytes]:
-    """Start the process of a run: in a session of its own, so that Ctrl-C reaches it once, through its parent."""
+def launch(run: Run, device: str | None = None) -> subprocess.Popen[bytes]:
+    """Start the process of a run: in a session of its own, so that Ctrl-C reaches it once, through its parent.
+
+    Args:
+        device: the one that it sees; None: all.
+    """
     command = [sys.executable, "-m", "deepdelta.lab.experiments.process", *run.command()]
     environment = os.environ | {"OMP_NUM_THREADS": str(run.threads), "MKL_NUM_THREADS": str(run.threads)}
+    if device is not None:
+        environment |= {"CUDA_VISIBLE_DEVICES": device}
     with run.log.open("ab") as log:
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
         )
 
 
-def _close(process: subprocess.Popen[bytes]) -> None:
+def _close(process: Process) -> None:
     """Let go of the pipe of a process that has ended."""
     if process.stdin is not None:
         process.stdin.close()

@@ -7,6 +7,7 @@ killed process loses at most the record in progress; `compact` makes one stream 
 import json
 import lzma
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,41 @@ class RecordFile:
             self._length = len(data) - len(stream.unused_data)
             lines += text.splitlines()
         return lines
+
+
+SAME = ("experiment", "condition", "seed", "settings", "inputs", "metrics", "diverged")
+"""Of two records of a name: what must be equal."""
+
+
+def take_over(out: Path, folders: Sequence[Path]) -> None:
+    """Add the records in folders of the same experiment, on other machines say, to those in `out`; nothing is written
+    before all of them have been read.
+
+    Raises:
+        UserError: a folder holds none, or another experiment; or two records of a name that differ in more than where
+            and when they were made.
+    """
+    own, new = RecordFile(out), dict[str, tuple[Path, dict[str, Any]]]()
+    for folder in folders:
+        other = RecordFile(folder)
+        if not other.rows():
+            raise UserError(f"{folder} must hold the records of a study, {FILE_NAME}, but holds none.")
+        for name, row in other.rows().items():
+            place, there = new.get(name, (out, own.rows().get(name)))
+            if there is None:
+                new[name] = folder, row
+            elif different := [key for key in SAME if there.get(key) != row.get(key)]:
+                raise UserError(
+                    f"the records of {name} in {place} and {folder} contradict each other ({', '.join(different)}): "
+                    "leave one of the folders out, or delete what is wrong."
+                )
+    if own.experiment is None and len(names := {row["experiment"] for _, row in new.values()}) > 1:
+        raise UserError(f"the folders hold different studies, {' and '.join(sorted(names))}: leave some out.")
+    for name, (folder, row) in new.items():
+        if own.experiment not in (None, row["experiment"]):
+            raise UserError(f"{folder} holds {name} of {row['experiment']}, and {out} the study {own.experiment}.")
+    for _, row in new.values():
+        own.append(row)
 
 
 def _line(row: dict[str, Any]) -> bytes:

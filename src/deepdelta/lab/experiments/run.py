@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
+from deepdelta.files import check_inside
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import RecordFile
 
@@ -79,6 +80,15 @@ class Run(ABC):
     @abstractmethod
     def differences(self, record: RunRecord) -> list[str]:
         """What of the settings and inputs is another there."""
+
+    def check_inside(self) -> None:
+        """Refuse files of this run that lie elsewhere than in the experiment's folder.
+
+        Raises:
+            UserError: naming the first of them.
+        """
+        for path in (self.path, self.log):
+            check_inside(self.records.path.parent, path)
 
     def stored(self) -> RunRecord | None:
         """Its record, if there is one.

@@ -39,7 +39,7 @@ PROMPT, TEMPERATURE = 32, 0.8
 PLACES = {"device", "threads", "checkpoint_every", "keep_last", "keep_best"}
 """Settings that say where and how a run is made, not what comes out of it."""
 
-SOURCES = {"source", "pattern", "tokenizer"}
+SOURCES = {"source", "pattern", "tokenizer", "mixture"}
 """Settings of the data that the hashes of corpus and tokenizer stand for."""
 
 

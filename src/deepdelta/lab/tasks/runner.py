@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 
 from deepdelta.config import differences, from_plain, to_plain
-from deepdelta.device import keep_freed_memory, usable_cores
+from deepdelta.device import keep_freed_memory
 from deepdelta.errors import UserError, require
 from deepdelta.files import AnyPath, locked, read_object, write_json, write_text
 from deepdelta.lab.analysis.tasks import TaskResults
+from deepdelta.lab.experiments.places import Places
 from deepdelta.lab.experiments.pool import Claimed, running
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import RecordFile
@@ -103,8 +104,7 @@ def run_task(
     task = load_task(name)
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f"seeds must be different numbers from 0 on, at least one, got {list(seeds)}.")
-    if workers is not None and workers < 1:
-        raise UserError(f"workers must be at least 1, got {workers}.")
+    places = Places(workers=workers).settled("cpu", 1)
     require("comparisons of tasks", "lab", "scipy")
     settings = {condition: to_plain(task.settings_of(condition, overrides)) for condition in task.conditions}
     out = Path(out)
@@ -125,9 +125,7 @@ def run_task(
         ]
         records = {run.name: record for run in runs if (record := run.stored()) is not None}
         claimed = Claimed([run for run in runs if run.name not in records], records)
-        with running(
-            f"Task {name}", [(run, float(UNITS)) for run in runs], "% of a run", workers or usable_cores()
-        ) as runner:
+        with running(f"Task {name}", [(run, float(UNITS)) for run in runs], "% of a run", places) as runner:
             records = runner.make(claimed, "runs")
         file.compact()
         results = collect(task, seeds, {(one.condition, one.seed): one for one in records.values()}, command)

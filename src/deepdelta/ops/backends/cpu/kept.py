@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ def keeping_problem(function: Callable[..., Any] | None = None) -> str | None:
         return f"numba's compiled code in {folder} belongs to another user, who could have it run theirs; {MEND}"
     if _written_by_others(here) or (_written_by_others(above) and not above.st_mode & stat.S_ISVTX):
         return f"numba's compiled code in {folder} can be written by others, who could have it run theirs; {MEND}"
+    if here.st_uid == os.getuid() and not os.listdir(folder):
+        with suppress(FileNotFoundError):  # a process beside this one removed it
+            folder.chmod(stat.S_IRWXU)  # numba has just made it, as the umask says
     return None
 
 
