@@ -6,6 +6,9 @@ deepdelta train "$run" --preset delta-token-random --steps 20 --warmup 2 --batch
     --model.dim 32 --model.heads 2 --model.layers 2 --model.context 32
 deepdelta generate "$run" --prompt "def " --tokens 20
 deepdelta evaluate "$run" --tokens 1024
+deepdelta explore --out "$run/operator.html"
+deepdelta explore "$run" --prompt "def f(x)"
+test -s "$run/operator.html" -a -s "$run/explore.html" -a -s "$run/explore.json"
 python - <<'EOF'
 import torch, deepdelta
 

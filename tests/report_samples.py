@@ -68,6 +68,7 @@ def condition(name: str, losses: list[float], number: int) -> ConditionResult:
             rounds=7,
             peak_bytes=200_000_000,
             peak_ratio=1 + number / 9,
+            moved_bytes=250_000.0 + number,
         ),
         runs=tuple(run(seed, loss) for seed, loss in enumerate(losses)),
         rewrites=tuple(rewrite(layer, sublayer) for layer in (0, 1) for sublayer in ("attention", "mlp") if number),
@@ -112,7 +113,7 @@ def many_seeds(shift: float = -0.05) -> StudyResults:
 def bare() -> StudyResults:
     """Nothing but the plan: no finished run, no costs, no rewrites."""
     results = study()
-    empty = [dataclasses.replace(c, cost=None, runs=(), rewrites=()) for c in results.conditions]
+    empty = [dataclasses.replace(c, cost=None, runs=(), rewrites=(), sample=None) for c in results.conditions]
     return anew(results, conditions=tuple(empty), commit=None, finished="2026-01-01T00:00:00+00:00")
 
 

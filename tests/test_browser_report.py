@@ -159,7 +159,11 @@ def test_losses_lie_against_what_is_pressed_and_conditions_hide(chromium: Any, f
     with opened(chromium, files["report"], beside=BESIDE) as page:
         drawn(page)
         steps = page.evaluate("curves.data[0].x.at(-1)")
-        for title, key in (("training FLOPs", "flops"), ("seconds of training", "seconds")):
+        for title, key in (
+            ("training FLOPs", "flops"),
+            ("seconds of training", "seconds"),
+            ("bytes moved in training", "bytes"),
+        ):
             page.get_by_role("button", name=title).click()
             assert page.locator("#curves .xtitle").text_content() == title
             assert page.evaluate("curves.data[0].x.at(-1) === curves.data[0].meta.x['" + key + "'].at(-1)")
@@ -184,3 +188,16 @@ def test_nothing_overlaps_or_is_cut_and_axe_finds_nothing_serious(
             table.click()
         assert page.evaluate(LAYOUT) == []
         assert serious(page) == []
+
+
+def test_a_page_alone_holds_its_script_and_the_operator(
+    chromium: Any, study: tuple[Path, StudyResults], tmp_path: Path
+) -> None:
+    write_report(study[1], tmp_path / "report.html", self_contained=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    with opened(chromium, tmp_path / "report.html") as page:
+        drawn(page)
+        page.get_by_text("to move by hand").click()
+        operator = page.frame_locator("iframe")
+        operator.locator("#beta-number").fill("2")
+        assert operator.locator("#regime").inner_text() == "Reflection"

@@ -186,9 +186,12 @@ def test_page_of_a_study_without_results_says_so() -> None:
     for sentence in (
         "Nothing to compare yet: no condition shares a finished seed with additive.",
         "What the conditions cost in speed and memory was not measured.",
-        "No losses during training were recorded.",
-        "No gates were recorded.",
-        "No discrepancies were recorded.",
+        "What counted n-grams have on this text was not measured.",
+        "No curves: results.json leaves them out.",
+        "No gates: no condition has any, or its rewrites were not measured.",
+        "No discrepancies: no condition has targets, or its rewrites were not measured.",
+        "No norms of the state: these results come from runs whose rewrites were measured without them",
+        "No samples: these results come from runs that kept none",
         "not run from a git checkout",
     ):
         assert sentence in page.visible

@@ -66,7 +66,7 @@ def test_the_plot_shows_every_seed_the_mean_the_interval_and_every_condition() -
     results = many_seeds()
     names = [one.name for one in results.conditions]
     figure = study_figure(results)
-    changes, flops, seconds = (axes for axes in figure.axes if axes.get_legend_handles_labels()[0] or axes.lines)
+    changes, flops, seconds, moved = (axes for axes in figure.axes if axes.get_legend_handles_labels()[0] or axes.lines)
     lines = iter([(list(line.get_xdata()), set(line.get_ydata())) for line in changes.lines])
     for row, one in enumerate(results.against_baseline()):
         losses, base = results.condition(one.condition).losses(), results.conditions[0].losses()
@@ -76,7 +76,7 @@ def test_the_plot_shows_every_seed_the_mean_the_interval_and_every_condition() -
         assert next(lines) == (pytest.approx([losses[seed] - base[seed] for seed in losses]), {row})
         assert next(lines) == ([one.comparison.mean], {row})
     assert [line.get_text() for line in changes.get_yticklabels()] == names[1:]
-    for axes, place in ((flops, 40 * 2048 * 4.9e6), (seconds, 4.0)):
+    for axes, place in ((flops, 40 * 2048 * 4.9e6), (seconds, 4.0), (moved, 40 * 2048 * 250_000)):
         assert [line.get_label() for line in axes.lines] == names
         assert axes.lines[0].get_xdata()[-1] == pytest.approx(place)
         assert axes.lines[0].get_ydata()[-1] == pytest.approx(
@@ -103,7 +103,7 @@ def test_the_plot_of_odd_names_and_of_nothing() -> None:
     ElementTree.fromstring(plot(bare()))
 
 
-def test_loss_curves_lie_on_steps_flops_and_seconds() -> None:
+def test_loss_curves_lie_on_steps_flops_seconds_and_bytes() -> None:
     results = study()
     slow = dataclasses.replace(results.conditions[1], runs=tuple(run(seed, 1.7, late=float(seed)) for seed in range(3)))
     results = anew(results, conditions=(results.conditions[0], slow))
@@ -111,6 +111,7 @@ def test_loss_curves_lie_on_steps_flops_and_seconds() -> None:
         "steps": [0, 10, 20, 30, 40],
         "flops": [step * 2048 * 4.9e6 * 1.1 for step in (0, 10, 20, 30, 40)],
         "seconds": [1.0, 2.0, 3.0, 4.0, 5.0],  # seeds start 0, 1 and 2 seconds late: 1 on average
+        "bytes": [step * 2048 * 250_001 for step in (0, 10, 20, 30, 40)],
     }
     figure = plain(pictures.loss_curves(results))
     mean = figure["data"][-1]
@@ -120,6 +121,11 @@ def test_loss_curves_lie_on_steps_flops_and_seconds() -> None:
     assert mean["y"] == pytest.approx([1.7 + 50 / (step + 10) - 0.5 for step in (0, 10, 20, 30, 40)], rel=1e-5)
     # The start, five times as high, does not set the range.
     assert figure["layout"]["yaxis"]["range"][1] < 3.5
+    # Of one condition they were not counted.
+    uncounted = dataclasses.replace(slow, cost=dataclasses.replace(slow.cost, moved_bytes=None))
+    results = anew(results, conditions=(results.conditions[0], uncounted))
+    assert [axis.key for axis in pictures.axes(results)] == ["steps", "flops", "seconds"]
+    assert "No axis of bytes moved" in Page(render_page(results)).visible
 
 
 def test_curves_fall_back_to_training_loss_and_say_so() -> None:

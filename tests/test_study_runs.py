@@ -404,7 +404,7 @@ def test_costs_belong_to_their_baseline(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_page_while_a_study_is_at_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After each seed, also where the baseline diverged; it loads itself anew until the study ends or is stopped."""
+    """After each run, also one that diverged; it loads itself anew until the study ends or is stopped."""
     file = study_file(tmp_path, "additive", "ddl-1.5", steps=4)
     text = file.read_text().replace("seeds = [0]", "seeds = [0, 1]").replace("rewrite_tokens = 70", "")
     file.write_text(text.replace(CONDITIONS["additive"], CONDITIONS["diverging"]))
@@ -428,9 +428,9 @@ def test_the_page_while_a_study_is_at_work(
         main(command)
     monkeypatch.setattr(pool, "launch", here)
     main(command)
-    reloading, halted, last = pages
-    assert (
-        'http-equiv="refresh"' in reloading and "At work: 1 of 2 seeds have ended. This is no result yet." in reloading
-    )
-    assert "Stopped: 1 of 2 seeds have ended." in halted
-    assert not any('http-equiv="refresh"' in page for page in (halted, last)) and "no result yet" not in last
+    *at_work, halted, continued, last = pages
+    assert [page.count('http-equiv="refresh"') for page in pages] == [1, 1, 1, 0, 1, 0]
+    for ended, page in enumerate(at_work, 1):
+        assert f"At work: {ended} of 4 runs have ended. This is no result yet." in page
+    assert "Stopped: 3 of 4 runs have ended." in halted and "At work: 3 of 4 runs have ended." in continued
+    assert "no result yet" not in last

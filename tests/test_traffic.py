@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from deepdelta.lab.bench import SUITES, subjects, suites
-from deepdelta.lab.measure.traffic import numbers_per_token
+from deepdelta.lab.measure.traffic import moved_bytes, numbers_per_token
 
 
 def test_what_residuals_move_by_hand() -> None:
@@ -37,3 +37,21 @@ def test_what_residuals_move_by_hand() -> None:
         assert bound <= moved <= bound + 3 * (channels + 2) + 2 * gates
     # Eager PyTorch's addition and RMSNorm, of whose steps every one reads and writes.
     assert subjects.moved(group, suites.ADDITIVE, cpu) > 2 * subjects.moved(group, suites.ADDITIVE_FUSED, cpu)
+
+
+def test_what_a_training_step_moves_by_hand() -> None:
+    x_NI, weight_IO = torch.randn(5, 3), torch.randn(3, 4, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight_IO], foreach=False, fused=True)
+
+    def step() -> None:
+        (x_NI @ weight_IO).backward(torch.ones(5, 4))
+        optimizer.step()
+        weight_IO.grad = None
+
+    step()
+    x, weight, y = 5 * 3, 3 * 4, 5 * 4
+    product, ones, gradient = x + weight + y, y, x + y + weight
+    # The count of steps is read, added to in place and read by the fused step, which reads the parameter, its gradient
+    # and both moments, and writes them, by its signature the gradient too.
+    counted, update = 2 + 1, 4 * weight + 4 * weight
+    assert moved_bytes(step) == 4 * (product + ones + gradient + counted + update)

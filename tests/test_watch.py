@@ -4,7 +4,9 @@ import io
 import json
 import lzma
 import os
+import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from deepdelta.files import locked, write_json
 from deepdelta.lab import watching
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import RecordFile
-from deepdelta.lab.watching import look, watch
+from deepdelta.lab.experiments.work import WORK, Work
+from deepdelta.lab.watching import ENDED, look, watch
 from deepdelta.training import RunDirectory
 from tiny_runs import config, quietly, start, text_file, wait_for_step
 
@@ -78,7 +81,8 @@ def test_pace_time_left_gate_and_skips_of_a_run(source: Path, tmp_path: Path, mo
     run = begun(tmp_path / "run", source, [step(1), step(2), step(3), VALIDATION, SKIPPED])
     assert look(run)[0][0].state == "stopped"
     with RunDirectory(run).locked():
-        (one,), at_work = look(run)
+        (one,), studies, at_work = look(run)
+        assert not studies
         assert at_work and one.state == "running" and (one.step, one.steps, one.skipped) == (4, 20, 1)
         # 2 x 16 tokens a step, a step each half second.
         assert one.pace == 64.0 and one.left == 8.0
@@ -92,14 +96,14 @@ def test_pace_time_left_gate_and_skips_of_a_run(source: Path, tmp_path: Path, mo
         assert look(run)[0][0].step == 5
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"step": 6, "diverged": True}) + "\n")
-    assert look(run)[0][0].state == "diverged" and not look(run)[1]
+    assert look(run)[0][0].state == "diverged" and not look(run).at_work
     # Where the system does not tell who holds a lock, by how young the files are.
     monkeypatch.setattr(watching, "LOCKS", tmp_path / "absent")
     again = begun(tmp_path / "again", source, [step(1), step(2)])
-    assert look(again)[1]
+    assert look(again).at_work
     for file in again.iterdir():
         os.utime(file, (0, 0))
-    assert not look(again)[1]
+    assert not look(again).at_work
 
 
 def test_before_the_first_step(source: Path, tmp_path: Path) -> None:
@@ -128,7 +132,7 @@ def test_a_study_by_its_records_and_its_runs(source: Path, tmp_path: Path, capsy
             (out / "runs" / f"{name}.log").touch()
         with (out / "runs.jsonl.xz").open("ab") as being_written:
             being_written.write(lzma.compress(b"half")[:9])
-        runs, at_work = look(out)
+        runs, (whole,), at_work = look(out)
         assert at_work and [(one.name, one.state) for one in runs] == [
             ("a-1.5-seed0", "finished"),
             ("b-seed0", "diverged"),
@@ -136,13 +140,46 @@ def test_a_study_by_its_records_and_its_runs(source: Path, tmp_path: Path, capsy
             ("d-seed0", "running"),
         ]
         assert runs[0].line == "a-1.5-seed0  finished  step 20/20  validation 2.5000"
-    assert not look(out)[1]
+        assert whole.line == f"{out}  2 of 4 runs ended"
+        # Of five runs, each a share of the work: b had ended 30 seconds ago, a has since, c is at step 2 of 20.
+        amounts = {"a-1.5-seed0": 10.0, "b-seed0": 10.0, "c-seed0": 20.0, "d-seed0": 20.0, "e-seed0": 28.0}
+        Work(amounts=amounts, made=10.0, began=time.time() - 30).write(out / WORK)
+        (whole,) = look(out).studies
+        assert (whole.ended, whole.runs) == (2, 5) and whole.left == pytest.approx(66 * 30 / 12, rel=0.01)
+        assert whole.line == f"{out}  2 of 5 runs ended  ETA 2:45"
+        # Before anything is made the pace is not known.
+        Work(amounts=amounts, made=22.0, began=time.time() - 30).write(out / WORK)
+        assert look(out).studies[0].left is None
+    assert not look(out).at_work
     # A study over sizes holds studies.
     assert [one.name for one in look(tmp_path)[0]] == [f"out/{one.name}" for one in runs]
-    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
-    watch(out, screen)
-    shown = " ".join(screen.file.getvalue().split())  # type: ignore[attr-defined]  # a long path folds the title
-    assert "2 of 4 runs ended" in shown and "c-seed0" in shown
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_terminal_of_any_width_says_all(source: Path, tmp_path: Path, width: int) -> None:
+    out = tmp_path / "out"
+    file = RecordFile(out)
+    for seed in range(30):
+        file.append(to_plain(record(f"a-condition-of-a-long-name-seed{seed}")))
+    begun(out / "runs" / "b-seed0", source, [step(1), step(2)])
+    (out / "runs" / "b-seed0.log").touch()
+    screen = io.StringIO()
+    watch(out, Console(file=screen, force_terminal=True, width=width, height=99, color_system=None))
+    text = re.sub(r"\x1b\[[\d;?]*\w", "\n", screen.getvalue()).replace("\r", "\n")
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    shown = " ".join(text[text.rindex("30 of 31 runs ended") :].split())  # the last of what was drawn
+    assert shown.count("finished") == ENDED
+    # What has not ended, then the last that ended.
+    assert [shown.index(name) for name in ("b-seed0 stopped", "seed29", "seed11")] == sorted(
+        shown.index(name) for name in ("b-seed0 stopped", "seed29", "seed11")
+    )
+    assert "3.8000" in shown and "2/20" in shown and ("tokens/s 64" in shown) == (width < 100)
+
+
+def test_a_terminal_without_a_cursor_gets_lines(source: Path, tmp_path: Path) -> None:
+    run, screen = begun(tmp_path / "run", source, [step(1)]), io.StringIO()
+    watch(run, Console(file=screen, force_terminal=True, _environ={"TERM": "dumb"}))
+    assert screen.getvalue() == "run  stopped  step 1/20  loss 3.9000\n"
 
 
 def test_in_a_pipe_a_line_a_change(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

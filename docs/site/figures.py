@@ -1,7 +1,7 @@
 """The pictures of docs/images, remade from real output: make figures.
 
 Two small runs, a delta network and its write-only twin, are trained if they are not there; the same settings give the
-same runs. Needs Debian's Chromium and Playwright.
+same runs. The report is that of results/headline. Needs Debian's Chromium and Playwright.
 """
 
 import shutil
@@ -11,6 +11,9 @@ from pathlib import Path
 
 from animation import picture
 from playwright.sync_api import sync_playwright
+
+from deepdelta.lab.analysis.results import load_results
+from deepdelta.lab.views import write_report
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "images"
@@ -24,6 +27,8 @@ SHOTS = [
     ("operator-phone", "operator", "dark", 390, 1000, ["#preset-overwrite"]),
     ("token-light", "token", "light", 1320, 1340, ["#on"] * 5),
     ("token-dark", "token", "dark", 1320, 1340, ["#on"] * 3),
+    ("report-light", "report", "light", 1320, 1476, []),
+    ("report-phone", "report", "dark", 390, 1330, []),
 ]
 
 
@@ -42,6 +47,7 @@ def main() -> None:
     deepdelta("explore", "--out", "build/operator.html")
     twin = ("--with", "runs/figures/write_only", "--out", "build/token.html")
     deepdelta("explore", "runs/figures/delta", "--prompt", PROMPT, *twin)
+    write_report(load_results(ROOT / "results/headline/results.json"), ROOT / "build/report.html")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for image, name, theme, width, height, pressed in SHOTS:
@@ -50,6 +56,7 @@ def main() -> None:
             for one in pressed:
                 page.click(one)
             page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+            page.wait_for_function("!document.querySelector('.plot:empty')")
             page.mouse.move(0, 0)
             page.screenshot(path=str(IMAGES / f"{image}.png"))
             page.close()

@@ -47,7 +47,9 @@ def explore_runs(runs: Sequence[Path], prompt: str, out: Path) -> Path:
         model, tokenizer = load(run)
         if tokenizer is None:
             raise UserError(
-                f"{run} keeps no tokenizer, so no text can be followed; deepdelta.explore takes one beside the model."
+                f"{run} keeps no tokenizer, so no text can be followed: import the model with --source TEXT "
+                "--tokenizer FILE.json, train with --data.tokenizer FILE.json, or give deepdelta.explore a tokenizer "
+                "beside the model."
             )
         config = RunDirectory(run).config().model
         rule, channels = config.residual.rule, config.residual.value_channels

@@ -8,18 +8,19 @@ const shade = (i) => ({ opacity: 1 - 0.2 * Math.min(i, 3), "stroke-dasharray": C
 function strip(id, { title, series, range, ticksY, last, steps, current, colour, pick, mark }) {
   const target = svg("svg", { id, class: "strip", role: "img", viewBox: `0 0 ${across()} ${last ? 126 : 110}`, "aria-label": `${title} over the rewrites.` });
   const every = Math.max(1, Math.ceil(steps / 12));
+  const [left, right] = [0.4 - steps / 60, steps + 0.7 + steps / 60]; // room for the marks between and after rewrites
   const ticksX = Array.from({ length: steps }, (_, i) => i + 1).filter((i) => (i - 1) % every === 0);
-  const { px, drawing, line, py } = axes(target, { x: [0.4, steps + 0.6], y: range, ticksX, ticksY, labelX: last ? "rewrite" : "", labelY: title });
+  const { px, drawing, line, py } = axes(target, { x: [left, right], y: range, ticksX, ticksY, labelX: last ? "rewrite" : "", labelY: title });
   drawing.append(svg("rect", { x: px(current - 0.42), y: 0, width: px(current + 0.42) - px(current - 0.42), height: 200, fill: "var(--accent)", opacity: 0.16 }));
   series.forEach((points, i) => {
     line(points, { stroke: colour, "stroke-width": 1.8, ...shade(i) });
     for (const [x, y] of points) drawing.append(svg("circle", { cx: px(x), cy: py(y), r: 2.6, fill: colour, opacity: shade(i).opacity }));
   });
-  if (mark !== undefined) line([[0, mark], [steps + 1, mark]], { stroke: "var(--before)", "stroke-dasharray": "3 4" });
+  if (mark !== undefined) line([[left, mark], [right, mark]], { stroke: "var(--before)", "stroke-dasharray": "3 4" });
   target.addEventListener("click", (event) => {
     const box = target.getBoundingClientRect();
     const x = ((event.clientX - box.left) / box.width) * across();
-    pick(Math.round(0.4 + ((x - 54) / (across() - 66)) * (steps + 0.2)));
+    pick(Math.round(left + ((x - 54) / (across() - 66)) * (right - left)));
   });
   return target;
 }
@@ -36,7 +37,11 @@ function depthPictures(r, run, token, current, pick) {
   const common = { steps, current, pick };
   const pictures = [];
   const gates = over("beta");
-  if (gates.length) pictures.push(strip(`gate-${r}`, { ...common, title: "gate β", series: gates, range: [0, 2.08], ticksY: [0, 1, 2], colour: "var(--after)", mark: 1 }));
+  if (gates.length) {
+    const [low, high] = [Math.min, Math.max].map((end, i) => end(2 * i, ...gates.flat().map(([, y]) => y)));
+    const pad = 0.04 * (high - low); // learned gates may leave [0, 2]
+    pictures.push(strip(`gate-${r}`, { ...common, title: "gate β", series: gates, range: [low - pad, high + pad], ticksY: ticks(Math.max(2, high, -low)).filter((y) => y >= low && y <= high), colour: "var(--after)", mark: 1 }));
+  }
   pictures.push(strip(`cosine-${r}`, { ...common, title: "cos(k, X)", series: over("cosine"), range: [-1.08, 1.08], ticksY: [-1, 0, 1], colour: "var(--k)" }));
   const said = run.lens.flatMap((state, i) => (state[token].next === null ? [] : [[i + 0.5, state[token].next[0]]]));
   pictures.push(strip(`norm-${r}`, { ...common, title: "norm of X", series: norms, range: [0, 1.05 * top], ticksY: [0, top / 2, top], colour: "var(--spectrum)", last: !said.length }));

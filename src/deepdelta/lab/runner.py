@@ -88,30 +88,29 @@ def run_study(
     costs, tuned = _tuned(plan, out, places)
     planned = at_rates(plan.runs(study, costs), tuned)
     page = out / "report.html"
-    so_far: list[StudyResults] = []
+    names = {run.name for run in planned.values()}
+    ended: dict[str, RunRecord] = {}
 
     def write_so_far(what: str, reloads: bool) -> None:
-        done = f"{what}: {len(so_far[-1].seeds)} of {len(study.seeds)} seeds have ended."
-        write_report(so_far[-1], page, self_contained=self_contained, so_far=done, reloads=reloads)
+        if 0 < len(ended) < len(names):
+            there = {key: ended[run.name] for key, run in planned.items() if run.name in ended}
+            so_far = collect(study, there, costs, tuned, plan.corpus, command=command, started=started, ngram=False)
+            done = f"{what}: {len(ended)} of {len(names)} runs have ended."
+            write_report(so_far, page, self_contained=self_contained, so_far=done, reloads=reloads)
 
-    def ended(records: Mapping[str, RunRecord]) -> None:
-        """Show the seeds of which every run has ended, where there is one more."""
-        lacking = {seed for (_, seed, _), run in planned.items() if run.name not in records}
-        seeds = tuple(seed for seed in study.seeds if seed not in lacking)
-        if len(seeds) > (len(so_far[-1].seeds) if so_far else 0) and lacking:
-            there = {key: records[run.name] for key, run in planned.items() if key[1] in seeds}
-            part = replace(study, seeds=seeds, exploratory=True)
-            so_far.append(
-                collect(part, there, costs, tuned, plan.corpus, command=command, started=started, ngram=False)
-            )
+    def each(records: Mapping[str, RunRecord]) -> None:
+        before = len(ended)
+        ended.update((name, records[name]) for name in names & records.keys())
+        if len(ended) > before:
             write_so_far("At work", True)
 
+    claimed = claim(planned.values())
     try:
+        each(claimed.records)
         with _running(plan, costs, planned.values(), places) as runner:
-            records = runner.make(claim(planned.values()), "runs", ended)
+            records = runner.make(claimed, "runs", each)
     except BaseException:
-        if so_far:
-            write_so_far("Stopped", False)
+        write_so_far("Stopped", False)
         raise
     if not study.keep_checkpoints:
         for run in starts(planned.values()):
@@ -157,7 +156,7 @@ def run_search(study: Search, out: AnyPath, *, places: Places = LOCAL, command: 
     left, rungs = study.candidates, list[RungResult]()
     for number in range(len(study.search.rungs)):
         planned = plan.rung(study, number, (study.baseline, *left), tuned)
-        with _running(plan, costs, planned.values(), places) as runner:
+        with _running(plan, costs, _rungs(plan, study, number, left, tuned), places) as runner:
             records = runner.make(claim(planned.values()), f"rung {number + 1} of {len(study.search.rungs)}")
         rungs.append(rank(study, number, left, {key: records[run.name] for key, run in planned.items()}))
         left = tuple(one.condition for one in rungs[-1].ranking if one.kept)
@@ -209,9 +208,14 @@ def _tuned(plan: Plan, out: Path, places: Places) -> tuple[dict[str, Cost], dict
     costs = measure(plan.study, model.vocab_size or plan.corpus.vocab_size, out / "costs.json")
     if tune is None:
         return costs, {}
-    new, records = tuning, dict[str, RunRecord]()
+    study = plan.study
+    if isinstance(study, Search):
+        later = _rungs(plan, study, 0, study.candidates, {})
+    else:
+        later = list(plan.runs(study, costs).values()) if isinstance(study, Comparison) else []
+    records = dict[str, RunRecord]()
     for extension in range(EXTENSIONS + 1):
-        with _running(plan, costs, new.values(), places) as runner:
+        with _running(plan, costs, (*tuning.values(), *later), places) as runner:
             records |= runner.make(claimed, "tuning")
         tuned = chosen(tune, tuning, records)
         further = {name: rate for name, one in tuned.items() if (rate := beyond(one)) is not None}
@@ -224,9 +228,21 @@ def _tuned(plan: Plan, out: Path, places: Places) -> tuple[dict[str, Cost], dict
     return costs, tuned
 
 
+def _rungs(
+    plan: Plan, study: Search, number: int, left: tuple[str, ...], tuned: Mapping[str, Tuned]
+) -> list[TrainingRun]:
+    """The runs from a rung on. Who goes on from it is not known yet: the first ones stand for as many as will."""
+    runs: list[TrainingRun] = []
+    for later, rung in enumerate(study.search.rungs[number:], number):
+        runs += plan.rung(study, later, (study.baseline, *left), tuned).values()
+        left = left[: rung.keep]
+    return runs
+
+
 @contextmanager
 def _running(plan: Plan, costs: Mapping[str, Cost], runs: Iterable[TrainingRun], places: Places) -> Iterator[Runner]:
-    """What makes these runs and those that they start from."""
+    """What makes these runs and those that they start from; `runs` are all that are still to come, of later phases too,
+    so that progress says when the study ends."""
     runs = list(runs)
     settings = plan.study.train_config(plan.study.baseline, plan.study.seeds[0])
     chosen = places.settled(choose_device(settings.device, settings.precision).device.type, settings.threads or 1)

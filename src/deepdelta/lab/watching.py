@@ -1,13 +1,16 @@
 """The live view of runs and studies: what their files say, again and again. It reads, and never writes or locks."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from textwrap import indent, wrap
+from typing import Any, NamedTuple
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -16,16 +19,20 @@ from deepdelta.config import from_plain
 from deepdelta.errors import UserError, printable
 from deepdelta.files import HELD, AnyPath, read_object
 from deepdelta.lab.experiments.records import RecordFile
+from deepdelta.lab.experiments.work import WORK, Work
 from deepdelta.progress import duration
 from deepdelta.training import TrainConfig
 from deepdelta.training.rundir import CONFIG, LOCK, METRICS
 
 SECONDS = 1.0
 """Between two looks."""
+ENDED = 20
+"""Of the runs that ended, those that a terminal shows."""
 TAIL = 1 << 16
 """Bytes of a run's metrics that are read: the pace is that of the steps in them."""
 FRESH = 60.0
 """Where the system does not say who holds locks, a run is at work whose files are younger than so many seconds."""
+NO_BREAK = "\u00a0"
 LOCKS = Path("/proc/locks")
 
 
@@ -50,6 +57,15 @@ class Seen:
     """Steps whose loss or gradient was not finite."""
 
     @property
+    def ended(self) -> bool:
+        return self.state in ("finished", "diverged")
+
+    @property
+    def share(self) -> float:
+        """Of its steps, those made."""
+        return self.step / self.steps if self.steps else 0.0
+
+    @property
     def cells(self) -> tuple[str, ...]:
         of = "" if self.steps is None else f"/{self.steps:,}"
         return (
@@ -68,64 +84,119 @@ class Seen:
         return "  ".join(f"{title} {cell}".strip() for title, cell in zip(WORDS, self.cells, strict=True) if cell)
 
 
-TITLES = ("run", "state", "step", "loss", "validation", "tokens/s", "ETA", "mean gate")
-WORDS = ("", "", "step", "loss", "validation", "tokens/s", "ETA", "gate")
+class Study(NamedTuple):
+    """A study or a task as a whole."""
+
+    name: str
+    ended: int
+    runs: int
+    """Those planned, where it is known, else those that were begun."""
+    left: float | None
+    """Seconds to the end of its last run, at the pace since it was begun or continued."""
+
+    @property
+    def line(self) -> str:
+        eta = "" if self.left is None else f"  ETA {duration(self.left)}"
+        return f"{printable(self.name)}  {self.ended} of {self.runs} runs ended{eta}"
+
+
+class Look(NamedTuple):
+    """All that a folder holds, at one moment."""
+
+    runs: list[Seen]
+    studies: list[Study]
+    at_work: bool
+
+
+TITLES = ("run", "state", "step", "loss", "validation", "tokens/s", "ETA", "gate")
+WORDS = ("", "", *TITLES[2:])
 
 
 def watch(path: AnyPath, console: Console | None = None) -> None:
-    """Show a run, or those of a study or task, until none is at work: a table that changes, in a pipe a line a change.
+    """Show a run, or those of a study or task, until none is at work: a table that changes; in a pipe, and in a
+    terminal that cannot move its cursor, a line a change.
 
     Raises:
         UserError: there is neither a run nor a study; a file that is written whole is damaged.
     """
     path, console = Path(path), console or Console()
-    if not console.is_terminal:
-        said: dict[str, Seen] = {}
-        for runs in _looks(path):
-            for one in runs:
-                if said.get(one.name) != one:
-                    console.print(one.line, markup=False, highlight=False, soft_wrap=True)
-            said = {one.name: one for one in runs}
+    if not console.is_terminal or console.is_dumb_terminal:
+        said: dict[str, object] = {}
+        for seen in _looks(path):
+            runs = [(one.name, one, one.line) for one in seen.runs]
+            studies = [(f"study {one.name}", one[:3], one.line) for one in seen.studies]
+            for key, what, line in (*runs, *studies):
+                if said.get(key) != what:
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
+                said[key] = what
         return
     with Live(console=console, auto_refresh=False) as live:
-        for runs in _looks(path):
-            live.update(_table(path, runs), refresh=True)
+        for seen in _looks(path):
+            live.update(_view(seen, console.width), refresh=True)
 
 
-def _looks(path: Path) -> Iterator[list[Seen]]:
+def _looks(path: Path) -> Iterator[Look]:
     while True:
-        runs, at_work = look(path)
-        yield runs
-        if not at_work:
+        yield (seen := look(path))
+        if not seen.at_work:
             return
         time.sleep(SECONDS)
 
 
-def _table(path: Path, runs: list[Seen]) -> Table:
-    """Those at work last, where a terminal shows them, below the last that ended."""
-    ended = [one for one in runs if one.state in ("finished", "diverged")]
-    table = Table(*TITLES, title=Text(f"{printable(str(path))}: {len(ended)} of {len(runs)} runs ended"))
-    for one in (*ended[-20:], *(one for one in runs if one not in ended)):
+def _view(seen: Look, width: int) -> RenderableType:
+    """What has not ended first, then the last that ended: the bottom is what a low terminal cuts. A table where it has
+    room, else a paragraph a run."""
+    ended = [one for one in seen.runs if one.ended]
+    runs = [*(one for one in seen.runs if not one.ended), *reversed(ended[-ENDED:])]
+    table = Table(*TITLES, box=SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns:
+        column.no_wrap = True
+    for one in runs:
         table.add_row(*map(Text, one.cells))
-    return table
+    studies = [Text(_folded(one.line, width), "bold") for one in seen.studies]
+    if Console(width=10_000).measure(table).maximum <= width:
+        return Group(*studies, table)
+    return Group(*studies, *(Text(indent(_folded(one.line, width - 2), "  ")) for one in runs))
 
 
-def look(path: Path) -> tuple[list[Seen], bool]:
-    """The runs that `path` holds, and whether any is at work.
+def _folded(line: str, width: int) -> str:
+    """Broken between its parts, which two spaces hold apart, and not between a title and its number."""
+    whole = re.sub("(?<! ) (?! )", NO_BREAK, line)
+    return "\n".join(wrap(whole, width, break_on_hyphens=False)).replace(NO_BREAK, " ")
+
+
+def look(path: Path) -> Look:
+    """The runs that `path` holds, the studies they belong to, and whether any is at work.
 
     Raises:
         UserError: see `watch`.
     """
     if (path / CONFIG).exists() or (path / LOCK).exists():
         one = _run(path, path.name, _settings(path / CONFIG))
-        return [one], one.state == "running"
+        return Look([one], [], one.state == "running")
     folders = [folder for folder in (path, *sorted(path.glob("*/"))) if _is_study(folder)]
     if not folders:
         raise UserError(
             f"{path} must be the folder of a run or of a study, but holds neither; give one, or wait for it."
         )
-    runs = [one for folder in folders for one in _study(folder, "" if folder == path else f"{folder.name}/")]
-    return runs, any(map(_held, (folder / HELD for folder in folders)))
+    runs, studies = list[Seen](), list[Study]()
+    for folder in folders:
+        prefix = "" if folder == path else f"{folder.name}/"
+        own = _study(folder, prefix)
+        runs += own
+        # A study over sizes holds studies, and no runs of its own.
+        if own or len(folders) == 1:
+            studies.append(_whole(folder, str(path) if folder == path else folder.name, own, len(prefix)))
+    return Look(runs, studies, any(map(_held, (folder / HELD for folder in folders))))
+
+
+def _whole(folder: Path, name: str, runs: list[Seen], prefix: int) -> Study:
+    ended = sum(one.ended for one in runs)
+    if not (folder / WORK).exists() or not _held(folder / HELD):
+        return Study(name, ended, len(runs), None)
+    work = Work.read(folder / WORK)
+    made = {one.name[prefix:]: 1.0 if one.ended else one.share for one in runs}
+    return Study(name, ended, max(len(runs), len(work.amounts)), work.left(made, time.time()))
 
 
 def _is_study(folder: Path) -> bool:

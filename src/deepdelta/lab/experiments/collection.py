@@ -53,6 +53,7 @@ def collect(
     """The results of a study: its records put together and analysed, and what configurations alone decide.
 
     Args:
+        records: at least one; of a study at work some are lacking.
         ngram: whether to count n-grams, which takes a while.
     """
     settings = config.train_config(config.baseline, config.seeds[0])
@@ -114,7 +115,7 @@ def _condition(
     settings = config.train_config(name, config.seeds[0])
     model = replace(settings.model, vocab_size=settings.model.vocab_size or corpus.vocab_size)
     first, *others = config.budgets
-    own = [records[name, seed, first] for seed in config.seeds]
+    own = [records[name, seed, first] for seed in config.seeds if (name, seed, first) in records]
     points = max(FEWEST_POINTS, CURVE_POINTS // max(1, len(records)))
     shown = {record.name for record in own}
     return ConditionResult(
@@ -134,7 +135,8 @@ def _condition(
         matched={
             budget: tuple(
                 _run(record, 0 if record.name in shown else points)
-                for record in (records[name, seed, budget] for seed in config.seeds)
+                for record in (records.get((name, seed, budget)) for seed in config.seeds)
+                if record is not None
             )
             for budget in others
         },

@@ -17,6 +17,7 @@ from deepdelta.lab.experiments.cluster import LOST, ray_launcher
 from deepdelta.lab.experiments.places import Places
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.run import Run
+from deepdelta.lab.experiments.work import WORK, Work
 from deepdelta.progress import Reporter, reporting
 from deepdelta.training.trainer import stop_signals
 
@@ -113,8 +114,13 @@ def running(label: str, work: Iterable[tuple[Run, float]], unit: str, places: Pl
     by_name = {name: amount for name, (_, amount) in units.items()}
     done = {name for name, (run, _) in units.items() if name in run.records}
     total, first = behind(by_name, set(by_name), ()), behind(by_name, done, (run for run, _ in units.values()))
-    with stop_signals() as stopped, reporting(label, total, first) as reporter:
-        yield Runner(places, by_name, unit, done, stopped, reporter)
+    told = next(run.records.path for run, _ in units.values()).with_name(WORK)
+    Work(amounts=by_name, made=float(first), began=time.time()).write(told)
+    try:
+        with stop_signals() as stopped, reporting(label, total, first) as reporter:
+            yield Runner(places, by_name, unit, done, stopped, reporter)
+    finally:
+        told.unlink(missing_ok=True)
 
 
 def behind(work: Mapping[str, float], done: Container[str], runs: Iterable[Run]) -> int:

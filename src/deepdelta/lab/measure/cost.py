@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deepdelta.device import Device, choose_device, keep_freed_memory
 from deepdelta.errors import UserError, nearest
 from deepdelta.lab.measure.memory import peak_bytes
+from deepdelta.lab.measure.traffic import moved_bytes
 from deepdelta.models import language_model
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.loop import check_size, set_runtime
@@ -41,6 +42,8 @@ class Cost:
     """Peak memory of allocated tensors in a step (see `deepdelta.lab.measure.memory`)."""
     peak_ratio: float
     """peak_bytes divided by the baseline's."""
+    moved_bytes: float | None = None
+    """Bytes per token that a step moves (see `deepdelta.lab.measure.traffic`); None: not counted when it was timed."""
 
 
 def measure_costs(
@@ -85,6 +88,7 @@ def measure_costs(
             for _ in range(WARM_UP):
                 one.step(one.forward)
         peaks = {name: one.peak_bytes() for name, one in trials.items()}
+        moved = {name: one.moved_bytes() for name, one in trials.items()}
         times = _timed(trials, rounds, progress)
     finally:
         torch.set_num_threads(threads_before)
@@ -100,6 +104,7 @@ def measure_costs(
             rounds=rounds,
             peak_bytes=peaks[name],
             peak_ratio=peaks[name] / peaks[baseline],
+            moved_bytes=moved[name] / trials[name].config.tokens_per_step,
         )
     return costs
 
@@ -166,6 +171,10 @@ class Trial:
         """Of the step as it runs on CUDA; elsewhere of the uncompiled step, since the compiled one cannot be seen."""
         forward = self.forward if self.chosen.device.type == "cuda" else self.model
         return peak_bytes(lambda: self.step(forward), self.held)
+
+    def moved_bytes(self) -> int:
+        """Of the uncompiled step."""
+        return moved_bytes(lambda: self.step(self.model))
 
     @property
     def held(self) -> list[Tensor]:

@@ -1,8 +1,9 @@
-"""What the residuals of a model move through memory, counted operation by operation.
+"""What the residuals of a model move through memory, and what a training step does, counted operation by operation.
 
-Every operation that PyTorch dispatches reads its arguments and writes its results once; views move nothing, and a
-tensor that is expanded counts as often as it is stored. A fused kernel is one operation: what it keeps in registers is
-not counted. A compiled model joins operations out of sight, so the model is counted uncompiled.
+Every operation that PyTorch dispatches reads its arguments and writes its results, and what it changes in place, once;
+views move nothing, a tensor that is expanded counts as often as it is stored, a table that is looked up counts whole. A
+fused kernel is one operation: what it keeps in registers is not counted. A compiled model joins operations out of
+sight, so the model is counted uncompiled.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +15,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "detach")
+ALLOCATES = (
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("lift_fresh", "detach", "_unsafe_view"),
+)
 """Operations that touch no number."""
+
+
+def moved_bytes(step: Callable[[], object]) -> int:
+    """Bytes that `step` moves, with what its backward pass and its optimiser do."""
+    counter = _Counter()
+    with counter:
+        step()
+    return counter.bytes
 
 
 def numbers_per_token(
@@ -76,8 +88,18 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = function(*args, **(kwargs or {}))
         moves = not function.is_view and function._schema.name.removeprefix("aten::") not in ALLOCATES
         if moves and not self._inside:
-            self.bytes += sum(map(stored, tree_leaves((args, kwargs, result))))
+            written = _written(function._schema, args, kwargs or {}, result)
+            self.bytes += sum(map(stored, tree_leaves((args, kwargs, written))))
         return result
+
+
+def _written(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> list[Any]:
+    """New results, and the arguments that are changed in place, which some operations return and others do not."""
+    given = {one.name: value for one, value in zip(schema.arguments, args, strict=False)} | dict(kwargs)
+    changes = [one.name for one in schema.arguments if one.alias_info is not None and one.alias_info.is_write]
+    results = result if len(schema.returns) > 1 else (result,)
+    new = [one for one, how in zip(results, schema.returns, strict=False) if how.alias_info is None]
+    return [*map(given.get, changes), *new]
 
 
 def stored(value: Any) -> int:

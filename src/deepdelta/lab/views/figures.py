@@ -64,7 +64,14 @@ def looks(results: StudyResults) -> dict[str, Look]:
 
 
 def axes(results: StudyResults) -> tuple[Axis, ...]:
+    """Those that the results have numbers for: bytes where they were counted for every condition."""
     tokens = results.budget.tokens_per_step
+    moved = {one.name: one.cost.moved_bytes for one in results.conditions if one.cost and one.cost.moved_bytes}
+    traffic = Axis(
+        key="bytes",
+        title="bytes moved in training",
+        position=lambda condition, point: point.step * tokens * moved[condition.name],
+    )
     return (
         Axis(key="steps", title="optimiser steps", position=lambda condition, point: float(point.step)),
         Axis(
@@ -73,6 +80,7 @@ def axes(results: StudyResults) -> tuple[Axis, ...]:
             position=lambda condition, point: point.step * tokens * condition.flops_per_token,
         ),
         Axis(key="seconds", title="seconds of training", position=lambda condition, point: point.seconds),
+        *([traffic] if len(moved) == len(results.conditions) else []),
     )
 
 

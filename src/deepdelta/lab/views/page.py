@@ -92,9 +92,10 @@ def render(template: str, script: str | None, **values: Any) -> str:
     """
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
-        from markupsafe import Markup
+        from markupsafe import Markup, escape
 
         plotly = Markup(_plotly()) if script is None else ""  # nosec B704: the script that plotly ships
+        operator = escape(operator_page()) if script is None else OPERATOR
     except ModuleNotFoundError as error:
         raise without_extra("pages", "lab", error) from None
     environment = Environment(
@@ -107,7 +108,7 @@ def render(template: str, script: str | None, **values: Any) -> str:
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["si"] = si
-    return environment.get_template(template).render(script=script, plotly=plotly, operator=OPERATOR, **values)
+    return environment.get_template(template).render(script=script, plotly=plotly, operator=operator, **values)
 
 
 def write_page(path: Path, text: str, *, self_contained: bool) -> None:

@@ -26,7 +26,7 @@ def summarise(results: StudyResults) -> Summary:
         answer=_answer(results),
         headline=" ".join(filter(None, (_primary(results), _headline(results)))),
         verdicts=tuple((one.condition, verdict(one.comparison)) for one in results.against_baseline()),
-        remarks=tuple(filter(None, (_runs(results), _costs(results), _gates(results)))),
+        remarks=tuple(filter(None, (_runs(results), _costs(results), _gates(results), _uncounted(results)))),
     )
 
 
@@ -138,6 +138,10 @@ def _gates(results: StudyResults) -> str:
                 f"{sum(means) / len(means):.2f} in {condition.name} (sublayers {min(means):.2f} to {max(means):.2f})"
             )
     return f"Trained gates (0 keeps, 1 erases, 2 mirrors) average {_join(parts)}." if parts else ""
+
+
+def _uncounted(results: StudyResults) -> str:
+    return "" if results.ngram is not None else "What counted n-grams have on this text was not measured."
 
 
 def _count(number: int, noun: str) -> str:
