@@ -10,12 +10,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from deepdelta.errors import require
 
 if TYPE_CHECKING:
     from deepdelta.lab.experiments.run import Run
+
+POLL_SECONDS = 0.2
 
 LOST = -1000
 """The code of a run whose worker has gone, with which no process ends."""
@@ -50,8 +53,11 @@ def make(command: list[str], log: str, threads: int) -> int:
             command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment, start_new_session=True
         )
     try:
-        return process.wait()
-    except KeyboardInterrupt:  # how Ray cancels a task
+        while True:
+            # Ray cancels a task by a KeyboardInterrupt between two instructions, which one long wait would not see.
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(POLL_SECONDS)
+    except KeyboardInterrupt:
         process.send_signal(signal.SIGTERM)
         return process.wait()
 
