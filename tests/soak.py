@@ -1,4 +1,4 @@
-"""What only shows after hours: `python tests/soak.py OUT [--short]`; results in OUT/results.json.
+"""What only shows after hours: `python tests/soak.py OUT [--short]`; results in OUT/soak.json.
 
 - runs killed at 200 seeded points, half of them by a clock and so in the midst of writes, and studies killed with and
   without their runs: every bit as if nothing had been;
@@ -131,7 +131,7 @@ def main() -> None:
             folder.mkdir()
             results[name] = work(folder, sizes[name]) | {"seconds": round(time.monotonic() - began)}
             print(name, results[name], flush=True)
-            write_json(given.out / "results.json", results)
+            write_json(given.out / "soak.json", results)
 
 
 if __name__ == "__main__":
