@@ -39,7 +39,7 @@ test-hf: .venv/test.stamp .venv/torchvision.stamp
 
 # A venv of its own: libraries import each other where they are there, and then warn, log and start slowly.
 test-home: .venv-home/stamp
-	.venv-home/bin/python -m pytest -m home
+	.venv-home/bin/python -W ignore -m pytest -m home -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::SyntaxWarning
 
 .venv-home/stamp: pyproject.toml constraints.txt
 	@echo "Installing into .venv-home (some minutes the first time)"
@@ -82,8 +82,8 @@ check: .venv/test.stamp
 wheel:
 	rm -rf build/wheel
 	$(PYTHON) -m venv build/wheel/tools
-	build/wheel/tools/bin/python -m pip install --quiet --disable-pip-version-check build twine
-	build/wheel/tools/bin/python -m build --outdir build/wheel/dist .
+	build/wheel/tools/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build twine
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt build/wheel/tools/bin/python -m build --outdir build/wheel/dist .
 	build/wheel/tools/bin/python -m twine check --strict build/wheel/dist/*
 	$(PYTHON) -m venv build/wheel/clean
 	build/wheel/clean/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \

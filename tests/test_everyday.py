@@ -76,6 +76,28 @@ def test_expansion_and_readout_stand_in_a_sequential(compression):
     assert set(stream.parameters()) < set(network.parameters())
 
 
+def stepped(stream: DeltaStream, parameters: list[nn.Parameter]) -> None:
+    """Two steps of SGD over these parameters, the state read by the stream."""
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    blocks = stream.wrap(nn.Linear(D, D))
+    optimizer.add_param_group({"params": [*blocks.parameters()]})
+    for _ in range(2):
+        stream.reduce(blocks(stream.expand(torch.ones(2, D)))).sum().backward()
+        optimizer.step()
+
+
+def test_a_stream_that_no_optimiser_has_is_warned_of_once():
+    own = [nn.Parameter(torch.zeros(1))]
+    with pytest.warns(UserWarning, match="not its readout and expansion, which stay") as told:
+        stepped(DeltaStream(D, V, seed=0), own)
+    assert len(told) == 1
+    # Where it is trained, frozen on purpose or has nothing to train, nothing is said: warnings are errors here.
+    trained = DeltaStream(D, V, seed=0)
+    stepped(trained, [*trained.parameters()])
+    stepped(DeltaStream(D, V, seed=0).requires_grad_(False), own)
+    stepped(DeltaStream(D, V, seed=0, reduce="sum"), own)
+
+
 def test_readouts_without_parameters():
     state = randn(2, 4, V, D)
     for kind, expected in (("sum", state[:, :, 0] + state[:, :, 1] + state[:, :, 2]), ("mean", state.mean(2))):

@@ -1,5 +1,6 @@
 """Programs without this package: torch.export and ONNX of prefill and cached decoding, int8 weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 from deepdelta import GPT, PRESETS, GPTConfig, generate_batch, load
 from deepdelta.cli import main
 from deepdelta.config import to_plain
+from deepdelta.data import load_corpus
 from deepdelta.exporting.decoder import Decoder, Kept, exported_program
+from deepdelta.training import RunDirectory
 from helpers import perturb
-from tiny_runs import config, quietly, text_file
+from tiny_runs import config, nats, quietly, text_file
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 PADDED = torch.tensor([[0, 0, 3, 4], [1, 2, 3, 4], [0, 0, 0, 5]])
@@ -97,7 +100,7 @@ def by_onnxruntime(file: Path, prompts: list[list[int]], tokens: int, vocabulary
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_onnx_file_decodes_the_same_tokens(preset, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
-    model = {"context": 32, "residual": to_plain(PRESETS[preset])}
+    model = {"context": 32, "layers": 2, "residual": to_plain(PRESETS[preset])}
     settings = config(text_file(tmp_path / "text.txt"), steps=20, lr=0.02, backend="reference", model=model)
     quietly(settings, run)
     main(["export", str(run), "--to", "onnx", "--out", str(out)])
@@ -105,3 +108,34 @@ def test_an_onnx_file_decodes_the_same_tokens(preset, tmp_path):
     prompts = [list(b"def "), list(b"r"), list(b"gate state")]
     expected = list(generate_batch(load(run).model, prompts, tokens=12, temperature=0.0))
     assert by_onnxruntime(out / "model.onnx", prompts, 12, 256) == [list(row) for row in zip(*expected, strict=True)]
+
+
+@pytest.mark.home
+@pytest.mark.compatible("int8 weights in an export, the change of the loss measured", "torchao", "transformers")
+def test_int8_weights_and_what_they_change(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    import deepdelta.hf  # the Auto classes know the model then
+
+    assert deepdelta.hf
+    run, out = tmp_path / "run", tmp_path / "out"
+    quietly(config(text_file(tmp_path / "text.txt"), steps=20, lr=0.02, backend="reference"), run)
+    main(["export", str(run), "--to", "hf", "--weights", "int8", "--out", str(out)])
+    told = json.loads((out / "quantization.json").read_text())
+    assert f"Loss {told['loss_before']:.4f} as trained, {told['loss_after']:.4f} with int8" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(out)
+    changed = {name.rpartition(".")[0] for name, one in model.named_parameters() if type(one) is not torch.nn.Parameter}
+    maps = [name for name, one in model.model.named_modules() if type(one) is torch.nn.Linear]
+    assert len(maps) == 7 and changed == {f"model.{name}" for name in maps}
+    ids = load_corpus(RunDirectory(run).config().data).validation
+    for loaded, loss in ((load(run).model, told["loss_before"]), (model.model.gpt, told["loss_after"])):
+        losses = nats(loaded, ids)
+        assert loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert 1e-7 < abs(told["loss_after"] - told["loss_before"]) < 0.02
+    for words, message in (
+        (("--to", "hf", "--weights", "int4"), "int4 weights need a kernel that torchao"),
+        (("--to", "onnx", "--weights", "int8"), "weights='int8' is for the export 'hf', got 'onnx'"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["export", str(run), *words, "--out", str(tmp_path / "other")])
+        assert ended.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "other").exists()

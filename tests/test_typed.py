@@ -1,5 +1,8 @@
 """What editors and type checkers know of the options, and that they know what the configurations have."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_type_hints
 
@@ -17,6 +20,11 @@ ignore_missing_imports = True
 [mypy-deepdelta.*]
 follow_imports = silent
 """
+IMPORTS = [
+    "from torch import nn",
+    "from deepdelta.nn import DeltaStream",
+    "from deepdelta.retrofitting import retrofit",
+]
 RIGHT = [
     'DeltaStream(8, 4, "write_only", gate_init=0.5, target="constant", seed=0)',
     'DeltaStream(8, preset="ddl", channel_first=True, rank=2)',
@@ -46,16 +54,24 @@ def test_the_options_are_the_fields(options: type, config: type, apart: set[str]
 
 
 def test_a_type_checker_sees_every_option(tmp_path: Path) -> None:
-    imports = [
-        "from torch import nn",
-        "from deepdelta.nn import DeltaStream",
-        "from deepdelta.retrofitting import retrofit",
-    ]
     code, settings = tmp_path / "code.py", tmp_path / "mypy.ini"
-    code.write_text("\n".join([*imports, *RIGHT, *WRONG]) + "\n")
+    code.write_text("\n".join([*IMPORTS, *RIGHT, *WRONG]) + "\n")
     settings.write_text(SETTINGS)
     told, _, status = api.run([str(code), "--config-file", str(settings), "--cache-dir", str(tmp_path / "cache")])
     errors = [line for line in told.splitlines() if ": error: " in line]
     assert status == 1 and len(errors) == len(WRONG), told
-    for number, (line, error) in enumerate(zip(WRONG, errors, strict=True), 1 + len(imports) + len(RIGHT)):
+    for number, (line, error) in enumerate(zip(WRONG, errors, strict=True), 1 + len(IMPORTS) + len(RIGHT)):
         assert error.startswith(f"{code}:{number}: error: {line.partition('# ')[2]}"), told
+
+
+@pytest.mark.home
+@pytest.mark.compatible("misspelt options are type errors to pyright, as to mypy", "pyright", "mypy")
+def test_pyright_sees_them_too(tmp_path: Path) -> None:
+    code = tmp_path / "code.py"
+    code.write_text("\n".join([*IMPORTS, *RIGHT, *WRONG]) + "\n")
+    words = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, str(code)]
+    told = subprocess.run(words, capture_output=True, text=True)
+    found = json.loads(told.stdout)["generalDiagnostics"]
+    errors = [one["range"]["start"]["line"] + 1 for one in found if one["severity"] == "error"]
+    first = 1 + len(IMPORTS) + len(RIGHT)
+    assert errors == [*range(first, first + len(WRONG))], told.stdout

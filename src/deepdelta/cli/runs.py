@@ -21,6 +21,7 @@ from deepdelta.training import RunDirectory, TrainConfig, evaluate, import_publi
 from deepdelta.training.checkpoints import CHECKPOINT
 from deepdelta.training.loop import corpus_facts
 from deepdelta.training.ranks import TIMEOUT
+from deepdelta.training.tracking import tracking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +43,23 @@ class Train:
     """Continue although versions, machine, threads or device differ, so not bit for bit."""
     timeout: float = TIMEOUT
     """Seconds that the processes which torchrun has started wait for each other."""
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also write what metrics.jsonl gets for these, in the run directory; Weights & Biases offline."""
     settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
     """What is trained."""
 
     def __call__(self) -> None:
-        trained = train(
-            self.settings,
-            self.run,
-            init_from=self.init_from,
-            inexact_resume=self.inexact_resume,
-            timeout=self.timeout,
-        )
-        if trained.finished and int(os.environ.get("RANK", "0")) == 0:
+        first = int(os.environ.get("RANK", "0")) == 0
+        with tracking(self.track if first else (), self.run, self.settings) as on_row:
+            trained = train(
+                self.settings,
+                self.run,
+                init_from=self.init_from,
+                inexact_resume=self.inexact_resume,
+                timeout=self.timeout,
+                on_row=on_row,
+            )
+        if trained.finished and first:
             following(*_uses(self.run))
 
 

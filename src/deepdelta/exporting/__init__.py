@@ -11,14 +11,17 @@ from deepdelta.files import AnyPath, check_folder, write_json
 from deepdelta.interop import to_published
 from deepdelta.interop.published import published_config
 from deepdelta.tensors import save_tensors
-from deepdelta.training import load
+from deepdelta.training import RunDirectory, load
 from deepdelta.training.checkpoints import CHECKPOINT
 
+Weights = Literal["as trained", "int8", "int4"]
 Target = Literal["hf", "onnx", "safetensors", "authors"]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def export(run: AnyPath, to: Target, out: AnyPath, *, checkpoint: str = CHECKPOINT) -> Path:
+def export(
+    run: AnyPath, to: Target, out: AnyPath, *, checkpoint: str = CHECKPOINT, weights: Weights = "as trained"
+) -> Path:
     """Write the model of a run directory into a new folder; it appears there whole or not at all.
 
     Args:
@@ -27,6 +30,7 @@ def export(run: AnyPath, to: Target, out: AnyPath, *, checkpoint: str = CHECKPOI
             configuration and tokenizer; `authors`, their tensor names and keys.
         out: a folder that does not exist or is empty.
         checkpoint: which of the run's, as `load` takes it.
+        weights: for `hf`, `int8` has torchao keep the maps of attention and MLP so (`exporting.quantized`).
 
     Raises:
         UserError: `run` holds no model with delta residuals; one that the target cannot hold; `out` holds something;
@@ -34,6 +38,8 @@ def export(run: AnyPath, to: Target, out: AnyPath, *, checkpoint: str = CHECKPOI
     """
     if to not in get_args(Target):
         raise UserError(f"there is no export '{to}'; {nearest(to, get_args(Target))}")
+    if to != "hf" and weights != "as trained":
+        raise UserError(f"weights='{weights}' is for the export 'hf', got '{to}'.")
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} must be a new or empty folder, but there is something; give another --out.")
@@ -43,7 +49,11 @@ def export(run: AnyPath, to: Target, out: AnyPath, *, checkpoint: str = CHECKPOI
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary) / out.name
         folder.mkdir()
-        if to == "hf":
+        if to == "hf" and weights != "as trained":
+            from deepdelta.exporting.quantized import export_quantized
+
+            export_quantized(model, tokenizer, RunDirectory(run), folder, weights)
+        elif to == "hf":
             from deepdelta.hf.export import export_hf  # here: the other targets do without transformers
 
             export_hf(model, tokenizer, folder)

@@ -22,6 +22,7 @@ elif _parts(found) >= _parts(TESTED[1]):
         f"deepdelta.hf was tested with transformers {TESTED[0]}, got {found}; what it gives may be wrong.", stacklevel=2
     )
 
+import transformers  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 
 from deepdelta.hf.configuration import DeepDeltaConfig  # noqa: E402
@@ -33,5 +34,7 @@ AutoConfig.register(DeepDeltaConfig.model_type, DeepDeltaConfig, exist_ok=True)
 AutoModel.register(DeepDeltaConfig, DeepDeltaModel, exist_ok=True)
 AutoModelForCausalLM.register(DeepDeltaConfig, DeepDeltaForCausalLM, exist_ok=True)
 register()
+# Where `transformers serve` looks a model's class up.
+transformers.DeepDeltaForCausalLM = DeepDeltaForCausalLM  # type: ignore[attr-defined]
 
 __all__ = ["DeepDeltaConfig", "DeepDeltaForCausalLM", "DeepDeltaModel", "DeltaDecay"]

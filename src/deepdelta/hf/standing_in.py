@@ -128,6 +128,9 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def watch(stream: nn.Module, residual: nn.Module) -> None: ...
+
+
 def warn_of_decayed_gates(model: nn.Module) -> None: ...
 
 

@@ -24,6 +24,7 @@ from deepdelta.nn.parts.compression import Pool, Reduce, build_compression
 from deepdelta.nn.parts.expansion import build_expansion
 from deepdelta.nn.presets import PRESETS, settled
 from deepdelta.nn.residual import DeltaResidual
+from deepdelta.nn.untrained import watch
 
 
 class ResidualOptions(TypedDict, total=False):
@@ -197,6 +198,7 @@ class DeltaStream(nn.Module):
         residual.branch = branch
         if norm is not None:
             residual.norm = norm
+        watch(self, residual)
         return residual
 
     def chain(self, modules: Iterable[nn.Module] | Mapping[str, nn.Module]) -> Chain:
