@@ -29,6 +29,7 @@ MODULES = (
     "nn/parts/gate",
     "nn/parts/target",
     "nn/input_map",
+    "nn/rewriting",
     "nn/residual",
     "nn/chain",
     "nn/stream",
