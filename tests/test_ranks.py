@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import deepdelta
+from deepdelta import GPT, GPTConfig
 from deepdelta.config import merged
 from deepdelta.models import language_model
 from deepdelta.training import RunDirectory, Trained, ranks
+from deepdelta.training.parallel import recompute
 from deepdelta.training.trainer import Trainer
 from rank_runs import Case, by_ranks, host, meeting, run_cases
 from tiny_runs import rows, settings, tensors, text_file
@@ -48,7 +51,7 @@ def variants(source: Path) -> dict[str, dict[str, Any]]:
         "ddp-documents": small(source, "paper-scalar", data=documents, accumulate=3),
         "ddp-fused": small(source, "paper-tc", backend="fused"),
         "fsdp": small(source, parallel="fsdp", average="last", average_steps=2, keep_best=True),
-        "fsdp-fused": small(source, "code-cc", parallel="fsdp", backend="fused"),
+        "fsdp-fused": small(source, "code-cc", parallel="fsdp", backend="fused", recompute=True),
         "fsdp-write-only": small(source, "paper-tc", residual={"rule": "write_only"}, parallel="fsdp"),
         "skips": small(source, parallel="fsdp"),
     }
@@ -138,7 +141,7 @@ def short(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Short:
     cases = variants(source)
     for name, plain in cases.items():
         with ruined(0, NAN_STEPS if name == "skips" else ()):
-            assert not run_cases(expected, [(name, plain, {})])
+            assert not run_cases(expected, [(name, plain | {"recompute": False}, {})])
     (begun, gone_on), (left, _) = halves("from-one", cases["fsdp"]), halves("from-two", cases["ddp"])
     assert not run_cases(found, [begun])
     (found / "occupied").mkdir()
@@ -244,6 +247,29 @@ def test_ranks_that_do_not_meet(source: Path, tmp_path: Path) -> None:
         (said,) = run_cases(tmp_path, [("run", variants(source)["ddp"], {"timeout": 1.0})]).values()
     assert "the 2 processes of this run have not met at 127.0.0.1:" in said and "within 1 s" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", ["ddl", "code-cc"])
+def test_recompute_keeps_less(preset: str, unchecked: None) -> None:
+    """Of a layer its input alone, and the same gradients come of it."""
+    config = GPTConfig(vocab_size=12, dim=12, heads=2, layers=3, context=8, residual=deepdelta.PRESETS[preset])
+    ids = torch.randint(12, (4, 9), generator=torch.Generator().manual_seed(0))
+    models, kept = (GPT(config), GPT(config)), []
+    recompute(models[1])
+    for model in models:
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(ids[:, :-1], ids[:, 1:]).loss
+        loss.backward()
+        kept.append(sum(sizes))
+    assert kept[1] < 0.5 * kept[0]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6)
 
 
 PRESETS = {

@@ -78,6 +78,9 @@ class TrainConfig(Settings):
     memory: Plan = "replay"
     """What is saved of the state for the backward pass: save (every state), replay (some, the others made again, bit
     for bit), recover (the last, the others made backwards). Compiled code decides by itself."""
+    recompute: bool = False
+    """Make the activations of a layer again in the backward pass instead of keeping them: less memory, about a third
+    more time."""
     compile: bool = False
     """torch.compile the model."""
     parallel: Literal["ddp", "fsdp"] = "ddp"

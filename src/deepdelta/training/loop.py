@@ -21,7 +21,7 @@ from deepdelta.progress import show
 from deepdelta.provenance import commit, machine, versions
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.optimizer import rate_change
-from deepdelta.training.parallel import check_parallel, claim_device, fill
+from deepdelta.training.parallel import check_parallel, claim_device, fill, recompute
 from deepdelta.training.ranks import TIMEOUT, Ranks, together
 from deepdelta.training.rundir import ONE_PROCESS, RunDirectory
 from deepdelta.training.trainer import Say, Trained, Trainer
@@ -158,6 +158,8 @@ def set_runtime(model: LanguageModel, config: TrainConfig) -> Chosen:
     """Let the model run as the settings say; what does its rewrites."""
     if not isinstance(model, GPT):
         return Chosen("reference", f"the rival '{model.config.rival}' is plain PyTorch")
+    if config.recompute:
+        recompute(model)
     use_memory(model, config.memory)
     use_backend(model, config.backend)
     return backend_taken(model, config.batch_size * config.model.context, compiled=config.compile)

@@ -6,11 +6,13 @@ What one process does without is imported where several need it: it takes torch 
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deepdelta.device import Device
 from deepdelta.errors import UserError
@@ -31,8 +33,14 @@ def check_parallel(config: TrainConfig, ranks: Ranks) -> None:
             f"batch_size must be a multiple of the number of processes, got batch_size={config.batch_size} and "
             f"{ranks.size} processes: it counts the sequences of a micro-batch over all of them."
         )
-    if ranks.started_together and config.parallel == "fsdp" and config.model.rival is not None:
+    if config.model.rival is None:
+        return
+    if ranks.started_together and config.parallel == "fsdp":
         raise UserError(f"parallel='fsdp' shards a GPT's layers; the rival '{config.model.rival}' takes 'ddp'.")
+    if config.recompute:
+        raise UserError(
+            f"recompute makes a GPT's layers again; the rival '{config.model.rival}' has none: leave it out."
+        )
 
 
 def claim_device(chosen: Device, ranks: Ranks) -> None:
@@ -68,6 +76,12 @@ def distributed(
         assert isinstance(one, GPT)
         _shard(one, chosen, ranks)
     return model
+
+
+def recompute(model: GPT) -> None:
+    """Keep of each layer what goes into it, and make the rest again in the backward pass (activation checkpointing)."""
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _shard(model: GPT, chosen: Device, ranks: Ranks) -> None:

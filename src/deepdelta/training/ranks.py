@@ -7,6 +7,8 @@ tell each other beside tensors is JSON, through the store that they meet at.
 import itertools
 import json
 import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -165,11 +167,26 @@ def together(timeout: float = TIMEOUT) -> Iterator[Ranks]:
             yield ranks
         ranks.any(False)  # none leaves before the last has nothing more to ask
     except BaseException as error:
-        if (told := ranks.ended(error)) is error:
+        with _unhurried():
+            told = ranks.ended(error)
+        if told is error:
             raise
         raise told from error
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _unhurried() -> Iterator[None]:
+    """SIGTERM, which torchrun sends the others as soon as one rank has ended, does not keep them from saying which."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _met(timeout: float) -> Ranks:

@@ -10,7 +10,7 @@ from deepdelta.lab.measure.cost import Cost, measure_costs
 from deepdelta.progress import reporting
 from deepdelta.training import TrainConfig
 
-COSTLY = ("model", "batch_size", "accumulate", "device", "precision", "backend", "memory", "compile", "threads")
+COSTLY = tuple("model batch_size accumulate device precision backend memory recompute compile threads".split())
 """Settings that decide what a training step costs."""
 
 
