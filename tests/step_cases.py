@@ -102,7 +102,9 @@ def gating(case: Case, given: Mapping[str, Tensor]) -> Gating | None:
     gates = 1 if case.gates == "one" else case.channels
     if not case.made:
         return None
-    return Gating(given["numbers"], gates, case.made != "write", "factor" not in given, given.get("factor"))
+    return Gating(
+        given["numbers"], gates, case.made != "write", 0.3 if "factor" in given else None, given.get("factor")
+    )
 
 
 def reference(case: Case, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deepdelta import GPT, PRESETS, DeltaStream, GPTConfig, ResidualConfig, UserError, use_backend
-from deepdelta.nn import Chain, backend, residual
+from deepdelta.nn import Chain, backend, rewriting
 from deepdelta.nn.backend import LEAST, LEAST_COMPILED, LEAST_SIMPLE, Work, auto
 from deepdelta.nn.runtime import backend_taken
 from helpers import gradients, randn
@@ -47,13 +47,13 @@ def test_what_it_takes(work: Work, device: torch.device, numbers: int | None, co
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each fused step the numbers of its state."""
-    step, seen = residual.fused_step, []
+    step, seen = rewriting.fused_step, []
 
     def watched(state: Tensor, *given: Any, **others: Any) -> Any:
         seen.append(state.numel())
         return step(state, *given, **others)
 
-    monkeypatch.setattr(residual, "fused_step", watched)
+    monkeypatch.setattr(rewriting, "fused_step", watched)
     return seen
 
 

@@ -47,12 +47,12 @@ def test_errors_are_those_of_the_precision_and_replay_adds_none(unchecked: None)
 
 def test_a_wrong_backward_pass_and_a_wrong_replay_are_seen(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
     """A gradient of h that is a hundredth too large, and a state that is made again otherwise than it was."""
-    from deepdelta.nn import residual
+    from deepdelta.nn import rewriting
     from deepdelta.ops.backends.cpu import launch
 
     trial = replace(TINY, precisions=("fp32",), plans=("save", "replay"))
     right = {(row.backend, row.plan): row for row in measured(trial)}
-    plain, remake = launch.backward, residual.remake
+    plain, remake = launch.backward, rewriting.remake
 
     def wrong(*given: Any) -> Any:
         gradients = plain(*given)
@@ -67,7 +67,7 @@ def test_a_wrong_backward_pass_and_a_wrong_replay_are_seen(monkeypatch: pytest.M
     def other(done: Any, state: Tensor, **how: bool) -> Tensor:
         return remake(done, state, **how) * (1 + 1e-6)
 
-    monkeypatch.setattr(residual, "remake", other)
+    monkeypatch.setattr(rewriting, "remake", other)
     row = {(row.backend, row.plan): row for row in measured(trial)}
     assert not row["fused", "replay"].as_saved and row["reference", "replay"].as_saved
     assert row["fused", "save"] == right["fused", "save"]

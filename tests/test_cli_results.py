@@ -87,7 +87,8 @@ def listed(text: str) -> dict[str, str]:
 def test_what_there_is_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     questions = {name: load_study(name).question for name in named_studies()}
     summaries = {name: load_task(name).summary for name in named_tasks()}
-    suites = {name: suite.question for name, suite in SUITES.items()} | {"gradients": QUESTIONS["gradients"]}
+    suites = {name: suite.question for name, suite in SUITES.items()}
+    suites |= {name: QUESTIONS[name] for name in ("gradients", "depth")}
     for command, kind, expected in (
         ("study", "study", questions),
         ("task", "task", summaries),

@@ -157,7 +157,7 @@ class Elementwise(TorchDispatchMode):
     FREE = (
         "view", "_unsafe_view", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "clone", "detach",
         "split", "split_with_sizes", "slice", "cat", "constant_pad_nd", "embedding", "convolution", "mm", "addmm",
-        "bmm", "baddbmm", "full", "stack", "copy_", "alias", "select", "empty", "new_empty", "new_zeros", "new_ones",
+        "bmm", "baddbmm", "full", "stack", "copy_", "alias", "select", "empty", "new_empty", "new_zeros",
         "clamp_min",
     )  # fmt: skip
     ONE_PER_RESULT = (

@@ -166,7 +166,7 @@ def test_long_compilation_is_said_once_on_stderr(
         double(Replayed(state=ones, h=ones[:, 0], coefficient=ones[..., 0], new=made))
     assert made.tolist() == [[[2, 2]]]
     step = DecodingStep(
-        *(1, 1, 2, torch.float32), maps=None, gates=0, erases=False, normalise=Normalise(None, 0), compression=None,
+        *(1, 1, 2, torch.float32), maps=None, gating=None, normalise=Normalise(None, 0), compression=None,
         norm_weight=None, norm_eps=0.0, opens=False,
     )  # fmt: skip
     assert step(ones, ones[0], ones[0])[0].tolist() == [[[2, 2]]]

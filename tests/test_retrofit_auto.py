@@ -111,7 +111,8 @@ def test_dtype_and_device_maps(tmp_path):
     split |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
     offloaded = kind.from_pretrained(tmp_path, device_map=split, offload_folder=tmp_path / "offload")
     assert offloaded.model.layers[1].delta.mlp.compression.weight.is_meta
-    assert output(offloaded, inputs).equal(output(model, inputs))
+    # Maps whose weights come and go are called one by one, and so round otherwise than as one.
+    torch.testing.assert_close(output(offloaded, inputs), output(model, inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_a_part_of_a_model_and_files_that_lack_something(tmp_path):

@@ -73,7 +73,7 @@ def test_coefficients_made_of_a_gating(gates: int, targets: bool, erases: bool, 
         leaves = {name: given[name].clone().requires_grad_() for name in names}
         leaves |= {"numbers": numbers.clone().requires_grad_(), "factor": randn(1, seed=8).requires_grad_()}
         state, h, compression, norm_weight, leaf, factor = leaves.values()
-        gating = Gating(leaf, gates, erases, scales, None if scales else factor)
+        gating = Gating(leaf, gates, erases, None if scales else 0.3, None if scales else factor)
         opening = (compression, norm_weight, EPS)
         if kernel:
             new, c, _ = fused_step(state, h, 0.0, None, Normalise(1e-6, 1), *opening, opens=True, gating=gating)
@@ -98,9 +98,9 @@ def test_the_operator_is_registered_rightly() -> None:
     numbers = randn(7, 1 + 3).requires_grad_()
     factor = randn(1).requires_grad_()
     for how in (
-        (None, 0, False, False, None, given["write"], given["erase"]),
-        (numbers, 1, True, True, None, None, None),
-        (numbers, 1, True, False, factor, None, None),
+        (None, 0, False, None, None, given["write"], given["erase"]),
+        (numbers, 1, True, None, None, None, None),
+        (numbers, 1, True, 0.3, factor, None, None),
     ):
         arguments = (state, h, *how, 1e-6, 1, compression, weight, EPS, True)
         torch.library.opcheck(torch.ops.deepdelta.step.default, arguments)

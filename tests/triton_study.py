@@ -108,7 +108,7 @@ def compile_for_gpu(kernel: str, case: Case, dtype: torch.dtype, tile: Any) -> A
     constants = {
         **{prefix + name: None for name in missing for prefix in ("", "d_")},
         **{"OFFSET": case.offset, "POWER": case.power, "EPS": EPS, "V": case.channels, "D": case.width},
-        **{"GATES": gates if case.made or erases else 0, "SCALES": case.made not in ("added", "one")},
+        **{"GATES": gates if case.made or erases else 0, "SHARE": 0.3 if case.made in ("added", "one") else None},
         **{"TARGETS": case.channels * (case.made in ("both", "write", "added")), "BLOCK_V": tile.channels},
         "BLOCK_D": tile.width,
     }

@@ -217,9 +217,7 @@ def target(config: ResidualConfig, width: int) -> Work:
         channels = config.value_channels
         return linear(width, channels + 1) + Work(elementwise=2 * (channels + 1) + 1 + 3 * channels + 1)
     if config.rule == "two_gate" or (config.writes_branch and config.value_channels > 1):
-        # 1 +, and times 1 / sqrt(d); where gate and write are one map, these are in its weights.
-        after = 0 if config.linear_gating else 2 if config.plain_start else 1
-        return linear(width, outputs) + Work(elementwise=after * outputs)
+        return linear(width, outputs) + Work(elementwise=(2 if config.plain_start else 1) * outputs)
     return Work()
 
 

@@ -255,7 +255,7 @@ class DeltaResidual(nn.Module):
             gating = self.gating(precise_linear(c_D, *maps))
             if fuses:
                 return [Step(h_D, 0.0, None, along_h, None, None, gating)]
-            if gating.scales:
+            if gating.share is None:
                 return [self._target_step(h_D, gating.beta(), gating.target())]
             w, b = gating.coefficients()
             return [Step(h_D, w, b, along_h, b, None)]
@@ -300,16 +300,19 @@ class DeltaResidual(nn.Module):
         more_weight, more_bias = writes.linear_map()
         return torch.cat((weight, more_weight)), torch.cat((bias, more_bias))
 
-    def _gate(self) -> Gate | None:
+    def _gate(self) -> nn.Module | None:
         """The gate whose beta is b, or scales w."""
         return self.erase_gate if self.config.rule == "additive_erase" else self.gate
 
     def gating(self, numbers: Tensor) -> Gating:
         """What `linear_maps` made of c, with what else the gate has."""
         gate = self._gate()
-        assert gate is not None
+        assert isinstance(gate, Gate)
         factor = None if gate.opening is None else gate.opening.to(numbers.dtype)
-        return Gating(numbers, gate.outputs, self.config.erases, not self.config.writes_branch, factor)
+        share = None
+        if self.config.writes_branch:
+            share = 1.0 if self.write is None else self.write.share
+        return Gating(numbers, gate.outputs, self.config.erases, share, factor)
 
     def _target_step(self, h_D: Tensor, beta: Tensor, target: Tensor | None) -> "Step":
         """delta, write_only, erase_only: w = beta v or nothing, b = beta or nothing, along k = s h."""

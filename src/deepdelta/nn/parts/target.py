@@ -80,16 +80,16 @@ class BranchWrite(nn.Module):
     def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
         super().__init__()
         self.map = Linear(dim, config.value_channels, std=0.0 if config.plain_start else std)
-        self.scale = 1 / math.sqrt(dim) if config.plain_start else None
+        self.share = 1 / math.sqrt(dim) if config.plain_start else 1.0
 
     def linear_map(self) -> tuple[Tensor, Tensor]:
-        """Weights (V, D) and biases (V) of w_h as a linear map of c."""
+        """Weights (V, D) and biases (V) of v with w_h = 1 + share v as a linear map of c."""
         weight = self.map.weight
-        return weight if self.scale is None else self.scale * weight, weight.new_ones(len(weight))
+        return weight, weight.new_zeros(len(weight))
 
     def forward(self, c_D: Tensor) -> Tensor:
         change_V: Tensor = self.map(c_D)
-        return 1 + (change_V if self.scale is None else self.scale * change_V)
+        return 1 + (change_V if self.share == 1 else self.share * change_V)
 
 
 class ChannelWrite(nn.Module):

@@ -19,7 +19,7 @@ class Given(NamedTuple):
     gating: Annotated[Tensor | None, "wide N R"]
     gates: int
     erases: bool
-    scales: bool
+    share: float | None
     factor: Annotated[Tensor | None, "wide U"]
     write: Annotated[Tensor | None, "wide N V"]
     erase: Annotated[Tensor | None, "wide N G"]

@@ -67,7 +67,7 @@ class DecodingStep:
             bias=bias,
             gating=None if weights is None else empty(rows, len(weights)),
             factor=None if gating is None else _array(gating.factor),
-            scales=gating is not None and int(gating.scales),
+            share=None if gating is None or gating.share is None else type(one)(gating.share),
             beta=beta,
             write=np.ones((rows, channels), one.dtype),
             erase=beta if gating is not None and gating.erases else None,

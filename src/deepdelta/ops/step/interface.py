@@ -107,7 +107,7 @@ def fused_step(
         gating=numbers,
         gates=0 if gating is None else gating.gates,
         erases=gating is not None and gating.erases,
-        scales=gating is not None and gating.scales,
+        share=None if gating is None else gating.share,
         factor=None if gating is None else gating.factor,
         write=write_NV,
         erase=erase_NG,

@@ -29,13 +29,13 @@ class Gating(NamedTuple):
     """Numbers that the coefficients come from: beta = a 2 sigmoid(the first G), and v the V after them."""
 
     numbers: Tensor
-    """(..., G) or (..., G + V), in the precision of sums; without v what it scales is 0, and 1 where it does not."""
+    """(..., G) or (..., G + V), in the precision of sums; v is 0 where there are G."""
     gates: int
     """G, 1 or V."""
     erases: bool
     """Whether beta is b."""
-    scales: bool = True
-    """Whether beta scales what is written, w = beta v; else w = v."""
+    share: float | None = None
+    """With a share beta is the erase's alone, and w = 1 + share v; None: beta scales what is written, w = beta v."""
     factor: Tensor | None = None
     """a, (1), in the precision of sums; None: 1."""
 
@@ -52,9 +52,9 @@ class Gating(NamedTuple):
         """w (..., V), or a number without v, and b (..., G), or None."""
         beta, v = self.beta(), self.target()
         if v is None:
-            write: Tensor | float = 0.0 if self.scales else 1.0
+            write: Tensor | float = 0.0 if self.share is None else 1.0
         else:
-            write = beta * v if self.scales else v
+            write = beta * v if self.share is None else 1 + (v if self.share == 1 else self.share * v)
         return write, beta if self.erases else None
 
 

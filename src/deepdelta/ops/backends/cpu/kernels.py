@@ -19,7 +19,7 @@ from deepdelta.ops.backends.cpu.team import compiled
 @compiled
 def forward(
     first, last, one,
-    state, h, gating, factor, scales, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
+    state, h, gating, share, factor, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
     new, c, scale, read, inverse, coefficient,
 ):  # fmt: skip
     """Tokens first .. last - 1: fill new (X'), scale and read; where c is given, c and inverse (1 / rms) too.
@@ -37,8 +37,11 @@ def forward(
                 if factor is not None:
                     beta[n, g] *= factor[0]
             for j in range(channels):
-                v = gating[n, gates + j] if gating.shape[1] > gates else (zero if scales else one)
-                write[n, j] = beta[n, j if gates > 1 else 0] * v if scales else v
+                v = gating[n, gates + j] if gating.shape[1] > gates else zero
+                if share is None:
+                    write[n, j] = beta[n, j if gates > 1 else 0] * v
+                else:
+                    write[n, j] = one + share * v
         s = one
         if offset is not None:
             square = zero
@@ -88,7 +91,7 @@ def forward(
 @compiled
 def backward(
     first, last, one,
-    state, h, gating, factor, scales, beta, write, erase, offset, power, compression, norm_weight,
+    state, h, gating, share, factor, beta, write, erase, offset, power, compression, norm_weight,
     scale, read, inverse, coefficient, d_new, d_c,
     d_state, d_h, d_gating, d_factor, d_write, d_erase, d_compression, d_norm_weight,
 ):  # fmt: skip
@@ -178,11 +181,11 @@ def backward(
             if gating.shape[1] > gates:
                 for j in range(channels):
                     own = j if gates > 1 else 0
-                    if scales:
+                    if share is None:
                         d_gating[n, own] += d_write[n, j] * gating[n, gates + j]
                         d_gating[n, gates + j] = d_write[n, j] * beta[n, own]
                     else:
-                        d_gating[n, gates + j] = d_write[n, j]
+                        d_gating[n, gates + j] = share * d_write[n, j]
             for g in range(gates):
                 gate = (one + one) / (one + np.exp(-gating[n, g]))  # beta without its factor, which may be 0
                 if factor is not None:
@@ -205,7 +208,7 @@ def replay(first, last, one, state, h, coefficient, new):
 @partial(compiled, kept=True)
 def decode(
     one, c_now, weights, bias,
-    state, h, gating, factor, scales, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
+    state, h, gating, share, factor, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
     new, c, scale, read, inverse, coefficient,
 ):  # fmt: skip
     """`forward` for every token, with gating = weights c_now + bias; `weights` None leaves `write` as it is."""
@@ -219,6 +222,6 @@ def decode(
                 gating[n, i] = number
     forward(
         0, tokens, one,
-        state, h, gating, factor, scales, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
+        state, h, gating, share, factor, beta, write, erase, offset, power, compression, norm_weight, norm_eps,
         new, c, scale, read, inverse, coefficient,
     )  # fmt: skip

@@ -137,7 +137,7 @@ def team_of(items: int) -> int:
 
 
 def _field(name: str, hint: Any) -> Field:
-    kind, *axes = getattr(hint, "__metadata__", ("integer" if hint in (int, bool) else "real",))[0].split()
+    kind, *axes = getattr(hint, "__metadata__", ("integer" if hint is int else "real",))[0].split()
     declared = getattr(hint, "__origin__", hint)
     return Field(name, kind, tuple(axes), type(None) in get_args(declared))
 

@@ -32,13 +32,10 @@ def _of_token(values, n, V: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_V: tl.con
 
 
 @_compiled
-def _gating(
-    gating, n, V: tl.constexpr, GATES: tl.constexpr, TARGETS: tl.constexpr, SCALES: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """2 sigmoid of the gate's numbers and the target v of token n, of (N, G) or (N, G + V); without one v is 0 where
-    the gate scales it, else 1."""
+def _gating(gating, n, V: tl.constexpr, GATES: tl.constexpr, TARGETS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """2 sigmoid of the gate's numbers and the target v of token n, of (N, G) or (N, G + V); v is 0 without one."""
     row = gating + n * (GATES + TARGETS)
-    v_V = tl.full((BLOCK_V,), 0 if SCALES else 1, gating.dtype.element_ty)
+    v_V = tl.zeros((BLOCK_V,), gating.dtype.element_ty)
     if TARGETS > 0:
         v_V = _of_token(row + GATES, 0, V, V, BLOCK_V)
     return 2 / (1 + tl.exp(-_of_token(row, 0, V, GATES, BLOCK_V))), v_V
@@ -93,7 +90,7 @@ def _rewritten(x_VD, h_D, a_V, stored: tl.constexpr):
 def forward(
     state, h, gating, factor, beta, write, erase, compression, norm_weight, new, c, scale, read, inverse, coefficient,
     OFFSET: tl.constexpr, POWER: tl.constexpr, EPS: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
-    GATES: tl.constexpr, TARGETS: tl.constexpr, SCALES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATES: tl.constexpr, TARGETS: tl.constexpr, SHARE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One token per program: fill new (X'), scale, read and coefficient (a); c and inverse (1 / rms) where asked.
 
@@ -117,10 +114,10 @@ def forward(
         w_V = _of_token(write, n, V, V, BLOCK_V)
         b_V = _of_token(erase, n, V, GATES, BLOCK_V) if erase is not None else w_V
     else:
-        b_V, target_V = _gating(gating, n, V, GATES, TARGETS, SCALES, BLOCK_V)
+        b_V, target_V = _gating(gating, n, V, GATES, TARGETS, BLOCK_V)
         if factor is not None:
             b_V *= tl.load(factor)
-        w_V = b_V * target_V if SCALES else target_V
+        w_V = b_V * target_V if SHARE is None else 1 + SHARE * target_V
     a_V = w_V * _lift(s, POWER)
     if erase is not None:
         a_V -= b_V * s * s * along_V
@@ -200,7 +197,7 @@ def backward(
     state, h, gating, factor, write, erase, compression, norm_weight, scale, read, inverse, coefficient, d_new, d_c,
     d_state, d_h, d_gating, d_factor, d_write, d_erase, d_compression, d_norm_weight, tokens,
     OFFSET: tl.constexpr, POWER: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
-    GATES: tl.constexpr, TARGETS: tl.constexpr, SCALES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATES: tl.constexpr, TARGETS: tl.constexpr, SHARE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One run of tokens per program, and in its row of the gradients of parameters the sum over that run.
 
@@ -292,8 +289,8 @@ def backward(
             if erase is not None:
                 tl.store(d_erase + n * GATES + v, _over_gates(d_b_V, GATES), mask=v < GATES)
         else:
-            gate_V, target_V = _gating(gating, n, V, GATES, TARGETS, SCALES, BLOCK_V)
-            d_gate_V = _over_gates(d_b_V + d_w_V * target_V if SCALES else d_b_V, GATES)
+            gate_V, target_V = _gating(gating, n, V, GATES, TARGETS, BLOCK_V)
+            d_gate_V = _over_gates(d_b_V + d_w_V * target_V if SHARE is None else d_b_V, GATES)
             beta_V = gate_V
             if factor is not None:
                 sum_factor += tl.sum(tl.where(v < GATES, d_gate_V * gate_V, 0), 0)
@@ -301,7 +298,7 @@ def backward(
                 beta_V *= tl.load(factor)
             row = d_gating + n * (GATES + TARGETS)
             tl.store(row + v, d_gate_V * gate_V * (1 - gate_V / 2), mask=v < GATES)
-            tl.store(row + GATES + v, d_w_V * beta_V if SCALES else d_w_V, mask=v < TARGETS)
+            tl.store(row + GATES + v, d_w_V * beta_V if SHARE is None else SHARE * d_w_V, mask=v < TARGETS)
         if not whole:
             tl.debug_barrier()  # the next token's sums may be read by other threads than wrote these
 

@@ -48,7 +48,7 @@ def _launch(name: str, programs: int, *records: Any) -> None:
     values |= {"tokens": tokens, "V": channels, "D": width, "BLOCK_V": tile.channels, "BLOCK_D": tile.width}
     values |= {"OFFSET": values.get("offset"), "POWER": values.get("power"), "EPS": values.get("norm_eps")}
     values["GATES"] = gates = values["gates"] if gating is not None else 0 if erase is None else erase.shape[1]
-    values["TARGETS"], values["SCALES"] = 0 if gating is None else gating.shape[1] - gates, values.get("scales")
+    values["TARGETS"], values["SHARE"] = 0 if gating is None else gating.shape[1] - gates, values.get("share")
     if tokens:
         with torch.cuda.device(state.get_device()):
             kernel[programs,](**{name: values[name] for name in kernel.arg_names}, num_warps=tile.warps)
