@@ -237,7 +237,7 @@ def test_records_differ_in_every_setting_that_decides_numbers() -> None:
         "precision": "fp32",
         "backend": "reference",
         "memory": "save",
-        "parallel": "ddp",
+        "parallel": "fsdp",
         "recompute": True,
         "compile": True,
         "betas": [0.8, 0.9],
