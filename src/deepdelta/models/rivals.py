@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import math
 import warnings
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -120,12 +121,15 @@ def _body(rival: Rival, branches: list[nn.Module], dim: int) -> nn.Module:
     package = PACKAGES[rival]
     if package.name == "x-transformers":
         return XTransformersBody(rival, package, branches, dim)
+    expand, wrapped, reduce = streamed(package, (nn.Sequential(RMSNorm(dim), branch) for branch in branches), dim)
+    return nn.Sequential(expand, *wrapped, reduce)
+
+
+def streamed(package: Package, branches: Iterable[nn.Module], dim: int) -> tuple[nn.Module, list[nn.Module], nn.Module]:
+    """What expands to the streams of hyper-connections, the branches with these around them, and what reduces."""
     functions = getattr(package.load(), f"{package.part}get_init_and_expand_reduce_stream_functions")
     wrap, expand, reduce = functions(STREAMS, dim=dim)
-    wrapped = (
-        wrap(branch=nn.Sequential(RMSNorm(dim), branch), layer_index=index) for index, branch in enumerate(branches)
-    )
-    return nn.Sequential(expand, *wrapped, reduce)
+    return expand, [wrap(branch=branch, layer_index=index) for index, branch in enumerate(branches)], reduce
 
 
 class XTransformersBody(nn.Module):

@@ -16,7 +16,7 @@ from deepdelta.lab.bench.runner import all_versions
 from deepdelta.lab.bench.suites import DEPTH, DEPTH_QUESTION
 from deepdelta.lab.views.svg import drawn, label, svg
 from deepdelta.lab.views.tables import Column, TextTable, markdown_page, render
-from deepdelta.models.rivals import PACKAGES, STREAMS
+from deepdelta.models.rivals import PACKAGES, STREAMS, streamed
 from deepdelta.nn.stream import DeltaStream
 from deepdelta.progress import reporting, show
 from deepdelta.provenance import now, provenance
@@ -147,11 +147,9 @@ def _delta(stack: Stack, kind: str) -> Parts:
 
 
 def _rival(stack: Stack, kind: str) -> Parts:
-    branches, package = _branches(stack), PACKAGES["mhc"]
-    functions = getattr(package.load(), f"{package.part}get_init_and_expand_reduce_stream_functions")
-    wrap, expand, reduce = functions(STREAMS, dim=stack.dim)
-    normed = (nn.Sequential(nn.RMSNorm(stack.dim, eps=1e-5), branch) for branch in branches)
-    return expand, [wrap(branch=branch, layer_index=at).double() for at, branch in enumerate(normed)], reduce
+    normed = (nn.Sequential(nn.RMSNorm(stack.dim, eps=1e-5), branch) for branch in _branches(stack))
+    expand, sublayers, reduce = streamed(PACKAGES["mhc"], normed, stack.dim)
+    return expand, [sublayer.double() for sublayer in sublayers], reduce
 
 
 def tables(results: DepthResults) -> list[TextTable]:

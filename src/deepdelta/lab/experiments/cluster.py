@@ -4,16 +4,16 @@ A task holds the process of a run as the local pool does, and dies with it; a ru
 goes on from its checkpoint in another, once the lock of its directory is free.
 """
 
-import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepdelta.errors import require
+from deepdelta.lab.experiments.process import command_of, spawn
 
 if TYPE_CHECKING:
     from deepdelta.lab.experiments.run import Run
@@ -47,11 +47,7 @@ class Task:
 
 def make(command: list[str], log: str, threads: int) -> int:
     """In a worker: make the run in a process of its own, which ends with the worker; its exit code."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    with open(log, "ab") as file:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment, start_new_session=True
-        )
+    process = spawn(command, Path(log), threads)
     try:
         while True:
             # Ray cancels a task by a KeyboardInterrupt between two instructions, which one long wait would not see.
@@ -88,9 +84,8 @@ def ray_launcher() -> Callable[["Run", str | None], Task]:
     gpus = 1 if torch.cuda.is_available() else 0
 
     def start(run: "Run", device: str | None) -> Task:
-        command = [sys.executable, "-m", "deepdelta.lab.experiments.process", *run.command()]
         # The pool decides what is made again, since it alone knows what is still at work.
         remote = ray.remote(num_cpus=run.threads, num_gpus=gpus, max_retries=0)(make)
-        return Task(ray, remote.remote(command, str(run.log), run.threads))
+        return Task(ray, remote.remote(command_of(run.command()), str(run.log), run.threads))
 
     return start

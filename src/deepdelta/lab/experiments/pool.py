@@ -1,10 +1,8 @@
 """The runs of an experiment side by side, each a process of its own (`process.py`), recorded the moment it ends."""
 
 import concurrent.futures
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +13,7 @@ from typing import IO, NamedTuple, Protocol, runtime_checkable
 from deepdelta.errors import UserError
 from deepdelta.lab.experiments.cluster import LOST, ray_launcher
 from deepdelta.lab.experiments.places import Places
+from deepdelta.lab.experiments.process import command_of, spawn
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.run import Run
 from deepdelta.lab.experiments.work import WORK, Work
@@ -193,19 +192,13 @@ def run_processes(
 
 
 def launch(run: Run, device: str | None = None) -> subprocess.Popen[bytes]:
-    """Start the process of a run: in a session of its own, so that Ctrl-C reaches it once, through its parent.
+    """Start the process of a run.
 
     Args:
         device: the one that it sees; None: all.
     """
-    command = [sys.executable, "-m", "deepdelta.lab.experiments.process", *run.command()]
-    environment = os.environ | {"OMP_NUM_THREADS": str(run.threads), "MKL_NUM_THREADS": str(run.threads)}
-    if device is not None:
-        environment |= {"CUDA_VISIBLE_DEVICES": device}
-    with run.log.open("ab") as log:
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
+    variables = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+    return spawn(command_of(run.command()), run.log, run.threads, variables)
 
 
 def _close(process: Process) -> None:

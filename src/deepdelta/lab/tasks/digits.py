@@ -9,15 +9,14 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge
-from torch import Generator, Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from deepdelta.config import Count, Distinct
 from deepdelta.errors import UserError, nearest
-from deepdelta.lab.tasks.fitting import CONDITIONS, AdamW, fit, part_of, seeded
+from deepdelta.lab.tasks.fitting import CONDITIONS, AdamW, part_of, seeded
 from deepdelta.lab.tasks.images import Images, load_images, split_images
 from deepdelta.lab.tasks.task import Progress, Task
-from deepdelta.lab.tasks.vision import MODELS, ResNet, ViT
+from deepdelta.lab.tasks.vision import MODELS, ResNet, ViT, fit_images
 from deepdelta.nn import ResidualConfig
 from deepdelta.training.config import Positive
 
@@ -108,19 +107,9 @@ def run(settings: DigitsSettings, seed: int, progress: Progress) -> dict[str, fl
     found = {}
     for number, ((model, count, depth), network) in enumerate(zip(points, networks, strict=True)):
         shown = Images(train.pixels[:count], train.labels[:count], train.classes)
-        _train(settings, network, shown, seed, part_of(progress, number, len(points)))
+        fit_images(network, shown, settings, seed, part_of(progress, number, len(points)))
         found[f"accuracy_{model}_n{count}_d{depth}"] = accuracy(network, test)
     return {"accuracy": sum(found.values()) / len(found), **found}
-
-
-def _train(settings: DigitsSettings, network: nn.Module, images: Images, seed: int, progress: Progress) -> None:
-    generator = Generator().manual_seed(seed)
-
-    def loss_of(step: int) -> Tensor:
-        rows = torch.randint(len(images.labels), (settings.batch_size,), generator=generator)
-        return F.cross_entropy(network(images.pixels[rows]), images.labels[rows])
-
-    fit(network, loss_of, settings, progress)
 
 
 @torch.no_grad()

@@ -11,15 +11,16 @@ from typing import Annotated
 import torch
 from annotated_types import Ge
 from jaxtyping import Float
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepdelta.config import Count, Distinct
 from deepdelta.errors import UserError, nearest
-from deepdelta.lab.tasks.fitting import AdamW, fit, part_of, seeded, stream_of
-from deepdelta.lab.tasks.images import Images, load_images, split_images
+from deepdelta.lab.tasks import fitting
+from deepdelta.lab.tasks.fitting import AdamW, part_of, seeded, stream_of
+from deepdelta.lab.tasks.images import load_images, split_images
 from deepdelta.lab.tasks.task import Progress, Task, Variant
-from deepdelta.lab.tasks.vision import SelfAttention
+from deepdelta.lab.tasks.vision import SelfAttention, fit_images
 from deepdelta.nn import ResidualConfig
 from deepdelta.training.config import Positive
 
@@ -122,7 +123,7 @@ def run(settings: NetworksSettings, seed: int, progress: Progress) -> dict[str, 
     for number, (kind, rate) in enumerate(points):
         with seeded(seed):
             network = Network(kind, settings, train.classes, train.pixels.shape[-1], seed)
-        _train(network, settings, rate, train, seed, part_of(progress, number, len(points)))
+        fit_images(network, train, replace(settings, lr=rate), seed, part_of(progress, number, len(points)))
         with torch.no_grad():
             logits = network(test.pixels)
         name = f"{kind}_lr{rate:g}"
@@ -132,22 +133,8 @@ def run(settings: NetworksSettings, seed: int, progress: Progress) -> dict[str, 
     return {"log_loss": sum(map(math.log, losses)) / len(losses), **found}
 
 
-def _train(
-    network: nn.Module, settings: NetworksSettings, rate: float, images: Images, seed: int, progress: Progress
-) -> None:
-    generator = Generator().manual_seed(seed)
-
-    def loss_of(step: int) -> Tensor:
-        rows = torch.randint(len(images.labels), (settings.batch_size,), generator=generator)
-        return F.cross_entropy(network(images.pixels[rows]), images.labels[rows])
-
-    fit(network, loss_of, replace(settings, lr=rate), progress)
-
-
 CONDITIONS = {
-    "additive": Variant(
-        summary="the plain residual x + F(norm(x))", changes={"residual": {"rule": "additive", "value_channels": 1}}
-    ),
+    "additive": fitting.CONDITIONS["additive"],
     "bare": Variant(
         summary="x + F(x), no norm at all",
         changes={"residual": {"rule": "additive", "value_channels": 1, "norm": "none"}},
@@ -182,16 +169,8 @@ CONDITIONS = {
         changes={"residual": {"rule": "write_only", "value_channels": 4}},
         control="normed",
     ),
-    "delta-1": Variant(
-        summary="the delta rule, V = 1",
-        changes={"residual": {"rule": "delta", "value_channels": 1}},
-        control="normed",
-    ),
-    "delta-4": Variant(
-        summary="the delta rule, V = 4",
-        changes={"residual": {"rule": "delta", "value_channels": 4}},
-        control="write-only-4",
-    ),
+    "delta-1": replace(fitting.CONDITIONS["delta"], control="normed"),
+    "delta-4": fitting.CONDITIONS["delta-4"],
 }
 
 TASK = Task(

@@ -5,11 +5,13 @@ Shapes: B images, C channels, H height, W width, T patches, V value channels, D 
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from deepdelta.errors import UserError
-from deepdelta.lab.tasks.fitting import stream_of
+from deepdelta.lab.tasks.fitting import Recipe, fit, stream_of
+from deepdelta.lab.tasks.images import Images
+from deepdelta.lab.tasks.task import Progress
 from deepdelta.nn import DeltaStream, ResidualConfig
 
 MODELS = ("vit", "resnet")
@@ -147,3 +149,18 @@ def _convolutions(width: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Conv2d(width, width, 3, padding=1, bias=False),
     )
+
+
+def fit_images(network: nn.Module, images: Images, recipe: Recipe, seed: int, progress: Progress) -> None:
+    """Minimise the cross-entropy over batches of images that are drawn by the seed.
+
+    Raises:
+        Diverged: see `fit`.
+    """
+    generator = Generator().manual_seed(seed)
+
+    def loss_of(step: int) -> Tensor:
+        rows = torch.randint(len(images.labels), (recipe.batch_size,), generator=generator)
+        return F.cross_entropy(network(images.pixels[rows]), images.labels[rows])
+
+    fit(network, loss_of, recipe, progress)

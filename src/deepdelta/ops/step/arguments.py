@@ -5,6 +5,7 @@ G gates, R numbers of a gating, U one number, * one per thread or program that s
 kernel out.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from torch import Tensor
@@ -74,6 +75,21 @@ class Gradients(NamedTuple):
 
 SUMMED = ("d_factor", "d_compression", "d_norm_weight")
 """Gradients of parameters, which are summed over tokens."""
+
+
+def summed(
+    given: Given, gradients: Gradients, make: Callable[[Tensor], Tensor], run: Callable[[Gradients], None]
+) -> Gradients:
+    """`gradients` as `run` fills them, those of parameters added up.
+
+    Args:
+        make: of a parameter, room for the sum of each thread or program, along a first axis.
+    """
+    given_for = {name: getattr(given, name.removeprefix("d_")) for name in SUMMED}
+    sums: dict[str, Any] = {name: None if p is None else make(p) for name, p in given_for.items()}
+    run(gradients._replace(**sums))
+    totals: dict[str, Any] = {name: None if each is None else each.sum(0) for name, each in sums.items()}
+    return gradients._replace(**totals)
 
 
 class Replayed(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from deepdelta.ops.backends.cuda import kernels, tiles
-from deepdelta.ops.step.arguments import SUMMED, Given, Gradients, Incoming, Known, Made, Replayed
+from deepdelta.ops.step.arguments import Given, Gradients, Incoming, Known, Made, Replayed, summed
 
 
 def forward(given: Given, made: Made) -> None:
@@ -26,11 +26,12 @@ def backward(given: Given, known: Known, incoming: Incoming, gradients: Gradient
     resident = tiles.blocks("backward", channels, width, given.state.dtype).programs
     # Enough programs to fill the device once; each takes a run of tokens and sums its gradients of the parameters.
     programs = min(tokens, _processors(given.state.device) * resident)
-    summed = {name: getattr(given, name.removeprefix("d_")) for name in SUMMED}
-    sums: dict[str, Any] = {name: None if p is None else p.new_empty(programs, *p.shape) for name, p in summed.items()}
-    _launch("backward", programs, given, known, incoming, gradients._replace(**sums))
-    totals: dict[str, Any] = {name: None if each is None else each.sum(0) for name, each in sums.items()}
-    return gradients._replace(**totals)
+    return summed(
+        given,
+        gradients,
+        lambda parameter: parameter.new_empty(programs, *parameter.shape),
+        lambda filled: _launch("backward", programs, given, known, incoming, filled),
+    )
 
 
 def replay(replayed: Replayed) -> None:
