@@ -220,7 +220,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_refusals(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("deepdelta.harness.tasks.reachable", lambda address: False)
+    monkeypatch.setattr("deepdelta.data.hub.reachable", lambda address: False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     said = refused(capsys, str(run), "--tasks", "arc_easy", "--task-data", str(tmp_path))
     assert (

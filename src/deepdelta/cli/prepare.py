@@ -18,12 +18,15 @@ class Prepare:
     """Write texts as shards of ids, which runs then map: once for many runs, on all cores; the same command goes on
     where it was stopped."""
 
-    source: Positional[Path]
-    """A text file or a folder; compressed files, JSON lines and Parquet tables too, a document a record."""
+    source: Positional[str]
+    """A text file or a folder; compressed files, JSON lines, Parquet tables and data sets that datasets saved too, a
+    document a record; hf://datasets/OWNER/NAME/CONFIGURATION:SPLIT, streamed from the Hugging Face hub; or fineweb-edu,
+    a recipe: its sample of 100 B tokens by GPT-2's tokenizer."""
     out: Path
     """The folder of the shards, made if absent."""
-    tokenizer: Path
-    """A JSON file of the tokenizers library."""
+    tokenizer: str | None = None
+    """A JSON file of the tokenizers library, a folder with one or with other files of a tokenizer of transformers, or
+    hf://OWNER/NAME on the Hugging Face hub; a recipe's own by default."""
     field: str = "text"
     """The field of JSON records, the column of a Parquet table, that holds the text."""
     pattern: str = "**/*"
@@ -43,6 +46,6 @@ class Prepare:
         show(f"{sums['train']:,} training and {sums['val']:,} validation tokens in {self.out}")
         tokenizer = ("--data.tokenizer", self.out / "tokenizer.json")
         # A header says how wide ids are; without one, two bytes are taken.
-        wide = not self.header and read_tokenizer(self.tokenizer).vocab_size > 1 << 16
+        wide = not self.header and read_tokenizer(self.out).vocab_size > 1 << 16
         width = ("--data.bin-dtype", "uint32") if wide else ()
         following(("deepdelta", "train", "runs/new", "--data.source", self.out, *tokenizer, *width))

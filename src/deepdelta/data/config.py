@@ -22,13 +22,16 @@ class DataConfig(Settings):
             to a folder of text files, to a `.bin` file of ids (bare, as nanoGPT writes them, or behind the header of
             llm.c), or to a folder holding train.bin and val.bin or shards called so. (A folder that is itself called
             stdlib is written ./stdlib.) Text may be compressed (`.gz`, `.zst`) and may stand in records, a document
-            each: `.jsonl`, `.ndjson`, `.parquet`. What else is no text is refused by name, also within a folder.
-        field: the field of JSON records, the column of a Parquet table, that holds the text.
+            each: `.jsonl`, `.ndjson`, `.parquet`, a folder that `datasets` saved (its split train), or
+            hf://datasets/OWNER/NAME[@REVISION][/CONFIGURATION][:SPLIT[[:DOCUMENTS]]], streamed once from the Hugging
+            Face hub to the cache. What else is no text is refused by name, also within a folder.
+        field: the field of JSON records, the column of a Parquet table or of a data set, that holds the text.
         pattern: which files of a folder are documents, as a shell's glob relative to it; `**` spans folders. As in a
             shell, names that begin with a dot are left out unless the pattern spells the dot.
-        tokenizer: "bytes", 256 ids; "bpe", a byte-level BPE trained on the training split; or the path to a
-            `tokenizers` JSON file. A `.bin` source holds ids already: "bytes" then means "no tokenizer is known", a
-            path names the one that wrote them.
+        tokenizer: "bytes", 256 ids; "bpe", a byte-level BPE trained on the training split; the path to a `tokenizers`
+            JSON file, or to a folder with one or with other files of a tokenizer of transformers; or hf://OWNER/NAME,
+            one of the Hugging Face hub. A `.bin` source holds ids already: "bytes" then means "no tokenizer is known",
+            a path names the one that wrote them.
         bpe_vocab_size: the most ids that "bpe" may have: 256 bytes, the separator, and merges.
         bin_dtype: of ids in `.bin` files without a header, which would say it.
         bin_vocab_size: the number of ids of a `.bin` source without tokenizer; the default is GPT-2's 50,257, padded.

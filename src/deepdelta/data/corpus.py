@@ -14,6 +14,7 @@ from jaxtyping import UInt
 from deepdelta.data.cache import built_once, remembered
 from deepdelta.data.config import DataConfig
 from deepdelta.data.documents import CHUNK, Document, FileState, Say, chunks, digest, reading, telling, texts
+from deepdelta.data.hub import ON_HUB
 from deepdelta.data.prepared import check_prepared
 from deepdelta.data.sources import Listing, list_source, split_by_group
 from deepdelta.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer
@@ -196,13 +197,15 @@ def _given_tokenizer(config: DataConfig, listing: Listing) -> Tokenizer | None:
         return None
     if config.tokenizer == "bytes":
         return None if listing.ids else ByteTokenizer()
+    if config.tokenizer.startswith(ON_HUB):
+        return read_tokenizer(config.tokenizer)
     path = Path(os.path.expanduser(config.tokenizer))
     with reading(path):
-        there = path.is_file()
+        there = path.exists()
     if not there:
         raise UserError(
-            f"tokenizer must be 'bytes', 'bpe' or the path of a `tokenizers` JSON file; there is no file "
-            f"'{config.tokenizer}'; {nearest(config.tokenizer, ('bytes', 'bpe'))}"
+            f"tokenizer must be 'bytes', 'bpe', the path of a `tokenizers` JSON file or of a folder with one, or "
+            f"{ON_HUB}OWNER/NAME; there is no file '{config.tokenizer}'; {nearest(config.tokenizer, ('bytes', 'bpe'))}"
         )
     return read_tokenizer(path)
 

@@ -1,15 +1,16 @@
-"""Text in other files than text: compressed, one JSON record a line, a column of a Parquet table.
+"""Text in other files than text: compressed, one JSON record a line, a column of a Parquet table or of a data set.
 
 What such a file holds is written once to the cache, as its documents one after another and where each of them ends;
 from there on it is text like any other.
 """
 
 import gzip
+import hashlib
 import importlib
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +19,9 @@ import numpy as np
 
 from deepdelta.data.cache import built_once
 from deepdelta.data.documents import CHUNK, Document, FileState, digest, reading
+from deepdelta.data.sets import TextSet
 from deepdelta.errors import UserError, without_extra
+from deepdelta.files import sha256_of
 
 COMPRESSED = (".gz", ".zst")
 RECORDS = (".jsonl", ".ndjson")
@@ -41,7 +44,7 @@ def unpacked(path: Path, name: str, field: str, cache: Path | None) -> list[Docu
     """The documents of a packed file, as they lie in the cache; empty ones are left out.
 
     Args:
-        name: of the file in the corpus; its records are `name:0`, `name:1` and so on.
+        name: of the file in the corpus.
         field: of JSON records or of a table, the one that holds the text.
 
     Raises:
@@ -50,19 +53,56 @@ def unpacked(path: Path, name: str, field: str, cache: Path | None) -> list[Docu
     """
     found = FileState.now(path)
     whole = Document(name=name, group=name, path=path, start=0, stop=found.size, modified_ns=found.modified_ns)
-    records = holds_records(path)
+    if holds_records(path):
+        key = f"{digest(whole)}-{field}-text"
+        documents = written_once(key, name, lambda: records_of(path, field), cache)
+    else:
+        documents = written_once(f"{digest(whole)}-whole-text", name, lambda: bytes_of(path), cache, records=False)
+    found.check()
+    return documents
+
+
+def unpacked_set(texts: TextSet, field: str, cache: Path | None) -> tuple[list[Document], tuple[FileState, ...]]:
+    """The rows of a data set as documents in the cache, and the files that they come from. What the hub has under a
+    name is fetched once.
+
+    Raises:
+        UserError: as of `TextSet.texts`; a row whose field is no text; the cache cannot be written.
+    """
+    files = tuple(map(FileState.now, texts.files()))
+    sha = hashlib.sha256(json.dumps([str(texts.place) if not files else texts.name, field]).encode())
+    for one in files:
+        sha.update(sha256_of(one.path).encode())
+    found = ((f"row {number:,}", text) for number, text in texts.texts(field))
+    key = f"{sha.hexdigest()}-set-text"
+    documents = written_once(key, texts.name, lambda: checked(found, str(texts.place), field), cache)
+    for one in files:
+        one.check()
+    return documents, files
+
+
+def written_once(
+    key: str, name: str, pieces: Callable[[], Iterator[bytes]], cache: Path | None, *, records: bool = True
+) -> list[Document]:
+    """The documents of what `pieces()` gives, as they lie in the cache; empty ones are left out.
+
+    Args:
+        key: of what is written, in the cache.
+        name: of the source in the corpus; its records are `name:0`, `name:1` and so on.
+        records: whether each piece is a document, or all of them are one.
+    """
 
     def build(folder: Path) -> None:
         ends, end = [], 0
         with (folder / _TEXT).open("wb") as file:
-            for piece in records_of(path, field) if records else bytes_of(path):
+            for piece in pieces():
                 file.write(piece)
                 end += len(piece)
                 if records and piece:
                     ends.append(end)
         np.asarray(ends if records else [end], np.int64).tofile(folder / _ENDS)
 
-    folder = built_once(cache, f"{digest(whole)}-{field if records else 'whole'}-text", build)
+    folder = built_once(cache, key, build)
     modified = FileState.now(folder / _TEXT).modified_ns
     with reading(folder):
         ends = np.fromfile(folder / _ENDS, np.int64).tolist()
@@ -72,19 +112,26 @@ def unpacked(path: Path, name: str, field: str, cache: Path | None) -> list[Docu
         documents.append(
             Document(name=own, group=own, path=folder / _TEXT, start=start, stop=stop, modified_ns=modified)
         )
-    found.check()
     return [document for document in documents if document.size]
 
 
 def records_of(path: Path, field: str) -> Iterator[bytes]:
     """The text of every record or row, as UTF-8."""
-    texts = _rows(path, field) if _inner(path) == TABLE else _lines(path, field)
+    return checked(_rows(path, field) if _inner(path) == TABLE else _lines(path, field), str(path), field)
+
+
+def checked(texts: Iterator[tuple[str, Any]], source: str, field: str) -> Iterator[bytes]:
+    """Texts beside where they stand, as UTF-8; none is left out.
+
+    Raises:
+        UserError: one that is no text.
+    """
     for where, text in texts:
         if text is None:
             continue
         if not isinstance(text, str):
             raise UserError(
-                f"{path}, {where}: '{field}' must be text, got {type(text).__name__}; name another by field."
+                f"{source}, {where}: '{field}' must be text, got {type(text).__name__}; name another by field."
             )
         yield text.encode("utf-8", errors="surrogatepass")
 

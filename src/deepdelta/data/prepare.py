@@ -5,21 +5,40 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from deepdelta.data.config import DataConfig
 from deepdelta.data.documents import Document, Say
 from deepdelta.data.formats import HEADER, MAGIC, check_text
-from deepdelta.data.packed import bytes_of, holds_records, is_packed, records_of
+from deepdelta.data.hub import ON_HUB
+from deepdelta.data.packed import bytes_of, checked, holds_records, is_packed, records_of
 from deepdelta.data.prepared import MANIFEST
+from deepdelta.data.sets import TextSet, text_set
 from deepdelta.data.sources import files_in
-from deepdelta.data.tokenizer import FILE_NAME, BPETokenizer, Tokenizer, read_tokenizer
+from deepdelta.data.tokenizer import CONFIG_NAME, FILE_NAME, BPETokenizer, Tokenizer, read_tokenizer
 from deepdelta.errors import UserError
 from deepdelta.files import FORMAT, AnyPath, atomic_path, check_format, locked, read_object, sha256_of, write_json
 
 _AT_ONCE = 1 << 22  # characters that are encoded together, on all cores
+
+
+class Recipe(NamedTuple):
+    """A data set that others train on, with the tokenizer that they read it by."""
+
+    about: str
+    source: str
+    tokenizer: str
+
+
+RECIPES = {
+    "fineweb-edu": Recipe(
+        "the sample of 100 B tokens of FineWeb-Edu, by the BPE of GPT-2",
+        f"{ON_HUB}datasets/HuggingFaceFW/fineweb-edu/sample-100BT:train",
+        f"{ON_HUB}openai-community/gpt2",
+    )
+}
 
 
 @dataclass(kw_only=True)
@@ -61,7 +80,7 @@ def prepare(
     source: AnyPath,
     out: AnyPath,
     *,
-    tokenizer: AnyPath,
+    tokenizer: AnyPath | None = None,
     field: str = "text",
     pattern: str = "**/*",
     shard_tokens: int = 100_000_000,
@@ -69,8 +88,8 @@ def prepare(
     header: bool = True,
     progress: Say | None = None,
 ) -> dict[str, int]:
-    """Write the documents of a file or folder as shards `train_000000.bin`, `val_000000.bin` and so on, and
-    `tokenizer.json`, to the folder `out`, which `DataConfig.source` takes.
+    """Write the documents of a file, a folder or a data set as shards `train_000000.bin`, `val_000000.bin` and so on,
+    and `tokenizer.json`, to the folder `out`, which `DataConfig.source` takes.
 
     Every document begins with the separator. Which split it is in depends on its file's name and its number there
     alone. A shard ends with a document, when it holds `shard_tokens` or more. Ids are uint16, or uint32 for more than
@@ -78,8 +97,9 @@ def prepare(
     same result.
 
     Args:
-        source: text files, compressed ones, records and tables, as `DataConfig.source` takes them.
-        tokenizer: a JSON file of the `tokenizers` library.
+        source: text files, compressed ones, records, tables and data sets, as `DataConfig.source` takes them; or a name
+            in `RECIPES`.
+        tokenizer: a file, a folder or a name on the hub, as `read_tokenizer` takes them; None: the recipe's.
         progress: called with a line of text after each shard.
 
     Returns:
@@ -89,13 +109,19 @@ def prepare(
         UserError: no documents, one that is no text, or none for a split; `out` holds something else, or what other
             settings or sources wrote.
     """
-    say, out, path = progress or (lambda _: None), Path(out), Path(os.path.expanduser(source))
+    say, out = progress or (lambda _: None), Path(out)
+    if (recipe := RECIPES.get(str(source))) is not None:
+        source, tokenizer = recipe.source, tokenizer or recipe.tokenizer
+    if tokenizer is None:
+        raise UserError(f"prepare needs a tokenizer, or one of the sources that say theirs: {', '.join(RECIPES)}.")
+    source = source if str(source).startswith(ON_HUB) else os.path.expanduser(source)
     DataConfig(source=str(source), pattern=pattern, field=field, validation_fraction=validation_fraction)
     if shard_tokens < 1:
         raise UserError(f"shard_tokens must be at least 1, got {shard_tokens}.")
-    encoder, files = read_tokenizer(tokenizer), files_in(path, pattern)
+    encoder, found = read_tokenizer(os.path.expanduser(tokenizer)), text_set(str(source))
+    texts: TextSet | list[Document] = found or files_in(Path(source), pattern)
     settings: dict[str, Any] = {
-        "files": [[one.name, one.size] for one in files],
+        "files": _files(texts),
         "tokenizer": encoder.sha256,
         "field": field,
         "shard_tokens": shard_tokens,
@@ -120,7 +146,7 @@ def prepare(
                 write(documents)
 
             begun = False
-            for number, name, ids in _encoded(files, field, encoder, done):
+            for number, name, ids in _encoded(_texts(texts, field, done), encoder):
                 split = val if _share(name) < validation_fraction else train
                 split.add([encoder.separator, *ids])
                 if not begun:
@@ -146,7 +172,7 @@ def prepare(
 
 def _clear(out: Path, shards: Iterable[dict[str, Any]]) -> None:
     """Delete what was written, which no run could train on."""
-    for name in (MANIFEST, FILE_NAME, *(shard["name"] for shard in shards)):
+    for name in (MANIFEST, FILE_NAME, CONFIG_NAME, *(shard["name"] for shard in shards)):
         (out / name).unlink(missing_ok=True)
 
 
@@ -167,12 +193,19 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _encoded(files: list[Document], field: str, encoder: Tokenizer, skip: int) -> Iterator[tuple[int, str, list[int]]]:
-    """Number, name and ids of the documents from number `skip` on."""
+def _files(texts: TextSet | list[Document]) -> list[list[Any]]:
+    """What tells these sources from others."""
+    if isinstance(texts, list):
+        return [[one.name, one.size] for one in texts]
+    return [[file.name, file.stat().st_size] for file in texts.files()] or [[str(texts.place), 0]]
+
+
+def _encoded(texts: Iterator[tuple[int, str, str]], encoder: Tokenizer) -> Iterator[tuple[int, str, list[int]]]:
+    """Number, name and ids of the documents."""
     waiting: list[tuple[int, str, str]] = []
     size = 0
-    for number, (name, text) in enumerate(_texts(files, field)):
-        if number < skip or not text:
+    for number, name, text in texts:
+        if not text:
             continue
         waiting.append((number, name, text))
         size += len(text)
@@ -189,7 +222,19 @@ def _encode(waiting: list[tuple[int, str, str]], encoder: Tokenizer) -> Iterator
         yield number, name, ids
 
 
-def _texts(files: list[Document], field: str) -> Iterator[tuple[str, str]]:
+def _texts(sources: TextSet | list[Document], field: str, skip: int) -> Iterator[tuple[int, str, str]]:
+    """Number, name and text of the documents from number `skip` on."""
+    if isinstance(sources, list):
+        for number, (name, text) in enumerate(_texts_of_files(sources, field)):
+            if number >= skip:
+                yield number, name, text
+        return
+    for number, found in sources.texts(field, skip):
+        for part in checked(iter([(f"row {number:,}", found)]), str(sources.place), field):
+            yield number, f"{sources.name}:{number}", part.decode()
+
+
+def _texts_of_files(files: list[Document], field: str) -> Iterator[tuple[str, str]]:
     for one in files:
         if is_packed(one.path) and holds_records(one.path):
             parts: Iterator[bytes] = records_of(one.path, field)

@@ -19,7 +19,9 @@ import numpy as np
 from deepdelta.data.config import DataConfig
 from deepdelta.data.documents import Document, FileState, reading
 from deepdelta.data.formats import check_text, ids_in
-from deepdelta.data.packed import holds_records, is_packed, unpacked
+from deepdelta.data.hub import ON_HUB
+from deepdelta.data.packed import holds_records, is_packed, unpacked, unpacked_set
+from deepdelta.data.sets import text_set
 from deepdelta.errors import UserError
 
 # Near-duplicates, generated files and tests, wherever they lie; then what is no part of the library.
@@ -63,6 +65,13 @@ def list_source(config: DataConfig, cache: Path | None = None) -> Listing:
     if config.source == "stdlib":
         return _list_stdlib()
     path = Path(os.path.expanduser(config.source))
+    with reading(path):
+        texts = text_set(config.source if config.source.startswith(ON_HUB) else str(path))
+    if texts is not None:
+        documents, origins = unpacked_set(texts, config.field, cache)
+        if not documents:
+            raise UserError(f"{texts.place} must hold a row whose '{config.field}' is not empty; it holds none.")
+        return Listing(title=f"the data set {texts.name}", documents=documents, split_by="document", origins=origins)
     with reading(path):
         if not path.exists() and not path.is_symlink():
             raise UserError(

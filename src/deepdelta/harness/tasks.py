@@ -7,9 +7,8 @@ from contextlib import chdir, contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
+from deepdelta.data.hub import offline_without_network
 from deepdelta.errors import UserError, unknown
 
 
@@ -101,6 +100,7 @@ def loaded(names: Iterable[str], folder: Path | None) -> dict[str, Any]:
 
 
 def _with_data(manager: Any, spec: Any, name: str, folder: Path | None) -> Any:
+    import datasets.config  # noqa: F401
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -120,35 +120,6 @@ def _with_data(manager: Any, spec: Any, name: str, folder: Path | None) -> Any:
             f"network, place a copy of the data set repository {source} of the Hugging Face hub at {place / source} "
             f"and give --task-data {place}; or take tasks whose data ship: {', '.join(OWN)}."
         ) from error
-
-
-@contextmanager
-def offline_without_network() -> Iterator[None]:
-    """Have the hub's clients look at what is kept alone where the hub does not answer within three seconds; by
-    themselves they would try for half a minute."""
-    import datasets.config
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or reachable(constants.ENDPOINT):
-        yield
-        return
-    before = datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = False, before
-
-
-def reachable(address: str) -> bool:
-    """Whether something answers there, whatever it answers."""
-    try:
-        with urlopen(Request(address, method="HEAD"), timeout=3):
-            return True
-    except HTTPError:
-        return True
-    except OSError:
-        return False
 
 
 def _own(name: str) -> dict[str, Any]:

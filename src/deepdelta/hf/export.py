@@ -6,7 +6,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from deepdelta.data import ByteTokenizer, Tokenizer
+from deepdelta.data import BPETokenizer, ByteTokenizer, Tokenizer
 from deepdelta.data.tokenizer import FILE_NAME, SEPARATOR
 from deepdelta.files import write_text
 from deepdelta.hf.flat import AUTO_MAP, NAME, flat_source
@@ -35,6 +35,7 @@ def export_hf(model: GPT, tokenizer: Tokenizer | None, folder: Path) -> None:
 
 
 def _write_tokenizer(tokenizer: Tokenizer, context: int, folder: Path) -> None:
+    separator = tokenizer.separator_token if isinstance(tokenizer, BPETokenizer) else SEPARATOR
     if isinstance(tokenizer, ByteTokenizer):
         held = byte_tokenizer()
     else:
@@ -42,9 +43,9 @@ def _write_tokenizer(tokenizer: Tokenizer, context: int, folder: Path) -> None:
         held = tokenizers.Tokenizer.from_file(str(folder / FILE_NAME))
     PreTrainedTokenizerFast(
         tokenizer_object=held,
-        bos_token=SEPARATOR,
-        eos_token=SEPARATOR,
-        pad_token=SEPARATOR,
+        bos_token=separator,
+        eos_token=separator,
+        pad_token=separator,
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
