@@ -1,6 +1,8 @@
 """What everyday use leans on: what branches return, readouts, nn.Sequential, batches of prompts, rows of training."""
 
+import copy
 import io
+import pickle
 from typing import Any, NamedTuple
 
 import pytest
@@ -96,6 +98,31 @@ def test_a_stream_that_no_optimiser_has_is_warned_of_once():
     stepped(trained, [*trained.parameters()])
     stepped(DeltaStream(D, V, seed=0).requires_grad_(False), own)
     stepped(DeltaStream(D, V, seed=0, reduce="sum"), own)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduce": "sum"}, {"compression": "channel_conv"}, {"value_channels": 1}])
+def test_a_convolutional_network_is_a_sequential_too(options):
+    stream = DeltaStream(D, channel_first=True, seed=0, **options)
+    blocks = [stream.wrap(nn.Conv2d(D, D, 3, padding=1)) for _ in range(2)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(D, 5)]
+    network = nn.Sequential(nn.Conv2d(3, D, 3), stream.expansion, *blocks, stream.readout, *head)
+    perturb(network)
+    images = randn(2, 3, 6, 5).float()
+    state = stream.expand(network[0](images))
+    for block in blocks:
+        state = block(state)
+    expected = stream.reduce(state)
+    for part in head:
+        expected = part(expected)
+    near(network(images), expected, 1e-6)
+    near(copy.deepcopy(network)(images), expected, 1e-6)
+    near(torch.export.export(network, (images,)).module()(images), expected, 1e-5)
+    last = DeltaStream(D, seed=0, **options)
+    assert stream.state_dict().keys() == last.state_dict().keys()
+    again = pickle.loads(pickle.dumps(network))  # the hooks of both ends go along
+    near(again(images), expected, 1e-6)
+    network(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 def test_readouts_without_parameters():

@@ -14,7 +14,8 @@ import deepdelta
 
 SOURCE = Path(deepdelta.__file__).parent
 ORDER = """
-errors version
+releases version
+errors
 config files ids device progress provenance interruption notebook
 limits
 tensors

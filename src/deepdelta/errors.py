@@ -6,6 +6,8 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 
+from deepdelta.releases import check_tested
+
 # Control characters but tab and line break, line and paragraph separators, what turns the direction of text, halves of
 # surrogate pairs, and the two that are no characters.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -64,7 +66,8 @@ def listing(known: Mapping[str, str]) -> str:
 
 
 def require(what: str, extra: str, *modules: str) -> None:
-    """Refuse at its beginning what needs modules of an optional extra, if only at its end; `what` is a plural.
+    """Refuse at its beginning what needs modules of an optional extra, if only at its end; `what` is a plural. Releases
+    that the tests do not know are warned of.
 
     Raises:
         UserError: one of the modules is absent.
@@ -72,6 +75,7 @@ def require(what: str, extra: str, *modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise without_extra(what, extra, ModuleNotFoundError(name=module))
+        check_tested(module)
 
 
 def without_extra(what: str, extra: str, error: ModuleNotFoundError) -> UserError:

@@ -1,26 +1,14 @@
 """The GPT in transformers: importing this makes its Auto classes know the model type `deepdelta`, and retrofits."""
 
-import warnings
 from importlib.metadata import version
 
 from deepdelta.errors import UserError, require
 
 require("The classes of transformers", "hf", "transformers")
 
-TESTED = ("5.24", "5.25")
-"""Releases of transformers from, and up to but not with."""
-
-
-def _parts(release: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in release.split(".")[:2])
-
-
-if _parts(found := version("transformers")) < _parts(TESTED[0]):
-    raise UserError(f"deepdelta.hf needs transformers {TESTED[0]} or newer, got {found}; upgrade transformers.")
-elif _parts(found) >= _parts(TESTED[1]):
-    warnings.warn(
-        f"deepdelta.hf was tested with transformers {TESTED[0]}, got {found}; what it gives may be wrong.", stacklevel=2
-    )
+OLDEST = "5.24"
+if tuple(map(int, (found := version("transformers")).split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+    raise UserError(f"deepdelta.hf needs transformers {OLDEST} or newer, got {found}; upgrade transformers.")
 
 import transformers  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402

@@ -6,7 +6,7 @@ The parts of a residual work on (..., V, D) and (..., D); a channel-first stream
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepdelta.errors import UserError
 
@@ -57,6 +57,34 @@ class Layout:
                 f"the state must end in (value channels, width) = {(channels, width)}, got shape "
                 f"{tuple(state.shape)}; make it with stream.expand(x)."
             )
+
+
+FIRST = Layout(True)
+
+
+def with_width_first(expansion: nn.Module, readout: nn.Module) -> None:
+    """Have both ends of a stream take and give what networks hold whose width stands first, called by the stream or on
+    their own."""
+    expansion.register_forward_pre_hook(_vectors_in)
+    expansion.register_forward_hook(_state_out)
+    readout.register_forward_pre_hook(_state_in)
+    readout.register_forward_hook(_vectors_out)
+
+
+def _vectors_in(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    return FIRST.inward(args[0])
+
+
+def _state_out(module: nn.Module, args: tuple[Tensor], state_VD: Tensor) -> Tensor:
+    return FIRST.state_outward(state_VD)
+
+
+def _state_in(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    return FIRST.state_inward(args[0])
+
+
+def _vectors_out(module: nn.Module, args: tuple[Tensor], x_D: Tensor) -> Tensor:
+    return FIRST.outward(x_D)
 
 
 def check_kind(name: str, tensor: Tensor, owner: str, parameter: Tensor | None) -> None:

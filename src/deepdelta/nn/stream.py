@@ -18,7 +18,7 @@ from deepdelta.nn.adding import refuse_adding, unwrapped
 from deepdelta.nn.backend import Work, described
 from deepdelta.nn.chain import Chain
 from deepdelta.nn.config import ResidualConfig, Rule, refuse_unused
-from deepdelta.nn.layout import Layout, check_kind
+from deepdelta.nn.layout import Layout, check_kind, with_width_first
 from deepdelta.nn.linear import initialise
 from deepdelta.nn.parts.compression import Pool, Reduce, build_compression
 from deepdelta.nn.parts.expansion import build_expansion
@@ -65,8 +65,9 @@ class DeltaStream(nn.Module):
         block = stream.wrap(attention)          # any module (..., dim) -> (..., dim)
         x = stream.reduce(block(stream.expand(x)))
 
-    The stream holds the expansion and the final compression; each wrapped block holds its own parts and its branch,
-    and the stream never holds a block.
+    The stream holds the expansion and the final compression, `stream.expansion` and `stream.readout`, which also stand
+    in an nn.Sequential as they are; each wrapped block holds its own parts and its branch, and the stream never holds a
+    block.
 
     Args:
         dim: D, the width of the vectors that the branches see.
@@ -127,6 +128,8 @@ class DeltaStream(nn.Module):
         if reduce not in get_args(Reduce):
             raise UserError(f"DeltaStream: there is no reduce='{reduce}'; {nearest(str(reduce), get_args(Reduce))}")
         self.readout = build_compression(self.config, dim, self.std) if reduce == "learned" else Pool(reduce)
+        if channel_first:
+            with_width_first(self.expansion, self.readout)
         self._wrapped = 0
         initialise(self, self.seed, "stream")
 
@@ -152,7 +155,7 @@ class DeltaStream(nn.Module):
         self.layout.check_vectors(x, self.dim)
         self._check_tokens(x.ndim - 1, x)
         check_kind("x", x, "stream", next(self.expansion.parameters(), None))
-        return self.layout.state_outward(self.expansion(self.layout.inward(x)))
+        return self.expansion(x)  # type: ignore[no-any-return]
 
     def wrap(
         self,
@@ -249,7 +252,7 @@ class DeltaStream(nn.Module):
         self.layout.check_state(state, self.config.value_channels, self.dim)
         self._check_tokens(state.ndim - 2, state)
         check_kind("the state", state, "stream", next(self.readout.parameters(), None))
-        return self.layout.outward(self.readout(self.layout.state_inward(state)))
+        return self.readout(state)  # type: ignore[no-any-return]
 
     def _check_tokens(self, leading: int, tensor: Tensor) -> None:
         if self.config.needs_tokens and leading < 1:
