@@ -4,6 +4,9 @@ Forward reads X and h and writes X' and c'; backward reads X, h and the two grad
 (fp32, or fp64 for an fp64 state); bf16 and fp16 come as the 16 bits they are. Arguments that are None leave their part
 out: numba compiles a version without it. Shapes: N tokens, V value channels, D width, G gates.
 
+While a channel is worked on, its row of the next token is fetched: a token's passes over what is in the cache leave the
+memory idle, and the processor's own prefetching, which follows what is read, idles with it.
+
 A loop that sums stores nothing: around a store the compiler keeps a second version of the loop, for arrays that
 overlap; its test is conservative, and the order of the sum, so the last bit, would depend on where memory lies.
 """
@@ -12,8 +15,19 @@ from functools import partial
 
 import numpy as np
 
-from deepdelta.ops.backends.cpu.numbers import load, store
+from deepdelta.ops.backends.cpu.numbers import fetch, load, store
 from deepdelta.ops.backends.cpu.team import compiled
+
+LINE = 64
+"""Bytes of a line of the cache: of every processor that numba knows at most so many bytes are one."""
+
+
+@compiled
+def fetch_next(x, n, j, last, written):
+    """Have row j of the next token's x come, one of this share's tokens; `written` is True or False as it stands."""
+    if n + 1 < last:
+        for d in range(0, x.shape[2], LINE // x.itemsize):
+            fetch(x, (n + 1, j, d), written)
 
 
 @compiled
@@ -53,6 +67,8 @@ def forward(
             for d in range(width):
                 x_in[d] = zero
         for j in range(channels):
+            fetch_next(state, n, j, last, False)
+            fetch_next(new, n, j, last, True)
             a = write[n, j]
             if power == 1:
                 a *= s
@@ -135,6 +151,9 @@ def backward(
             if erase is not None:
                 b = erase[n, j if erase.shape[1] > 1 else 0]
                 along = read[n, j]
+            fetch_next(state, n, j, last, False)
+            fetch_next(d_new, n, j, last, False)
+            fetch_next(d_state, n, j, last, True)
             a = coefficient[n, j]
             d_a = zero
             if d_c is None:
@@ -200,6 +219,8 @@ def replay(first, last, one, state, h, coefficient, new):
     channels, width = state.shape[1:]
     for n in range(first, last):
         for j in range(channels):
+            fetch_next(state, n, j, last, False)
+            fetch_next(new, n, j, last, True)
             a = coefficient[n, j]
             for d in range(width):
                 new[n, j, d] = store(load(state[n, j, d]) + a * load(h[n, d]), new[n, j, d])

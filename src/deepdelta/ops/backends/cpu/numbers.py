@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import types
+from numba.core.cgutils import get_item_pointer, get_or_insert_function, unpack_tuple
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
 from deepdelta.ops.precision import accumulation_dtype
 
@@ -100,5 +103,23 @@ def _converted(function, result, *given):
     return result(*given), inspect.unwrap(generate)
 
 
+def _fetch(typing_context, array, index, written):
+    """Within a loop: have the processor bring the line of memory that an element is in, to be read or to be written."""
+
+    def generate(context, builder, signature, given):
+        array = make_array(signature.args[0])(context, builder, given[0])
+        place = get_item_pointer(context, builder, signature.args[0], array, unpack_tuple(builder, given[1]))
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        to_second_level, data = number(2), number(1)
+        choices = [number(int(signature.args[2].literal_value)), to_second_level, data]
+        builder.call(prefetch, [builder.bitcast(place, byte), *choices])
+        return context.get_dummy_value()
+
+    return types.none(array, index, written), inspect.unwrap(generate)
+
+
 load: Any = intrinsic(_load)
 store: Any = intrinsic(_store)
+fetch: Any = intrinsic(prefer_literal=True)(_fetch)
