@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deepdelta.ops.derivatives import check_plain
-from deepdelta.ops.operators import differentiable, operator
+from deepdelta.ops.operators import differentiable, once, operator
 from deepdelta.ops.precision import accumulation_dtype
 
 
@@ -64,13 +64,14 @@ def _backward_fake(x: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Tensor, Tens
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-convolve = operator("convolve_tokens", "(Tensor x, Tensor weight, SymInt outputs) -> Tensor", _convolve, _fake)
-convolve_backward = operator(
+_operator = operator("convolve_tokens", "(Tensor x, Tensor weight, SymInt outputs) -> Tensor", _convolve, _fake)
+_operator_backward = operator(
     "convolve_tokens_backward",
     "(Tensor x, Tensor weight, Tensor d_y) -> (Tensor, Tensor)",
     _convolve_backward,
     _backward_fake,
 )
+convolve_backward = once(_operator_backward, _convolve_backward)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -81,4 +82,4 @@ def _gradients(ctx, d_y):  # type: ignore[no-untyped-def]
     return *convolve_backward(*ctx.saved_tensors, d_y.contiguous()), None
 
 
-differentiable(convolve, _gradients, _save, convolve_backward)
+convolve = differentiable(_operator, _convolve, _gradients, _save)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepdelta.errors import UserError
 from deepdelta.ops.derivatives import check_plain
-from deepdelta.ops.operators import differentiable, operator
+from deepdelta.ops.operators import differentiable, once, operator
 from deepdelta.ops.precision import accumulation_dtype
 from deepdelta.ops.step.arguments import Given, Gradients, Incoming, Known, Made, Replayed, schema
 from deepdelta.ops.step.reference import Gating, Normalise
@@ -198,7 +198,6 @@ def _step_backward(*values: Any) -> Any:
     known = known._replace(
         read=None if given.erase is None else known.read, beta=None if given.gating is None else known.beta
     )
-    incoming = incoming._replace(d_c=incoming.d_c if given.opens else None)
     return _all_there(_implementation(given.state).backward(given, known, incoming, _gradients_allocated(given)))
 
 
@@ -215,8 +214,9 @@ def _backward_fake(*values: Any) -> Any:
     return _all_there(_gradients_allocated(_split(values)[0]))
 
 
-step = operator("step", schema(f"({'Tensor, ' * 7}Tensor)", Given), _step, _step_fake)
-step_backward = operator("step_backward", schema("Tensor[]", Given, Known, Incoming), _step_backward, _backward_fake)
+_operator = operator("step", schema(f"({'Tensor, ' * 7}Tensor)", Given), _step, _step_fake)
+_operator_backward = operator("step_backward", schema("Tensor[]", Given, Known, Incoming), _step_backward, _backward_fake)
+step_backward = once(_operator_backward, _step_backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -226,14 +226,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in values))
     ctx.others = [None if isinstance(value, Tensor) else value for value in values]
     ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, d_new: Tensor, d_c: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    values = (other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True))
-    found = Gradients(*step_backward(*values, d_new.contiguous(), d_c.contiguous()))
+def _gradients(ctx: Any, d_new: Tensor | None, d_c: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    values = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+    # What nothing used has no gradient.
+    given = Given(*values[: len(Given._fields)])
+    d_new = torch.zeros_like(given.state) if d_new is None else d_new.contiguous()
+    if given.opens:
+        d_c = torch.zeros_like(given.h) if d_c is None else d_c.contiguous()
+    found = Gradients(*step_backward(*values, d_new, d_c))
     # What was not given (with a gating, write and erase) has none.
     each = zip(Given._fields, ctx.needs_input_grad, strict=True)
     return tuple(getattr(found, f"d_{name}") if needed else None for name, needed in each)
 
 
-differentiable(step, _gradients, _save, step_backward)
+step = differentiable(_operator, _step, _gradients, _save)

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import struct
 import sys
+from functools import lru_cache
 from itertools import chain
 from math import prod
 from operator import itemgetter
@@ -33,6 +34,15 @@ class Field(NamedTuple):
     name: str
     kind: str
     axes: tuple[str, ...]
+    optional: bool
+
+
+class Expected(NamedTuple):
+    """What a tensor must be in one call."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
     optional: bool
 
 
@@ -68,31 +78,44 @@ class Kernel:
         numbers = ("d" if field.kind == "real" else "q" for field in self._fields)
         self._table = struct.Struct("=" + "q" * (2 + len(self._axes)) + "".join(numbers))
         self._stored = next(place for place, field in enumerate(self._fields) if field.kind == "stored")
+        self._expected = lru_cache(maxsize=256)(self._expect)
         self._loops: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *records: tuple[Any, ...]) -> None:
         if tuple(map(type, records)) != self._records:
             raise TypeError(f"{self._function.__name__} takes {self._records}, got {tuple(map(type, records))}")
         values = self._take(sum(records, ()))
-        sizes = [_size(values, places) for places in self._sized]
+        sizes = tuple([_size(values, places) for places in self._sized])
         items = prod(sizes[: self._shared])
         team = team_of(items)
-        by_axis = dict(zip(self._axes, sizes, strict=True), **{"*": team})
         stored = getattr(values[self._stored], "dtype", torch.float32)
-        dtypes = {"stored": stored, "wide": accumulation_dtype(stored)}
         words = [team, items, *sizes]
-        for value, (name, kind, axes, optional) in zip(values, self._fields, strict=True):
-            if value is None and optional:
+        for value, expected in zip(values, self._expected(stored, sizes, team), strict=True):
+            if expected is None:
+                words.append(value or 0)
+            elif value is None and expected.optional:
                 words.append(0)
-            elif not axes:
-                words.append(value)
-            else:
-                dtype, shape = dtypes[kind], tuple([by_axis[axis] for axis in axes])
-                there = isinstance(value, Tensor) and value.is_contiguous() and value.is_cpu
-                if not there or value.dtype != dtype or value.shape != shape:
-                    raise TypeError(f"{name} must be {dtype} {shape}, contiguous on the CPU, got {_told(value)}")
+            elif (
+                isinstance(value, Tensor)
+                and value.shape == expected.shape
+                and value.dtype is expected.dtype
+                and value.is_contiguous()
+                and value.is_cpu
+            ):
                 words.append(value.data_ptr())
+            else:
+                must = f"{expected.name} must be {expected.dtype} {expected.shape}, contiguous on the CPU"
+                raise TypeError(f"{must}, got {_told(value)}")
         run(self._loop(stored, values), self._table.pack(*words), team)
+
+    def _expect(self, stored: torch.dtype, sizes: tuple[int, ...], team: int) -> list[Expected | None]:
+        """What each argument must be, where sizes are these; None for a number."""
+        by_axis = dict(zip(self._axes, sizes, strict=True), **{"*": team})
+        dtypes = {"stored": stored, "wide": accumulation_dtype(stored)}
+        return [
+            Expected(name, dtypes[kind], tuple([by_axis[axis] for axis in axes]), optional) if axes else None
+            for name, kind, axes, optional in self._fields
+        ]
 
     def _loop(self, dtype: torch.dtype, values: tuple[Any, ...]) -> Any:
         """Compiled for a dtype, and for which arguments are None."""
