@@ -27,7 +27,7 @@ ENOUGH = LEAST // (4 * 64)
         (Work(1, 64, "additive"), CPU, None, False, "the rewrite is a plain addition"),
         (Work(1, 64, "additive"), CUDA, None, True, "the rewrite is a plain addition"),
         (Work(1, 64, "delta"), CPU, LEAST, False, None),
-        (Work(1, 64, "delta"), CPU, LEAST - 1, False, "states of fewer than 65,536 numbers"),
+        (Work(1, 64, "delta"), CPU, LEAST - 1, False, "states of fewer than 8,192 numbers"),
         (Work(1, 768, "delta"), CPU, None, True, "compiled for the CPU at V = 1"),
         (Work(4, LEAST_COMPILED, "delta"), CPU, None, True, None),
         (Work(4, LEAST_COMPILED - 1, "delta"), CPU, None, True, "compiled for the CPU at d < 128"),
@@ -127,7 +127,7 @@ def test_compiled_and_exported_by_width(dim: int, operators: bool, unchecked: No
 def test_what_it_stands_for_is_printed() -> None:
     stream = DeltaStream(64, seed=0, compression="token", rule="delta")
     block = stream.wrap(nn.Linear(64, 64))
-    shown = "backend=auto: fused from 65,536 numbers of state"
+    shown = "backend=auto: fused from 8,192 numbers of state"
     assert f"rule=delta, {shown}; compiled: reference (compiled for the CPU at d < 128)" in repr(block)
     assert f"(compression): TokenConvolution({shown})" in repr(block)
     assert f"dim=64, value_channels=4, rule=delta, residuals start as {shown}" in repr(stream)

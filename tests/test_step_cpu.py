@@ -38,7 +38,10 @@ def test_replay_at_a_width_of_many_vector_registers() -> None:
         fused_and_replayed(case, in_dtype(inputs(case), torch.float32))
 
 
-def test_shares_of_the_tokens_change_nothing_but_the_order_of_sums() -> None:
+def test_shares_of_the_tokens_change_nothing_but_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepdelta.ops.backends.cpu import records
+
+    monkeypatch.setattr(records, "SHARE", 1)
     case = Case(tokens=11)
     given = in_dtype(inputs(case), torch.float32)
     results, before = [], torch.get_num_threads()

@@ -63,9 +63,17 @@ def test_every_thread_gets_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
     if team._openmp() is None:
         pytest.skip("this torch has no OpenMP library that can be called")
     monkeypatch.setattr(records, "threads", lambda: 3)
+    monkeypatch.setattr(records, "SHARE", 1)
     given = filled(parts=torch.zeros(3, 2))
     Kernel(fill, "N", Filled)(given)
     torch.testing.assert_close(given.parts, given.x)
+
+
+def test_a_thread_more_only_where_there_is_work_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "threads", lambda: 3)
+    share = records.SHARE
+    assert [records.team_of(8, numbers) for numbers in (1, 2 * share - 1, 2 * share, 9 * share)] == [1, 1, 2, 3]
+    assert records.team_of(2, 9 * share) == 2 and records.team_of(0, 0) == 1
 
 
 X = torch.zeros(3, 2)

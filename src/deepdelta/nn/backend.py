@@ -18,10 +18,12 @@ from deepdelta.ops.step import DTYPES, NEEDS, known_problem
 Backend = Literal["auto", "reference", "fused"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-# Chains of 4 residuals around one linear map, forward and backward, two threads, 64 to 2,048 rows, d 32 and 128: speed
-# of fused code over plain PyTorch. Delta at V = 1: 0.98 at 32,768 numbers, 1.09 at 131,072; at V = 4 0.93 at 8,192,
-# 1.17 at 32,768. Additive at V = 4: 0.95 at 131,072, 1.42 at 524,288. Channels at V = 4: 0.94 at 65,536.
-LEAST = 1 << 16
+# Chains of 4 residuals around one linear map, forward and backward, two threads, 1 to 2,048 rows, d 16 to 128: speed of
+# fused code over plain PyTorch. Delta and the default at V = 1: 0.75 to 0.97 below 4,096 numbers, 0.99 and 1.03 at
+# 16,384, 1.2 at 32,768; at V = 4 1.06 and 1.13 at 1,024, 1.17 at 8,192, 1.9 at a million. Additive at V = 4: 0.80 at
+# 8,192, 1.01 at 131,072, 1.24 at a million. Channels at V = 4: 0.80, 0.95, 1.03. The
+# embedding convolution: 1.34 at 1,024, 1.57 at 4,096, 1.97 at 65,536.
+LEAST = 1 << 13
 """Numbers of a state, rows times V times D, from which fused code is faster than plain PyTorch, eager on the CPU."""
 LEAST_SIMPLE = 1 << 18
 """The same for rewrites that plain PyTorch does in one or two operations."""

@@ -140,7 +140,12 @@ def _implementation(state: Tensor) -> Any:
     """The module whose `forward` and `backward` run on the state's device; refused where they cannot."""
     if problem := known_problem(state.device, state.dtype):
         raise UserError(f"{problem}; use the backend 'reference'.")
-    return importlib.import_module(f"deepdelta.ops.backends.{state.device.type}.launch")
+    return _code(state.device.type)
+
+
+@cache
+def _code(device: str) -> Any:
+    return importlib.import_module(f"deepdelta.ops.backends.{device}.launch")
 
 
 known_problem = cache(fused_problem)
@@ -215,7 +220,9 @@ def _backward_fake(*values: Any) -> Any:
 
 
 _operator = operator("step", schema(f"({'Tensor, ' * 7}Tensor)", Given), _step, _step_fake)
-_operator_backward = operator("step_backward", schema("Tensor[]", Given, Known, Incoming), _step_backward, _backward_fake)
+_operator_backward = operator(
+    "step_backward", schema("Tensor[]", Given, Known, Incoming), _step_backward, _backward_fake
+)
 step_backward = once(_operator_backward, _step_backward)
 
 

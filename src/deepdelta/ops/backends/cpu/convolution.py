@@ -78,6 +78,6 @@ def forward(x: Tensor, weight: Tensor, y: Tensor) -> None:
 
 def backward(x: Tensor, weight: Tensor, d_y: Tensor, d_x: Tensor) -> Tensor:
     """Fill d_x; the gradient of the weight is returned, to which every thread adds up a part of its own."""
-    sums = weight.new_zeros(team_of(x.shape[0] * x.shape[1]), *weight.shape)
+    sums = weight.new_zeros(team_of(x.shape[0] * x.shape[1], x.numel()), *weight.shape)
     _backward(Pulled(x=x, weight=weight, d_y=d_y, d_x=d_x, d_weight=sums))
     return sums.sum(0)

@@ -18,7 +18,7 @@ def forward(given: Given, made: Made) -> None:
 def backward(given: Given, known: Known, incoming: Incoming, gradients: Gradients) -> Gradients:
     """Fill `gradients`, those of parameters in tensors of their own."""
     # Every thread sums up its own share.
-    team = team_of(given.state.shape[0])
+    team = team_of(given.state.shape[0], given.state.numel())
     return summed(
         given,
         gradients,

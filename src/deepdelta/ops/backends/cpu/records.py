@@ -87,8 +87,9 @@ class Kernel:
         values = self._take(sum(records, ()))
         sizes = tuple([_size(values, places) for places in self._sized])
         items = prod(sizes[: self._shared])
-        team = team_of(items)
-        stored = getattr(values[self._stored], "dtype", torch.float32)
+        first = values[self._stored]
+        stored, numbers = (first.dtype, first.numel()) if isinstance(first, Tensor) else (torch.float32, 0)
+        team = team_of(items, numbers)
         words = [team, items, *sizes]
         for value, expected in zip(values, self._expected(stored, sizes, team), strict=True):
             if expected is None:
@@ -154,9 +155,13 @@ def _told(value: Tensor | None) -> str:
     return "none" if value is None else f"{value.dtype} {tuple(value.shape)} on {value.device}"
 
 
-def team_of(items: int) -> int:
-    """How many threads share that many items."""
-    return max(1, min(threads(), items))
+SHARE = 1 << 15
+"""Numbers of a state that are worth another thread, which takes some 20 microseconds to wake."""
+
+
+def team_of(items: int, numbers: int) -> int:
+    """How many threads share that many items, of so many numbers in all."""
+    return max(1, min(threads(), items, numbers // SHARE))
 
 
 def _field(name: str, hint: Any) -> Field:
