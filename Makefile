@@ -3,6 +3,7 @@
 # make matrix  set up, then try all 29,298 combinations of the residual's settings (about 20 minutes)
 # make test-browser   the pages that people look at, in a real browser (Debian's chromium, and npm for axe-core)
 # make test-hf  what transformers does with the models, at length (about a minute)
+# make test-hf-4  the same, and the first four retrofits, with transformers 4.57 in a venv of its own (.venv-hf4)
 # make test-home  evaluation, export, serving, tracking, in a venv of their own (.venv-home)
 # make test-scale  1, 2 and 4 processes train what one trains (some minutes)
 # make figures   the pictures of docs/images, from real output (two small runs, Debian's chromium)
@@ -26,7 +27,7 @@ EXTRAS_browser := browser
 EXTRAS_ray := ray
 AXE := axe-core@4.14.1
 
-.PHONY: study wheel test security soak test-ray test-hf test-home test-scale test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
+.PHONY: study wheel test security soak test-ray test-hf test-hf-4 test-home test-scale test-browser chromium figures docs matrix check fingerprint gpu triton-study fresh-clone clean
 
 study: .venv/study.stamp
 	$(BIN)/deepdelta study quick
@@ -36,6 +37,16 @@ test: .venv/test.stamp .venv/torchvision.stamp
 
 test-hf: .venv/test.stamp .venv/torchvision.stamp
 	$(BIN)/python -m pytest tests/test_hf_*.py -m "hf or not hf"
+
+test-hf-4: .venv-hf4/stamp
+	.venv-hf4/bin/python -m pytest tests/test_hf4.py tests/test_hf_model.py tests/test_hf_training.py -m "hf or hf4 or not hf"
+
+.venv-hf4/stamp: pyproject.toml constraints-hf4.txt
+	@echo "Installing into .venv-hf4 (some minutes the first time)"
+	$(PYTHON) -m venv .venv-hf4
+	.venv-hf4/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-hf4.txt \
+		--editable ".[fast,hf]" peft pytest pytest-timeout hypothesis beartype packaging psutil
+	@touch $@
 
 # A venv of its own: libraries import each other where they are there, and then warn, log and start slowly.
 test-home: .venv-home/stamp
@@ -125,7 +136,7 @@ fresh-clone:
 	$(MAKE) -C build/fresh-clone study test
 
 clean:
-	rm -rf .venv .venv-home
+	rm -rf .venv .venv-home .venv-hf4
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from deepdelta import GPT, PRESETS, GPTConfig, ResidualConfig, UserError, param_groups, use_backend
+from deepdelta import GPT, PRESETS, GPTConfig, ResidualConfig, UserError, param_groups, releases, use_backend
 from deepdelta.hf import DeepDeltaConfig, DeepDeltaForCausalLM, DeepDeltaModel, DeltaDecay
+from deepdelta.hf.lines import CACHE, FIVE
 from helpers import perturb, randn
 
 SIZES: dict[str, Any] = {"vocab_size": 13, "dim": 12, "heads": 2, "head_dim": 6, "layers": 2, "context": 16}
@@ -75,12 +76,12 @@ def test_logits_with_and_without_caches_are_those_of_the_gpt(name):
         found = []
         for piece in ids.split(pieces, 1):
             out = model(piece, cache=cache, use_cache=True)
-            cache = out.cache
+            cache = out[CACHE]
             found.append(out.logits)
         near(torch.cat(found, 1), expected)
     # Prompts of 1 to kernel + 1 tokens, then one more.
     for length in range(1, 6):
-        cache = model(ids[:, :length], use_cache=True).cache
+        cache = model(ids[:, :length], use_cache=True)[CACHE]
         near(model(ids[:, length : length + 1], cache=cache).logits[:, 0], expected[:, length])
 
 
@@ -182,7 +183,8 @@ def test_gradient_checkpointing(name, reentrant):
 
     expected, counted = gradients(), []
     model.model.gpt.layers[0].register_forward_pre_hook(lambda *_: counted.append(1))
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    enable = model.activation_checkpointing_enable if FIVE else model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
     for one, two in zip(gradients(), expected, strict=True):
         near(one, two)
     assert len(counted) == 2
@@ -220,6 +222,10 @@ def test_generation_from_padded_prompts(name, kind):
 def test_prompt_lookup_takes_tokens_back_and_changes_none():
     model, ids = made(TC), torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2]])
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    if not FIVE:
+        with pytest.raises(UserError, match=r"transformers 4.57 cannot take tokens back from a cache of convolutions"):
+            model.generate(ids, **options, prompt_lookup_num_tokens=3, eos_token_id=12)
+        return
     assert model.generate(ids, **options, prompt_lookup_num_tokens=3).equal(model.generate(ids, **options))
 
 
@@ -346,7 +352,11 @@ ERRORS = [
         "context is 16 tokens (max_position_embeddings), got 17, of which the cache holds 0",
     ),
     (lambda: made()(tokens(), attention_mask=mask()[:, :4]), "attention_mask must have the shape (3, 11)"),
-    (lambda: made(TC)(tokens(), cache=DynamicCache()), "need a cache that keeps their last inputs: DynamicCache("),
+    *(
+        [(lambda: made(TC)(tokens(), cache=DynamicCache()), "need a cache that keeps their last inputs: DynamicCache(")]
+        if FIVE
+        else []
+    ),
     (lambda: made()(), "give either input_ids or inputs_embeds"),
     (lambda: DeepDeltaConfig(hiden_size=4), "DeepDeltaConfig: unknown key 'hiden_size'; did you mean 'hidden_size'?"),
     (lambda: DeepDeltaConfig(tie_word_embeddings=False), "a deepdelta model has tie_word_embeddings=True alone"),
@@ -390,7 +400,7 @@ def test_the_flat_file_is_the_model_to_the_bit(flat, name):
     other.load_state_dict(model.state_dict())
     found = []
     for one in (model, other):
-        cache = one(ids[:, :4], attention_mask=kept[:, :4], use_cache=True).cache
+        cache = one(ids[:, :4], attention_mask=kept[:, :4], use_cache=True)[CACHE]
         logits = one(ids[:, 4:], attention_mask=kept, cache=cache).logits
         output = one(ids, labels=ids, attention_mask=kept, output_hidden_states=True)
         gradients = torch.autograd.grad(output.loss, list(one.parameters()))
@@ -425,9 +435,11 @@ def test_other_releases_of_transformers(monkeypatch):
 
     import deepdelta.hf
 
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.6")
-    with pytest.raises(UserError, match=r"needs transformers 5\.24 or newer, got 4\.57\.6; upgrade"):
-        importlib.reload(deepdelta.hf)
+    monkeypatch.setattr(releases, "_warned", {"transformers"})
+    for found in ("4.56.2", "4.58.0", "5.23.1"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, found=found: found)
+        with pytest.raises(UserError, match=rf"needs transformers 4\.57, or 5\.24 and newer, got {found}; install one"):
+            importlib.reload(deepdelta.hf)
     monkeypatch.undo()
     importlib.reload(deepdelta.hf)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from deepdelta import GPT, PRESETS, GPTConfig, param_groups, use_backend
 from deepdelta.hf import DeepDeltaForCausalLM, DeltaDecay
+from deepdelta.hf.lines import FIVE
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -76,7 +77,7 @@ def test_the_trainer_makes_the_steps_that_are_made_by_hand(tmp_path):
 @pytest.mark.compatible("Trainer: resumed, activation checkpointing", "transformers")
 def test_the_trainer_goes_on_from_its_checkpoint_and_checkpoints_activations(tmp_path):
     def run(folder: Path, steps: int, **more: Any) -> Trainer:
-        args = arguments(folder, activation_checkpointing=True)
+        args = arguments(folder, **{"activation_checkpointing" if FIVE else "gradient_checkpointing": True})
         args.max_steps, args.save_steps = steps, 2
         trainer = DeltaTrainer(model=made(), args=args, train_dataset=Rows())
         trainer.train(**more)

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from deepdelta import UserError, retrofit, undo_retrofit
-from deepdelta.retrofitting import huggingface
-from retrofit_models import FAMILIES, IDS, llama, made, open_gates, output
+from retrofit_models import FAMILIES, IDS, llama, made, open_gates, output, transformers
 
 TEXT = ["llama", "qwen3", "gpt2"]
 NAMES = [*TEXT, "vit"]
@@ -139,8 +138,8 @@ def test_another_depth_than_the_config_says_is_refused():
 
 
 def test_an_older_release_is_refused(monkeypatch):
-    monkeypatch.setattr(huggingface, "OLDEST", (99, 0))
-    with pytest.raises(UserError, match=r"transformers 99\.0 and newer, got \d+\.\d+.*upgrade transformers"):
+    monkeypatch.setattr(transformers, "__version__", "4.56.2")
+    with pytest.raises(UserError, match=r"transformers 4\.57, or 5\.24 and newer, got 4\.56\.2; install one of these"):
         retrofit(llama())
 
 

@@ -3,7 +3,7 @@
 import warnings
 from importlib.metadata import version
 
-TESTED = {"transformers": ("5.24",), "lm_eval": ("0.4.13",), "torchao": ("0.18",)}
+TESTED = {"transformers": ("4.57", "5.24"), "lm_eval": ("0.4.13",), "torchao": ("0.18",)}
 """Of packages whose releases change what this one is made for; patches of a release count as it does."""
 _warned: set[str] = set()
 

@@ -3,12 +3,13 @@
 from importlib.metadata import version
 
 from deepdelta.errors import UserError, require
+from deepdelta.retrofitting.huggingface import KNOWN, known
 
 require("The classes of transformers", "hf", "transformers")
 
-OLDEST = "5.24"
-if tuple(map(int, (found := version("transformers")).split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
-    raise UserError(f"deepdelta.hf needs transformers {OLDEST} or newer, got {found}; upgrade transformers.")
+found = version("transformers")
+if not known(found):
+    raise UserError(f"deepdelta.hf needs transformers {KNOWN}, got {found}; install one of these.")
 
 import transformers  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from deepdelta.errors import UserError
+from deepdelta.hf.lines import FIVE
 
 LAYER_TYPE = "deepdelta"
 
@@ -51,6 +52,11 @@ class Histories(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
+        if self.histories and not FIVE:
+            raise UserError(
+                "transformers 4.57 cannot take tokens back from a cache of convolutions (assisted generation, prompt "
+                "lookup); take 5.24."
+            )
         if tokens_to_remove and self.histories and not self.record_past:
             raise UserError("to take tokens back, a cache has to keep more of them: activate_past_recording() first.")
         super().crop(tokens_to_remove)
@@ -94,3 +100,15 @@ class StaticDeltaLayer(Histories, StaticLayer):
 
     _layer_type = LAYER_TYPE
     is_compileable = False
+
+
+def remembering(cache: Cache, layers: int) -> Cache:
+    """The cache itself, with layers that keep histories where it is new and transformers 4.57, which knows two kinds of
+    layers alone, has made them."""
+    held = getattr(cache, "layers", [])
+    if FIVE or cache.get_seq_length() or any(isinstance(layer, Histories) for layer in held):
+        return cache
+    sizes = {"max_cache_len": held[0].max_cache_len} if held and isinstance(held[0], StaticLayer) else {}
+    cache.layers = [StaticDeltaLayer(**sizes) if sizes else DynamicDeltaLayer() for _ in range(layers)]
+    cache.layer_class_to_replicate = None
+    return cache

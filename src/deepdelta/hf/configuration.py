@@ -4,12 +4,10 @@ import difflib
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-
 from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
 from deepdelta.hf.caching import LAYER_TYPE
+from deepdelta.hf.lines import BaseConfig, config_class
 from deepdelta.models import GPTConfig
 from deepdelta.nn import ResidualConfig
 from deepdelta.nn.presets import settled
@@ -33,8 +31,8 @@ NAMES = {
 FIXED = {"tie_word_embeddings": True, "output_attentions": False}
 
 
-@strict
-class DeepDeltaConfig(PreTrainedConfig):
+@config_class
+class DeepDeltaConfig(BaseConfig):
     """Sizes and settings of a `DeepDeltaModel`, as `GPTConfig` has them.
 
     Args:

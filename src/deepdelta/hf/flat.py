@@ -35,6 +35,7 @@ MODULES = (
     "nn/stream",
     "models/attention",
     "models/gpt",
+    "hf/lines",
     "hf/caching",
     "hf/configuration",
     "hf/modeling",

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from deepdelta.errors import UserError
-from deepdelta.hf.caching import Histories
+from deepdelta.hf.caching import Histories, remembering
 from deepdelta.hf.configuration import DeepDeltaConfig
 from deepdelta.hf.decay import warn_of_decayed_gates
+from deepdelta.hf.lines import CACHE, FIVE, kept_tokens, key_count, named_cache, update_options
 from deepdelta.models import GPT
 from deepdelta.models.attention import Slots
 from deepdelta.models.gpt import Given
@@ -97,7 +96,7 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
                     owner.start(name, parameter, keyed_generator(self.seed, f"{owner_name}.{name}"))
                     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @named_cache
     @can_return_tuple
     def forward(
         self,
@@ -138,6 +137,8 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if cache is None and use_cache and not checkpointing:
             cache = DynamicCache(config=self.config)
+        if cache is not None:
+            cache = remembering(cache, len(self.gpt.layers))
         wants = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         seen: list[Tensor] | None = [] if wants else None
         run = Pass(self.gpt, x_BTD, attention_mask, position_ids, cache, seen)
@@ -149,7 +150,8 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
             else:
                 c_BTD = run.read()
         states = None if seen is None else (*seen, c_BTD)
-        return BaseModelOutputWithPast(last_hidden_state=c_BTD, cache=cache, hidden_states=states)
+        more: dict[str, Any] = {CACHE: cache}
+        return BaseModelOutputWithPast(last_hidden_state=c_BTD, hidden_states=states, **more)
 
 
 class Pass:
@@ -223,7 +225,7 @@ class Pass:
         elif self.mask_BL is not None:
             positions = (self.mask_BL.cumsum(-1)[:, first:] - 1).clamp(min=0)
         angles = self.gpt.rotary.at(positions, device)
-        keys = last if self.cache is None else self.cache.get_mask_sizes(last - first, 0)[0]
+        keys = last if self.cache is None else key_count(self.cache, last - first)
         if self.mask_BL is None and keys == last and (first == 0 or last - first == 1):
             return Slots(angles, None)
         keys_L = torch.arange(keys, device=device)
@@ -238,8 +240,9 @@ class Pass:
     def _given(self) -> list[Given]:
         given: list[Given] = []
         residuals = self.gpt.residuals()
+        options = update_options(self.before, self.before + self.x_BTD.shape[1], self.x_BTD.device)
         for i, (attention, mlp) in enumerate(zip(residuals[::2], residuals[1::2], strict=True)):
-            remember = None if self.cache is None else partial(self.cache.update, layer_idx=i)
+            remember = None if self.cache is None else partial(self.cache.update, layer_idx=i, **options)
             maps = {
                 "attention": self._reading(attention.input_map(), "attention", i, self.seen),
                 "mlp": self._reading(mlp.input_map(), "mlp", i, None),
@@ -308,7 +311,7 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @named_cache
     @can_return_tuple
     def forward(
         self,
@@ -342,8 +345,22 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(kept_tokens(out.last_hidden_state, logits_to_keep))
         value = None
         if labels is not None:
             value = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss)
-        return CausalLMOutputWithPast(loss=value, logits=logits, cache=out.cache, hidden_states=out.hidden_states)
+        more: dict[str, Any] = {CACHE: getattr(out, CACHE)}
+        return CausalLMOutputWithPast(loss=value, logits=logits, hidden_states=out.hidden_states, **more)
+
+    if not FIVE:
+
+        def prepare_inputs_for_generation(
+            self, input_ids: Tensor, past_key_values: Any = None, position_ids: Any = None, **kwargs: Any
+        ) -> Any:
+            """As transformers 4.57 does it, but for caches that it would take for others, and positions of a prefill
+            in pieces, where it forgets about padding."""
+            if past_key_values is not None:
+                past_key_values = remembering(past_key_values, len(self.model.gpt.layers))
+            if position_ids is not None and position_ids.shape[0] == input_ids.shape[0] > 1:
+                kwargs["position_ids"] = position_ids
+            return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)

@@ -12,7 +12,7 @@ from deepdelta.retrofitting.core import record_of, refreeze, retrofit, retrofitt
 from deepdelta.retrofitting.huggingface import MARK, MODEL_TYPE, PLAIN, unmarked, write
 
 
-class DeltaRetrofitConfig(transformers.PreTrainedConfig):
+class DeltaRetrofitConfig(transformers.PretrainedConfig):
     """The settings of a plain model, and what `retrofit` was told."""
 
     model_type = MODEL_TYPE

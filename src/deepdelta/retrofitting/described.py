@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from deepdelta.errors import UserError
 from deepdelta.retrofitting.blocks import DeltaBlock, Deltas, Job, check_blocks
 from deepdelta.retrofitting.describing import Block, Branch, Stack, Takes, each, found, full_name
-from deepdelta.retrofitting.huggingface import check_version
+from deepdelta.retrofitting.families import FOUR
+from deepdelta.retrofitting.huggingface import major_release
 
 
 class DescribedDeltas(Deltas):
@@ -46,7 +47,7 @@ class DescribedBlock(DeltaBlock):
     delta: DescribedDeltas
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        delta, rest = self.delta, ()
+        delta, rest = self.delta, tuple[Any, ...]()
         state, extras = delta.given(args, kwargs)
         for addition in delta.description.additions:
             if addition.given and extras.get(addition.given) is None:
@@ -60,11 +61,12 @@ class DescribedBlock(DeltaBlock):
                 state, before = shortcut(state), state
             state = delta.enter(state)
             opening = delta.open(addition.name, state, self._norm(first))
-            h, rest = self._output(first, opening.c if before is None else before, extras)
+            h, more = self._output(first, opening.c if before is None else before, extras)
+            rest += more
             for branch in addition.branches[1:]:
                 norm = self._norm(branch)
-                other, rest = self._output(branch, opening.x_in if norm is None else norm(opening.x_in), extras)
-                h = h + other
+                other, more = self._output(branch, opening.x_in if norm is None else norm(opening.x_in), extras)
+                h, rest = h + other, rest + more
             state = opening.rewrite(h)
             if addition.after:
                 state = delta.map(found(self, addition.after), state)
@@ -107,8 +109,14 @@ def retrofit_stack(owner: nn.Module, stack: Stack, job: Job) -> None:
         UserError: a release of transformers that is too old, blocks of other classes or with settings that have no
             description, a description that names what is not there, or another depth than the settings say.
     """
-    if full_name(type(owner)).startswith("transformers."):
-        check_version()
+    if full_name(type(owner)).startswith("transformers.") and major_release() == 4:
+        if full_name(type(owner)) not in FOUR:
+            held = ", ".join(sorted(name.rpartition(".")[2] for name in FOUR))
+            raise UserError(
+                f"of transformers 4.57 retrofit knows {held} alone, got {type(owner).__name__}; install transformers "
+                "5.24."
+            )
+        stack = FOUR[full_name(type(owner))]
     blocks: list[nn.Module] = each(owner, stack.path)
     known = stack.known()
     check_blocks(owner, blocks, known)

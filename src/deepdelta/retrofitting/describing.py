@@ -56,7 +56,7 @@ class Block:
     when: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of a block and the values with which this describes it."""
     returns_rest: bool = False
-    """Whether the block returns a tuple: vectors, then what the last branch's first step returned beside its own."""
+    """Whether the block returns a tuple: vectors, then what the first steps of branches returned beside their own."""
 
 
 Blocks = Mapping[type[nn.Module] | str, Block | tuple[Block, ...]]

@@ -1,4 +1,6 @@
-"""The blocks of the library transformers, which is never imported here, as its release 5.24 has them."""
+"""The blocks of the library transformers, which is never imported here, as its releases 5.24 and 4.57 have them."""
+
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -48,7 +50,10 @@ GPT2 = Block(
                 Branch(
                     ("crossattention",),
                     "ln_cross_attn",
-                    ("cache", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"),
+                    (
+                        *("cache", "past_key_values", "attention_mask", "head_mask", "output_attentions"),
+                        *("encoder_hidden_states", "encoder_attention_mask"),
+                    ),
                 ),
             ),
             given="encoder_hidden_states",
@@ -252,6 +257,22 @@ STACKS: dict[str, Stack] = {
     ),
 }
 """By the full name of the module that runs the blocks: the libraries need not be installed."""
+
+_VIT_4 = _two(
+    Branch(("attention",), "layernorm_before", ALL),
+    Branch(("intermediate", "output.dense", "output.dropout"), "layernorm_after"),
+)
+_VIT_STACK_4 = Stack(
+    "encoder.layer.*", {_of("vit", "ViTLayer"): _VIT_4}, end=("layernorm",), loop="encoder", depth=_DEPTH
+)
+_GPT2_4 = replace(GPT2, returns_rest=True)
+FOUR: dict[str, Stack] = {
+    **_decoder("llama", "Llama", LLAMA),
+    **_decoder("qwen3", "Qwen3", LLAMA),
+    _of("gpt2", "GPT2Model"): Stack("h.*", {_of("gpt2", "GPT2Block"): _GPT2_4}, end=("ln_f",), depth=_DEPTH),
+    _of("vit", "ViTModel"): _VIT_STACK_4,
+}
+"""The same of transformers 4.57, in which these families have been tried."""
 
 
 def register(kind: type[nn.Module], stack: Stack) -> None:

@@ -15,8 +15,8 @@ from deepdelta.errors import UserError
 from deepdelta.retrofitting.blocks import Remade
 from deepdelta.retrofitting.describing import full_name
 
-OLDEST = (5, 24)
-"""The release of transformers whose blocks the tables describe."""
+KNOWN = "4.57, or 5.24 and newer"
+"""The releases of transformers that the tables and `deepdelta.hf` are written for."""
 MODEL_TYPE = "deepdelta-retrofit"
 MARK = "deepdelta_retrofit"
 """The attribute of settings that holds the retrofits of models with these settings, and their key in `config.json`."""
@@ -30,14 +30,22 @@ COMMON = ("num_hidden_layers", "num_layers", "n_layer", "depths", "projection_di
 which the Trainer looks at the file, takes it."""
 
 
-def check_version() -> None:
-    """Raise UserError for a release that the tables do not describe."""
+def known(release: str) -> bool:
+    """Whether this release of transformers is one of `KNOWN`."""
+    found = tuple(int(part) for part in release.split(".")[:2])
+    return found == (4, 57) or found >= (5, 24)
+
+
+def major_release() -> int:
+    """4 or 5 of the transformers that the process has imported.
+
+    Raises:
+        UserError: the release is none that the tables describe.
+    """
     version: str = sys.modules["transformers"].__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        raise UserError(
-            f"retrofit knows the blocks of transformers {'.'.join(map(str, OLDEST))} and newer, got {version}; "
-            "upgrade transformers."
-        )
+    if not known(version):
+        raise UserError(f"retrofit knows the blocks of transformers {KNOWN}, got {version}; install one of these.")
+    return int(version.partition(".")[0])
 
 
 def is_pretrained(module: nn.Module) -> bool:
