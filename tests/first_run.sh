@@ -1,6 +1,14 @@
 # What someone does first with the installed package alone; `make wheel` runs it in a clean environment.
 run=$(mktemp -d)/first
 echo 'import deepdelta, importlib.metadata as m; assert m.version("deep-delta-learning") == deepdelta.__version__' | python -
+python - <<'EOF'
+import re
+from importlib.metadata import metadata
+
+page = metadata("deep-delta-learning").get_payload()
+assert "# Deep Delta Learning" in page and "](https://arxiv.org" in page
+assert not re.findall(r"\]\((?!https?:)", page)  # would lead nowhere on a package index
+EOF
 deepdelta --help > /dev/null
 deepdelta train "$run" --preset delta-token-random --steps 20 --warmup 2 --batch-size 2 --eval-tokens 1024 --final-eval-tokens 1024 \
     --model.dim 32 --model.heads 2 --model.layers 2 --model.context 32
