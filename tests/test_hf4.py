@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import deepdelta.hf  # noqa: F401
-from deepdelta import UserError, load_retrofit, retrofit, retrofitted, save_retrofit, undo_retrofit
+from deepdelta import UserError, load_retrofit, retrofit, save_retrofit, undo_retrofit
 
 pytestmark = pytest.mark.hf4
 
@@ -57,13 +57,14 @@ def inputs(name: str) -> Tensor:
 
 
 def added(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: one for name, one in model.named_parameters() if name in retrofitted(model).added}
+    return {name: one for name, one in model.named_parameters() if ".delta." in name}
 
 
 def opened(model: nn.Module) -> None:
     """Gates and writes away from their start."""
     generator = torch.Generator().manual_seed(1)
     for parameter in added(model).values():
+        assert parameter.requires_grad
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
