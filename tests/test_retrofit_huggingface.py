@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deepdelta import UserError, retrofit, undo_retrofit
-from retrofit_models import FAMILIES, IDS, llama, made, open_gates, output, transformers
+from retrofit_models import FAMILIES, IDS, llama, made, open_gates, output
 
 TEXT = ["llama", "qwen3", "gpt2"]
 NAMES = [*TEXT, "vit"]
@@ -138,9 +138,10 @@ def test_another_depth_than_the_config_says_is_refused():
 
 
 def test_an_older_release_is_refused(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.56.2")
+    model = llama()  # before: making one may import the library anew
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.56.2")
     with pytest.raises(UserError, match=r"transformers 4\.57, or 5\.24 and newer, got 4\.56\.2; install one of these"):
-        retrofit(llama())
+        retrofit(model)
 
 
 def test_the_libraries_are_not_imported():
