@@ -19,7 +19,7 @@ from deepdelta.cli import main
 from deepdelta.device import choose_device
 from deepdelta.lab.bench import SUITES, checks, load_results, load_suite, run_suite, runner, subjects, suites, tables
 from deepdelta.lab.bench.agreement import agreement
-from deepdelta.lab.bench.config import MEASURES, Bar, Case, Group, Suite, quick
+from deepdelta.lab.bench.config import ADDED, MEASURES, Bar, Case, Group, Suite, quick
 from deepdelta.lab.bench.results import bars_of, ratio_of
 from deepdelta.lab.measure import cost
 
@@ -50,6 +50,7 @@ TINY = Suite(
             replace(TRAINING, name=f"layers {n}", layers=n, axis="layers", value=n, cases=(ADDITIVE, DDL), bars=())
             for n in (1, 2)
         ),
+        *(replace(one, dim=8, layers=2, batch=3, cases=one.cases[-2:], bars=()) for one in suites.NETWORKS.groups),
         replace(suites.operator(24, PRESETS["paper-cc-repeat"]), batch=40),
     ),
 )
@@ -130,7 +131,7 @@ def test_bars_from_known_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_named_suites_hold_what_the_bar_asks() -> None:
-    assert set(SUITES) == {"bar", "peers", "growth", "operator", "gpu"}
+    assert set(SUITES) == {"bar", "peers", "growth", "operator", "networks", "gpu"}
     bars = {(g.name, b.case, b.against, b.measure): b.at_least or b.at_most for g in suites.BAR.groups for b in g.bars}
     # The code that `auto` takes: plain PyTorch at V = 1 where it is compiled for the CPU.
     assert bars["training, d 256, compiled", "paper-scalar", "additive", "forward_backward"] == 0.985
@@ -153,7 +154,7 @@ def test_named_suites_hold_what_the_bar_asks() -> None:
     assert suites.BAR.rounds >= 30
     for suite in SUITES.values():
         for group in suite.groups:
-            if group.work != "operator":
+            if group.work not in ADDED:
                 baseline = next(case for case in group.cases if case.name == group.baseline)
                 assert (baseline.residual, baseline.backend) == (PRESETS["additive"], "reference")
     axes = [group.axis for group in SUITES["growth"].groups]
@@ -292,11 +293,12 @@ def test_the_command_end_to_end(
         results.versions
     )
     assert results.commit is None or re.match(r"[0-9a-f]{40}", results.commit)
-    assert len(results.checks) == 2 + 1 + 1 + 2 + 1
+    assert len(results.checks) == 2 + 1 + 1 + 2 + 1 + 3 * 2
     assert [found.group for found in results.groups] == list(TINY.groups)
     for found in results.groups:
         names = [*(case.name for case in found.group.cases)]
-        assert [row.case for row in found.rows] == (["triad", *names] if found.group.work == "operator" else names)
+        own = [ADDED[found.group.work]] if found.group.work in ADDED else []
+        assert [row.case for row in found.rows] == own + names
         for row in found.rows:
             assert tuple(row.timings) == MEASURES[found.group.work]
             for timing in row.timings.values():

@@ -107,7 +107,7 @@ class Bench:
     """Time a named suite: correctness first, then interleaved rounds; JSON, table and plot."""
 
     name: Positional[Annotated[str | None, arg(metavar="NAME")]] = None
-    """bar, peers, growth, operator, gpu, gradients or depth; without one, the suites are listed."""
+    """bar, peers, growth, operator, networks, gpu, gradients or depth; without one, the suites are listed."""
     out: Path | None = None
     """Where results.json, table.md, plot.svg and plot.html go; runs/bench-NAME by default."""
     rounds: int | None = None

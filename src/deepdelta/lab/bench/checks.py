@@ -4,6 +4,7 @@
   channels on one sequence, from parameters that are moved off their starting values; the truth is the reference in
   fp64, and the fused case may be ROUNDING times as far from it as the reference in the timed precision is;
 - the fused operator computes the values and all gradients of the reference, in fp64, on OPERATOR_TOKENS tokens;
+- small networks compute the loss and all gradients of the reference, in fp64;
 - rivals give a finite loss and finite gradients;
 - cached decoding gives the logits of the uncached reference model, likewise;
 - a compiled model computes what the uncompiled one does (checked when its group's turn comes: it is compiled once).
@@ -15,15 +16,18 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from deepdelta.decoding import DecodingCache
 from deepdelta.device import Device
 from deepdelta.errors import UserError
 from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
 from deepdelta.lab.bench.config import Case, Group
-from deepdelta.lab.bench.subjects import Operands, Subject, build_model, random_ids
+from deepdelta.lab.bench.networks import images_and_labels
+from deepdelta.lab.bench.subjects import Operands, Subject, build_model, build_network, random_ids
 from deepdelta.models import GPT
 from deepdelta.nn import use_backend
+from deepdelta.training.step import backward
 
 OPERATOR_TOKENS = 37
 OPERATOR_TOLERANCE = 1e-9
@@ -45,6 +49,9 @@ def check(group: Group, cases: tuple[Case, ...], chosen: Device) -> Iterator[str
             if case.backend == "fused":
                 error = agreeing(where, _operator_error(group, case, chosen), OPERATOR_TOLERANCE)
                 yield f"{where}: values and gradients of the reference in fp64 within {error:.1e}"
+        elif group.work == "network":
+            error = agreeing(where, _network_error(group, case), OPERATOR_TOLERANCE)
+            yield f"{where}: loss and gradients of the reference in fp64 within {error:.1e}"
         elif group.work == "decoding":
             error = agreeing(where, *_decoding_errors(group, case, chosen))
             yield f"{where}: logits of the uncached reference within {error:.1e}"
@@ -94,6 +101,21 @@ def _operator_error(group: Group, case: Case, chosen: Device) -> float:
         outputs = operands.forward(backend)
         tensors = (*outputs, *operands.backward(outputs))
         found.append({str(number): tensor.detach() for number, tensor in enumerate(tensors)})
+    return agreement(*found)
+
+
+def _network_error(group: Group, case: Case) -> float:
+    made = build_network(group, case).double()
+    disturb(made)
+    images, labels = images_and_labels(group.batch)
+    found = []
+    for backend in (case.backend, "reference"):
+        use_backend(made, backend)
+        made.zero_grad()
+        loss = F.cross_entropy(made(images.double()), labels)
+        backward([loss])
+        gradients = {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
+        found.append({"loss": loss.detach(), **gradients})
     return agreement(*found)
 
 

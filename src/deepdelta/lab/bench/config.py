@@ -10,18 +10,22 @@ import torch
 
 from deepdelta.config import Count, Settings
 from deepdelta.errors import UserError, nearest
+from deepdelta.lab.bench.networks import NetworkName
 from deepdelta.models import Rival
-from deepdelta.nn import ResidualConfig
+from deepdelta.nn import Backend, ResidualConfig
 
-Work = Literal["training", "memory", "prefill", "decoding", "operator"]
+Work = Literal["training", "memory", "prefill", "decoding", "operator", "network"]
 MEASURES: dict[Work, tuple[str, ...]] = {
     "training": ("forward_backward", "step"),
     "memory": (),
     "prefill": ("forward",),
     "decoding": ("decoding",),
     "operator": ("forward", "forward_backward"),
+    "network": ("forward_backward", "step"),
 }
 """What is timed of each work; `step` is forward, backward, clipping and fused AdamW."""
+ADDED: dict[Work, str] = {"operator": "triad", "network": "plain"}
+"""The case that a work adds by itself, and that ratios may refer to: what the memory allows; the network in PyTorch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,7 @@ class Case:
 
     name: str
     residual: ResidualConfig | None = None
-    backend: Literal["reference", "fused"] = "reference"
+    backend: Backend = "reference"
     rival: Rival | None = None
 
     def __post_init__(self) -> None:
@@ -64,8 +68,10 @@ class Group(Settings):
     work: Work
     cases: tuple[Case, ...]
     baseline: str
-    """The case that ratios refer to; the work `operator` adds a case of its own, `triad`: what the memory allows."""
+    """The case that ratios refer to, of the group's or of ADDED."""
     dim: Count
+    network: NetworkName | None = None
+    """Of the work `network`: which."""
     layers: Count = 1
     heads: Count = 4
     batch: Count = 8
@@ -90,7 +96,7 @@ class Group(Settings):
         names = [case.name for case in self.cases]
         if not names or len(set(names)) != len(names):
             raise UserError(f"group {self.name}: cases must have different names, at least one, got {names}.")
-        known = [*names, "triad"] if self.work == "operator" else names
+        known = [*names, ADDED[self.work]] if self.work in ADDED else names
         measures = (*MEASURES[self.work], "peak") if self.work in ("training", "memory") else MEASURES[self.work]
         for name in (self.baseline, *(n for bar in self.bars for n in (bar.case, bar.against))):
             if name not in known:
@@ -100,9 +106,11 @@ class Group(Settings):
                 raise UserError(
                     f"group {self.name}: nothing measures '{bar.measure}'; {nearest(bar.measure, measures)}"
                 )
-        if self.work in ("operator", "decoding") and any(case.rival is not None for case in self.cases):
+        if (self.network is None) == (self.work == "network"):
+            raise UserError(f"group {self.name}: the work 'network' and no other names a network, got {self.network}.")
+        if self.work in ("operator", "decoding", "network") and any(case.rival is not None for case in self.cases):
             raise UserError(f"group {self.name}: rivals have no {self.work} to time; leave them out.")
-        if self.work in ("memory", "decoding", "operator") and self.compiled:
+        if self.work in ("memory", "decoding", "operator", "network") and self.compiled:
             raise UserError(f"group {self.name}: {self.work} is measured uncompiled; set compiled=False.")
         if self.captured and self.work != "decoding":
             raise UserError(f"group {self.name}: decoding alone is captured, got {self.work}; set captured=False.")

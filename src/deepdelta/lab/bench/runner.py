@@ -14,9 +14,9 @@ from deepdelta.errors import UserError, require
 from deepdelta.files import AnyPath, locked, write_text
 from deepdelta.lab.bench import figures, tables
 from deepdelta.lab.bench.checks import check, check_compiled
-from deepdelta.lab.bench.config import MEASURES, Case, Group, Suite
+from deepdelta.lab.bench.config import ADDED, MEASURES, Case, Group, Suite
 from deepdelta.lab.bench.results import BenchResults, GroupResult, Row, bars_of, load_results, timing_of
-from deepdelta.lab.bench.subjects import Subject, build, code_of, problem, triad
+from deepdelta.lab.bench.subjects import Subject, added, build, code_of, problem
 from deepdelta.lab.measure.cost import WARM_UP, interleaved
 from deepdelta.lab.views.tables import render
 from deepdelta.limits import check_threads
@@ -183,9 +183,9 @@ def _measure(
     subjects: dict[str, Subject] = {}
     peaks: dict[str, int] = {}
     checks = []
-    if group.work == "operator":
-        subjects["triad"] = triad(group, chosen)
-        _warm_up(subjects["triad"])
+    if group.work in ADDED:
+        subjects[ADDED[group.work]] = added(group, chosen)
+        _warm_up(subjects[ADDED[group.work]])
     for number, case in enumerate(cases):
         reporter.update(
             done + number * _preparation(group),
@@ -210,7 +210,9 @@ def _measure(
             device=chosen.device,
             progress=lambda made, _: reporter.update(prepared + made * len(group.cases), group.name),
         )
-    codes = {case.name: code_of(case, chosen.device.type) for case in group.cases} | {"triad": "PyTorch"}
+    codes = {case.name: code_of(case, chosen.device.type) for case in group.cases} | dict.fromkeys(
+        ADDED.values(), "PyTorch"
+    )
     rows = tuple(_row(group, name, codes[name], subjects, times, peaks) for name in subjects)
     return GroupResult(group=group, rows=rows, skipped=skipped, bars=bars_of(group, rows)), checks
 

@@ -9,11 +9,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deepdelta.decoding import DecodingCache
 from deepdelta.device import Device, compiler_problem
 from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
 from deepdelta.lab.bench.config import Case, Group, Suite
+from deepdelta.lab.bench.networks import SmallNetwork, images_and_labels
 from deepdelta.lab.measure.cost import Trial
 from deepdelta.lab.measure.traffic import numbers_per_token
 from deepdelta.models import GPT, GPTConfig, flops, language_model, rival_problem
@@ -65,13 +67,19 @@ def code_of(case: Case, device: str) -> str:
     """What does the rewrites of a case: the label that every figure carries."""
     if case.rival is not None:
         return "rival"
-    return {"reference": "PyTorch", "fused": f"fused ({NEEDS[device]})"}[case.backend]
+    return {"reference": "PyTorch", "fused": f"fused ({NEEDS[device]})", "auto": "auto"}[case.backend]
 
 
 def build(group: Group, case: Case, chosen: Device) -> Subject:
     if group.work in ("training", "memory"):
         return training(group, case, chosen)
-    return {"prefill": prefill, "decoding": decoding, "operator": operator}[group.work](group, case, chosen)
+    makers = {"prefill": prefill, "decoding": decoding, "operator": operator, "network": network}
+    return makers[group.work](group, case, chosen)
+
+
+def added(group: Group, chosen: Device) -> Subject:
+    """The case of ADDED."""
+    return triad(group, chosen) if group.work == "operator" else network(group, None, chosen)
 
 
 def model_config(group: Group, case: Case) -> GPTConfig:
@@ -253,6 +261,31 @@ def operator(group: Group, case: Case, chosen: Device) -> Subject:
         bytes_per_token=moved,
         flops_per_token=(work, work * (1 + flops.BACKWARD)),
     )
+
+
+def network(group: Group, case: Case | None, chosen: Device) -> Subject:
+    """A small network's step, images as tokens; without a case in plain PyTorch."""
+    made = build_network(group, case).to(chosen.device)
+    images, labels = (tensor.to(chosen.device) for tensor in images_and_labels(group.batch))
+    optimizer = torch.optim.AdamW(made.parameters(), fused=True)
+    return Subject(
+        stages=(
+            lambda: backward([F.cross_entropy(made(images), labels)]),
+            lambda: update(made, optimizer, TrainConfig().clip),
+        ),
+        tokens=group.batch,
+        parameters=_count(made),
+    )
+
+
+def build_network(group: Group, case: Case | None) -> SmallNetwork:
+    assert group.network is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        made = SmallNetwork(group.network, group.dim, group.layers, None if case is None else case.residual)
+    if case is not None:
+        use_backend(made, case.backend)
+    return made
 
 
 def triad(group: Group, chosen: Device) -> Subject:

@@ -7,8 +7,9 @@ from typing import Any, Literal, get_args
 
 from deepdelta.errors import unknown
 from deepdelta.lab.bench.config import Bar, Case, Group, Suite
+from deepdelta.lab.bench.networks import NetworkName
 from deepdelta.models import Rival
-from deepdelta.nn import ResidualConfig
+from deepdelta.nn import Backend, ResidualConfig
 from deepdelta.nn.presets import PRESETS
 
 ADDITIVE = Case(name="additive", residual=PRESETS["additive"])
@@ -203,6 +204,45 @@ OPERATOR = Suite(
     ),
 )
 
+AUTO: tuple[Backend, ...] = ("auto", "reference")
+SMALL_NETWORKS: dict[NetworkName, int] = {"mlp": 64, "cnn": 16, "encoder": 32}
+"""With their widths."""
+
+NETWORKS = Suite(
+    name="networks",
+    question="What does a step of a small network cost with the default, where calls cost more than work?",
+    rounds=60,
+    groups=tuple(
+        Group(
+            name=name,
+            work="network",
+            network=name,
+            dim=dim,
+            layers=4,
+            batch=64,
+            context=1,
+            baseline="plain",
+            cases=tuple(
+                Case(name=f"default V={count}, {backend}", residual=residual, backend=backend)
+                for count, residual in ((1, DEFAULT_1), (4, PRESETS["plain-start"]))
+                for backend in (("auto", "reference"))
+            ),
+            bars=(
+                *(
+                    Bar(case=f"default V={count}, auto", against="plain", measure="step", at_least=least)
+                    for count, least in ((1, 0.77), (4, 0.625))
+                ),
+                *(
+                    Bar(case=f"default V={count}, auto", against=f"default V={count}, reference", at_least=1.0)
+                    for count in (1, 4)
+                ),
+            ),
+        )
+        for name, dim in SMALL_NETWORKS.items()
+    ),
+)
+"""A step of 1.3 and 1.6 times the plain one's time has 0.77 and 0.625 of its speed."""
+
 PRECISIONS: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
 SMALL: dict[str, Any] = {"dim": 768, "layers": 12, "heads": 6, "vocab_size": 50304, "baseline": "additive"}
 """The published small size (124M)."""
@@ -262,7 +302,8 @@ GRADIENTS = "gradients"
 """What measures errors, not times, under this name: `benchmarks.gradients`."""
 QUESTION = "How far from fp64 are the gradients of a deep model, by backend and by what is saved?"
 
-SUITES: Mapping[str, Suite] = MappingProxyType({suite.name: suite for suite in (BAR, PEERS, GROWTH, OPERATOR, GPU)})
+ALL = (BAR, PEERS, GROWTH, OPERATOR, NETWORKS, GPU)
+SUITES: Mapping[str, Suite] = MappingProxyType({suite.name: suite for suite in ALL})
 DEPTH = "depth"
 DEPTH_QUESTION = "How do state and gradient grow over 1,000 sublayers, beside the plain residual and mHC?"
 QUESTIONS = {name: suite.question for name, suite in SUITES.items()} | {GRADIENTS: QUESTION, DEPTH: DEPTH_QUESTION}

@@ -68,9 +68,12 @@ def _group(result: GroupResult) -> TextTable:
     titles = tuple(rows[0]) if rows else ("case",)
     shown = ("case", RATIO, "ms", "peak ratio")
     operator = group.work == "operator"
+    small = f"{group.layers} residuals, {group.batch} images of 8 x 8, each a token"
     sizes = f"d {group.dim}, " + (
         f"{group.batch * group.context} tokens"
         if operator
+        else small
+        if group.network is not None
         else f"{group.layers} layers, batch {group.batch} x {group.context}, vocabulary {group.vocab_size}, "
         + ("compiled" if group.compiled else "eager")
     )
