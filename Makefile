@@ -50,7 +50,7 @@ test-hf-4: .venv-hf4/stamp
 
 # A venv of its own: libraries import each other where they are there, and then warn, log and start slowly.
 test-home: .venv-home/stamp
-	.venv-home/bin/python -W ignore -m pytest -m home -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::SyntaxWarning
+	.venv-home/bin/python -W ignore -m pytest $$(grep -l 'mark\.home' tests/test_*.py) -m home -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::SyntaxWarning
 
 .venv-home/stamp: pyproject.toml constraints.txt
 	@echo "Installing into .venv-home (some minutes the first time)"
