@@ -5,7 +5,7 @@
 # make test-hf  what transformers does with the models, at length (about a minute)
 # make test-hf-4  the same, and the first four retrofits, with transformers 4.57 in a venv of its own (.venv-hf4)
 # make test-home  evaluation, export, serving, tracking, in a venv of their own (.venv-home)
-# make test-scale  1, 2 and 4 processes train what one trains (some minutes)
+# make test-scale  1, 2 and 4 processes train what one trains, and the long forms of other tests (some minutes)
 # make figures   the pictures of docs/images, from real output (two small runs, Debian's chromium)
 # make docs    set up, then build the pages of docs/ as a site into build/site
 # make check   lint, format and types, without running anything
@@ -50,7 +50,7 @@ test-hf-4: .venv-hf4/stamp
 
 # A venv of its own: libraries import each other where they are there, and then warn, log and start slowly.
 test-home: .venv-home/stamp
-	.venv-home/bin/python -W ignore -m pytest -m home -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::SyntaxWarning
+	.venv-home/bin/python -W ignore -m pytest $$(grep -l 'mark\.home' tests/test_*.py) -m home -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::SyntaxWarning
 
 .venv-home/stamp: pyproject.toml constraints.txt
 	@echo "Installing into .venv-home (some minutes the first time)"
@@ -60,7 +60,7 @@ test-home: .venv-home/stamp
 	@touch $@
 
 test-scale: .venv/test.stamp .venv/torchvision.stamp
-	$(BIN)/python -m pytest tests/test_ranks.py -m "scale or not scale"
+	$(BIN)/python -m pytest -m scale --ignore tests/test_ray.py
 
 # The pages in Debian's Chromium, with axe-core for what people with other senses need.
 test-browser: chromium .venv/test.stamp .venv/browser.stamp build/axe/package/axe.min.js

@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jaxtyping
@@ -27,19 +28,35 @@ settings.register_profile(
 settings.load_profile("deepdelta")
 
 
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The package as users have it, without the run-time type checks of the test run: these would answer a wrong shape
-    before the package's own message does, and torch.compile cannot trace them."""
+@contextmanager
+def _without_type_checks() -> Iterator[None]:
     modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "deepdelta"]
     classes = {value for module in modules for value in vars(module).values() if _is_class_of_the_package(value)}
-    for owner in (*modules, *classes):
-        for name, value in list(vars(owner).items()):
-            if getattr(getattr(value, "__code__", None), "co_filename", None) == jaxtyping._decorator.__file__:
-                monkeypatch.setattr(owner, name, value.__wrapped__)
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    before = jaxtyping.config.jaxtyping_disable
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for owner in (*modules, *classes):
+            for name, value in list(vars(owner).items()):
+                if getattr(getattr(value, "__code__", None), "co_filename", None) == jaxtyping._decorator.__file__:
+                    monkeypatch.setattr(owner, name, value.__wrapped__)
+        jaxtyping.config.update("jaxtyping_disable", True)
+        yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """The package as users have it, without the run-time type checks of the test run: these would answer a wrong shape
+    before the package's own message does, and torch.compile cannot trace them."""
+    with _without_type_checks():
+        yield
+
+
+@pytest.fixture(scope="module")
+def unchecked_file() -> Iterator[None]:
+    """The same for a file of tests that repeat, many times over, what other files do under these checks: they take half
+    of the time."""
+    with _without_type_checks():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Losses of 20 steps of every preset at two seeds, reference and fused, eager fp32, as bits.
 
-    python tests/fingerprint.py measure FILE [--like BASE]   the package on the path, its presets or those of BASE
+    python tests/fingerprint.py measure FILE [--like BASE]   the package on the path, all of it or the rows of BASE
     python tests/fingerprint.py compare BASE HERE            exit code 1 where a bit differs
 
 `make fingerprint BASE=COMMIT` does all of it for two checkouts. Presets are matched by their settings, not their
@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,24 +50,25 @@ def losses(residual: dict[str, Any], seed: int, backend: str, folder: Path) -> l
     return [float(row["loss"]).hex() for row in rows if "loss" in row]
 
 
-def measure(like: Path | None, backends: Sequence[str]) -> list[dict[str, Any]]:
+def measure(like: Path | None) -> list[dict[str, Any]]:
     """A row per preset, seed and backend: the preset's settings and its losses."""
     from deepdelta.config import to_plain
     from deepdelta.nn.presets import PRESETS
 
     own = {name: to_plain(preset) for name, preset in PRESETS.items()}
-    chosen = own if like is None else {row["preset"]: row["residual"] for row in read(like)}
+    if like is None:
+        asked = [(name, own[name], seed, backend) for name in own for seed in SEEDS for backend in BACKENDS]
+    else:
+        asked = [(row["preset"], row["residual"], row["seed"], row["backend"]) for row in read(like)]
     rows = []
-    for name, residual in chosen.items():
-        for seed in SEEDS:
-            for backend in backends:
-                with tempfile.TemporaryDirectory() as folder:
-                    found = losses(residual, seed, backend, Path(folder))
-                rows.append(
-                    {"preset": name, "residual": residual, "seed": seed, "backend": backend, "losses": found}
-                    | {"named": [own_name for own_name, settings in own.items() if settings == residual]}
-                )
-        print(f"{name}: {found[-1]}", file=sys.stderr)
+    for name, residual, seed, backend in asked:
+        with tempfile.TemporaryDirectory() as folder:
+            found = losses(residual, seed, backend, Path(folder))
+        rows.append(
+            {"preset": name, "residual": residual, "seed": seed, "backend": backend, "losses": found}
+            | {"named": [own_name for own_name, settings in own.items() if settings == residual]}
+        )
+        print(f"{name}, seed {seed}, {backend}: {found[-1]}", file=sys.stderr)
     return rows
 
 
@@ -97,17 +97,13 @@ def main() -> int:
     measuring = commands.add_parser("measure")
     measuring.add_argument("file", type=Path)
     measuring.add_argument("--like", type=Path)
-    measuring.add_argument("--backend", choices=BACKENDS)
     comparing = commands.add_parser("compare")
     comparing.add_argument("base", type=Path)
     comparing.add_argument("here", type=Path)
     given = parser.parse_args()
     if given.command == "compare":
         return compare(given.base, given.here)
-    given.file.write_text(
-        json.dumps(measure(given.like, BACKENDS if given.backend is None else [given.backend]), indent=1),
-        encoding="utf-8",
-    )
+    given.file.write_text(json.dumps(measure(given.like), indent=1), encoding="utf-8")
     return 0
 
 

@@ -13,6 +13,7 @@ from deepdelta.decoding import DecodingCache
 from deepdelta.nn import Linear, initialise
 from helpers import perturb
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
 IDS = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(0))
 LABELS = IDS.roll(-1, 1)
 BRANCHES = ["query", "key", "value", "out", "gate", "up", "out"]
@@ -75,14 +76,22 @@ def test_torchao(backend: str) -> None:
     close(decoded(quantised), quantised(IDS).logits, 1e-3)
 
 
-@backends
-@pytest.mark.parametrize("targets", [["query", "value"], "all-linear", ["map", "outer"]], ids=str)
-@pytest.mark.parametrize("preset", ["additive", "paper-cc", "code-cc"])
+GATES = ["map", "outer"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "targets", "backend"),
+    [
+        ("additive", ["query", "value"], "reference"),
+        ("code-cc", "all-linear", "reference"),
+        *(("paper-cc", targets, backend) for targets in ("all-linear", GATES) for backend in ("reference", "fused")),
+        ("code-cc", GATES, "fused"),
+    ],
+    ids=str,
+)
 def test_lora(preset: str, targets: str | list[str], backend: str, tmp_path: Path) -> None:
     """LoRA trains on a GPT, and merged into its weights it gives the same logits, cached decoding too."""
     peft = pytest.importorskip("peft")
-    if preset == "additive" and "outer" in targets:
-        pytest.skip("the plain residual has no gate")
     model = model_of(backend, preset)
     plain = model(IDS).logits
     torch.manual_seed(0)

@@ -1,8 +1,9 @@
-"""The pages of a study and of an audit as people meet them, in Debian's Chromium: make test-browser."""
+"""The pages of a study, of an audit and of a benchmark as people meet them, in Debian's Chromium: make test-browser."""
 
 import csv
 import dataclasses
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -73,7 +74,9 @@ def files(study: tuple[Path, StudyResults]) -> dict[str, Path]:
     main(["audit", str(folder / "out/runs/renamed-seed0"), "--tokens", "64", "--out", str(folder / "audit")])
     audit = load_stored(AuditResults, folder / "audit" / "audit.json", "deepdelta audit")
     write_audit(dataclasses.replace(audit, run=NASTY), folder / "pages")
-    return {name: folder / "pages" / f"{name}.html" for name in ("report", "audit")}
+    shutil.copy(Path(__file__).parents[1] / "results/bench-bar/results.json", folder / "pages")
+    main(["bench", "--redraw", str(folder / "pages")])
+    return {name: folder / "pages" / f"{name}.html" for name in ("report", "audit", "plot")}
 
 
 def drawn(page: Any) -> list[str]:
@@ -175,7 +178,7 @@ def test_losses_lie_against_what_is_pressed_and_conditions_hide(chromium: Any, f
         assert page.locator("#curves .scatterlayer .trace").count() < lines
 
 
-@pytest.mark.parametrize("name", ["report", "audit"])
+@pytest.mark.parametrize("name", ["report", "audit", "plot"])
 @pytest.mark.parametrize(("width", "theme"), SIZES)
 def test_nothing_overlaps_or_is_cut_and_axe_finds_nothing_serious(
     chromium: Any, files: dict[str, Path], name: str, width: int, theme: str
@@ -188,6 +191,13 @@ def test_nothing_overlaps_or_is_cut_and_axe_finds_nothing_serious(
             table.click()
         assert page.evaluate(LAYOUT) == []
         assert serious(page) == []
+
+
+@pytest.mark.parametrize("name", ["report", "audit", "plot"])
+def test_every_page_leads_to_the_operator(chromium: Any, files: dict[str, Path], name: str) -> None:
+    with opened(chromium, files[name], beside=(*BESIDE, "operator.html")) as page:
+        page.get_by_role("link", name="the operator").click()
+        assert page.inner_text("#regime")
 
 
 def test_a_page_alone_holds_its_script_and_the_operator(

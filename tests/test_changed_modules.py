@@ -16,6 +16,7 @@ from deepdelta.decoding import DecodingCache
 from deepdelta.nn import DeltaResidual, DeltaStream
 from helpers import perturb
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
 SETTINGS = {
     "additive": PRESETS["additive"],
     "paper-cc": PRESETS["paper-cc"],

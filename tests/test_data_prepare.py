@@ -132,6 +132,13 @@ def test_what_is_refused(source, tmp_path):
         prepare(source, tmp_path / "fifth", **options(source, shard_tokens=0))
 
 
+def test_between_shards_it_says_how_far_it_is(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "QUIET", 0.0)
+    said: list[str] = []
+    sums = prepare(source, tmp_path / "out", progress=said.append, **options(source, shard_tokens=10**9))
+    assert len(said) == 80 and said[-1] == f"80 documents, {sum(sums.values()):,} tokens."
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_the_command(source, tmp_path, capsys):
     words = [
@@ -147,7 +154,7 @@ def test_the_command(source, tmp_path, capsys):
     main([*map(str, words), "--validation-fraction", "0.2"])
     printed = capsys.readouterr()
     assert "training and " in printed.out and "Next: deepdelta train runs/new --data.source" in printed.out
-    assert not printed.err and (tmp_path / "out" / "prepared.json").exists()
+    assert (tmp_path / "out" / "prepared.json").exists()
 
 
 @pytest.mark.usefixtures("unchecked")

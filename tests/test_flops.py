@@ -7,6 +7,7 @@ drops the work per step (folded convolution weights).
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from functools import cache
 from itertools import combinations
 from math import prod
 from typing import Any, get_args, get_type_hints
@@ -23,6 +24,7 @@ from deepdelta.models import GPT, GPTConfig
 from deepdelta.models.flops import training_flops_per_token
 from deepdelta.nn import ResidualConfig
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
 aten = torch.ops.aten
 RULES = get_args(get_type_hints(ResidualConfig)["rule"])
 # These are large beside the handful of single numbers per token that the element-wise test leaves open.
@@ -52,6 +54,7 @@ def config_or_none(settings: Mapping[str, Any]) -> ResidualConfig | None:
         return None
 
 
+@cache
 def configurations() -> list[ResidualConfig]:
     """Every preset; random legal configurations that each add a new pair of choices; what is left one by one."""
     draw = random.Random(0)
@@ -68,7 +71,6 @@ def configurations() -> list[ResidualConfig]:
     return found
 
 
-CONFIGURATIONS = configurations()
 CONTEXT = 5
 
 
@@ -111,19 +113,19 @@ def has_constant_coefficient(config: ResidualConfig) -> bool:
 
 
 def test_the_grid_covers_every_choice_of_every_rule() -> None:
-    assert len(CONFIGURATIONS) > 60
+    assert len(configurations()) > 60
     names = {field.name for field in fields(ResidualConfig)}
     for name, values in CHOICES.items():
         assert name in names
         for value in values:
-            assert any(getattr(config, name) == value for config in CONFIGURATIONS), (name, value)
-    assert {config.rule for config in CONFIGURATIONS if config.value_channels == 1} == {*RULES} - {"channels"}
-    assert {config.rule for config in CONFIGURATIONS if config.rank > 1} == {"delta", "write_only", "erase_only"}
+            assert any(getattr(config, name) == value for config in configurations()), (name, value)
+    assert {config.rule for config in configurations() if config.value_channels == 1} == {*RULES} - {"channels"}
+    assert {config.rule for config in configurations() if config.rank > 1} == {"delta", "write_only", "erase_only"}
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_matrix_products_are_those_that_torch_counts(part: int) -> None:
-    for residual in CONFIGURATIONS[part::4]:
+    for residual in configurations()[part::4]:
         gpt = model(residual)
         flops = training_flops_per_token(gpt.config)
         skipped = 2 * 2 * residual.value_channels * 12 * residual.rank if has_constant_coefficient(residual) else 0
@@ -215,7 +217,7 @@ def assert_elementwise_agrees(gpt: GPT) -> None:
 
 @pytest.mark.parametrize("part", range(4))
 def test_elementwise_work_is_what_the_operators_do(part: int) -> None:
-    for residual in CONFIGURATIONS[part::4]:
+    for residual in configurations()[part::4]:
         assert_elementwise_agrees(model(residual))
 
 

@@ -124,6 +124,7 @@ def _rank(rank: int, store: str, results: Any) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.scale  # what tests/test_ranks.py does with three of them
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     """Each rank sees half of every batch: the mean of their losses is that of one process on the whole batch, and every
     gradient its own."""

@@ -78,11 +78,15 @@ def finish_study(folder: Path, out: Path) -> None:
     assert process.returncode == 0, printed
 
 
-def kill_in_study(folder: Path, out: Path, who: str, draw: random.Random) -> None:
-    """Start a study in `out`, kill its process, one of its runs, or all of them, and wait until none is left."""
+def kill_in_study(folder: Path, out: Path, who: str, draw: random.Random, steps: range = range(1, 100)) -> None:
+    """Start a study in `out`, kill its process, one of its runs, or all of them, and wait until none is left.
+
+    Args:
+        steps: of one run; at one of them, drawn, it happens.
+    """
     run = out / "runs" / f"additive-seed{draw.randrange(2)}"
     with start("study", folder / "study.toml", "--out", out, "--workers", "2", cwd=folder) as process:
-        wait_for_step(run, draw.randrange(1, 100), process)
+        wait_for_step(run, draw.choice(steps), process)
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         victims = {"study": [], "run": [draw.choice(children)], "both": children}[who]
@@ -115,11 +119,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("who", ["study", "run", "both"])
-def test_a_study_killed_with_or_without_its_runs_ends_in_the_same_bits(whole: Path, tmp_path: Path, who: str) -> None:
+@pytest.mark.parametrize("kills", [("study", "run"), pytest.param(("both",), marks=pytest.mark.scale)], ids=str)
+def test_a_study_killed_with_or_without_its_runs_ends_in_the_same_bits(
+    whole: Path, tmp_path: Path, kills: tuple[str, ...]
+) -> None:
     """And no run keeps a core when its study is dead."""
     out = tmp_path / "out"
-    kill_in_study(whole, out, who, random.Random(who))
+    for who, steps in zip(kills, (range(1, 40), range(60, 100)), strict=False):
+        kill_in_study(whole, out, who, random.Random(who), steps)
     assert not any(RunDirectory(run).busy for run in (out / "runs").iterdir() if run.is_dir())
     finish_study(whole, out)
     assert_same_study(out, whole / "out")

@@ -13,6 +13,7 @@ from deepdelta import DeltaStream, Intervention, UserError, intervening, recordi
 from deepdelta.nn import Chain, norms, rewriting
 from helpers import gradients, perturb, randn
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
 D = 6
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -189,7 +190,7 @@ def test_recorders_and_interventions_see_every_member(backend: str) -> None:
 
 @both_backends
 @pytest.mark.parametrize("plan", ["replay", "recover"])
-def test_memory_plans(plan: str, backend: str, unchecked: None) -> None:
+def test_memory_plans(plan: str, backend: str) -> None:
     chain, state = chain_of(backend=backend), state_of()
     inputs = [state, *chain.parameters()]
     saved = gradients(chain(state), inputs)
@@ -199,7 +200,7 @@ def test_memory_plans(plan: str, backend: str, unchecked: None) -> None:
     agree(chain, state)
 
 
-def test_channel_first(unchecked: None) -> None:
+def test_channel_first() -> None:
     stream = DeltaStream(D, 3, seed=1, channel_first=True, norm="none")
     chain = stream.chain([stream.wrap(nn.Conv2d(D, D, 3, padding=1)) for _ in range(3)]).double()
     state = randn(2, 3, D, 4, 5).requires_grad_()
@@ -209,7 +210,7 @@ def test_channel_first(unchecked: None) -> None:
 
 
 @both_backends
-def test_compiled_without_a_graph_break(backend: str, unchecked: None) -> None:
+def test_compiled_without_a_graph_break(backend: str) -> None:
     chain, state = chain_of(backend=backend, dtype=torch.float32), state_of(dtype=torch.float32)
     compiled = torch.compile(chain, backend="aot_eager", fullgraph=True)
     inputs = [state, *chain.parameters()]
@@ -239,7 +240,7 @@ class Pair(Branch):
         return super().forward(c), c
 
 
-def test_messages(unchecked: None) -> None:
+def test_messages() -> None:
     stream, state = DeltaStream(D, 4, "delta", seed=1), state_of(dtype=torch.float32)
     with pytest.raises(
         UserError, match="a chain hands on one tensor, and Pair returned tuple; call the modules one by"

@@ -15,6 +15,7 @@ from deepdelta.nn import Backend, Plan
 from helpers import randn
 from step_cases import Case, differentiated, fused_and_replayed, in_dtype, inputs, reference
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
 BAD = 3
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # numba compiles each set of options and dtype anew.

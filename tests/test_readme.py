@@ -36,9 +36,9 @@ def test_shell_blocks(tmp_path: Path) -> None:
     """As written but for numbers of steps and tokens: its minutes would be most of what the suite takes."""
     short = "\n".join(blocks("bash"))
     for written, shorter in {
-        r"--steps \d+": "--steps 30 --warmup 3 --eval-tokens 4096",
-        r"--final-eval-tokens \d+": "--final-eval-tokens 4096",
-        r"(evaluate \S+) --tokens \d+": r"\1 --tokens 4096",
+        r"--steps \d+": "--steps 8 --warmup 3 --eval-tokens 512",
+        r"--final-eval-tokens \d+": "--final-eval-tokens 512",
+        r"(evaluate \S+) --tokens \d+": r"\1 --tokens 512",
     }.items():
         short, times = re.subn(written, shorter, short)
         assert times == 1

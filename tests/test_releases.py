@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[1]
         ("lm_eval", "0.4.13", False),
         ("torchao", "0.20.0", True),
         ("torchao", "0.18.0+cpu", False),
+        ("datasets", "5.9", False),
+        ("datasets", "50.0", True),
         ("numba", "0.1", False),
     ],
 )

@@ -100,7 +100,7 @@ def costs(speed: float = 0.5) -> dict[str, Cost]:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyResults, list[str]]:
+def original(tmp_path_factory: pytest.TempPathFactory, unchecked_file: None) -> tuple[Path, StudyResults, list[str]]:
     """A finished study's folder, its results and the runs that were made."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -284,7 +284,7 @@ def test_a_run_that_fails_passes_its_message_on(
 
 
 def test_interrupted_it_continues_to_the_same_results(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    file, out = study_file(tmp_path, "additive", "ddl-1.5", steps=300), tmp_path / "out"
+    file, out = study_file(tmp_path, "additive", "ddl-1.5", steps=150), tmp_path / "out"
     one, other = out / "runs" / "additive-seed0", out / "runs" / "ddl-1.5-seed0"
     with start("study", file, "--out", out, "--workers", "1", cwd=tmp_path) as process:
         wait_for_step(one, 25, process)
@@ -292,7 +292,7 @@ def test_interrupted_it_continues_to_the_same_results(capsys: pytest.CaptureFixt
         printed = process.communicate()[0]
     assert process.returncode == 130, printed
     assert "Every run has saved its step; the same command continues the study." in printed
-    assert 25 <= RunDirectory(one).step() == RunDirectory(one).last_recorded_step() < 300
+    assert 25 <= RunDirectory(one).step() == RunDirectory(one).last_recorded_step() < 150
     assert not other.exists() and not RunDirectory(one).busy
     results, _ = again(capsys, tmp_path, out, "--workers", "2")
     logs = {run: (run.parent / f"{run.name}.log").read_text() for run in (one, other)}

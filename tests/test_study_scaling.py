@@ -23,6 +23,7 @@ from report_samples import anew
 from report_samples import study as sample
 from tiny_runs import RUNS, text_file, trained_here
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
 COMPUTE = [1e12, 4e12, 1.5e13, 8e13]
 
 

@@ -39,6 +39,7 @@ from tiny_runs import (
     without_curves,
 )
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
 STUDY = """
 name = "tiny"
 question = "Does it go on?"

@@ -18,6 +18,8 @@ from deepdelta.training import RunDirectory, checkpoints
 from deepdelta.training.checkpoints import earlier, read_checkpoint
 from tiny_runs import ENVIRONMENT, assert_same_run, command, config, quietly, rows, text_file
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,6 +17,7 @@ from deepdelta.training import Evaluation, RunDirectory, trainer
 from deepdelta.training.trainer import stop_signals
 from tiny_runs import assert_same_run, config, quietly, rows, start, tensors, text_file, wait_for_step
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
 STEPS = 200
 LONG: dict[str, Any] = {"steps": STEPS, "eval_every": 90, "checkpoint_every": 50}
 

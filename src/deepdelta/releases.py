@@ -1,10 +1,20 @@
 """With which releases of other packages the tests run; another is warned of once, by name."""
 
 import warnings
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-TESTED = {"transformers": ("4.57", "5.24"), "lm_eval": ("0.4.13",), "torchao": ("0.18",)}
-"""Of packages whose releases change what this one is made for; patches of a release count as it does."""
+TESTED = {
+    "transformers": ("4.57", "5.24"),
+    "lm_eval": ("0.4.13",),
+    "torchao": ("0.18",),
+    "onnxscript": ("0.7",),
+    "datasets": ("5",),
+    "onnx": ("1",),
+    "ray": ("2",),
+    "tensorboard": ("2",),
+    "wandb": ("0",),
+}
+"""As far as a release has to be the same: the whole but its patch, or its first number."""
 _warned: set[str] = set()
 
 
@@ -12,7 +22,10 @@ def check_tested(package: str) -> None:
     """Warn, once, of a release of this package that the tests do not run with; nothing where any may do."""
     if package not in TESTED or package in _warned:
         return
-    found = version(package)
+    try:
+        found = version(package)
+    except PackageNotFoundError:  # a module that no package says to be its own
+        return
     if not any(found == one or found.startswith(f"{one}.") for one in TESTED[package]):
         _warned.add(package)
         warnings.warn(

@@ -13,7 +13,7 @@ from deepdelta.errors import UserError
 from deepdelta.files import naming
 
 CHUNK = 1 << 20  # bytes read at once: no document is ever held whole
-_QUIET = 2.0  # seconds that may pass without a word
+QUIET = 2.0  # seconds that may pass without a word
 
 Say = Callable[[str], None]
 Count = Callable[[int], None]
@@ -77,7 +77,7 @@ def telling(say: Say, what: str, total: int) -> Count:
     def count(more: int) -> None:
         nonlocal last, done
         done += more
-        if (now := time.monotonic()) - last >= _QUIET:
+        if (now := time.monotonic()) - last >= QUIET:
             last = now
             say(f"{what}: {done:,} of {total:,} bytes.")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepdelta.data.config import DataConfig
-from deepdelta.data.documents import Document, Say
+from deepdelta.data.documents import QUIET, Document, Say
 from deepdelta.data.formats import HEADER, MAGIC, check_text
 from deepdelta.data.hub import ON_HUB
 from deepdelta.data.packed import bytes_of, checked, holds_records, is_packed, records_of
@@ -100,7 +101,7 @@ def prepare(
         source: text files, compressed ones, records, tables and data sets, as `DataConfig.source` takes them; or a name
             in `RECIPES`.
         tokenizer: a file, a folder or a name on the hub, as `read_tokenizer` takes them; None: the recipe's.
-        progress: called with a line of text after each shard.
+        progress: called with a line of text after each shard, and every two seconds.
 
     Returns:
         Tokens by split.
@@ -145,7 +146,7 @@ def prepare(
                     split.flush(out, header)
                 write(documents)
 
-            begun = False
+            begun, said = False, time.monotonic()
             for number, name, ids in _encoded(_texts(texts, field, done), encoder):
                 split = val if _share(name) < validation_fraction else train
                 split.add([encoder.separator, *ids])
@@ -155,9 +156,12 @@ def prepare(
                     write(done)
                     begun = True
                 done = number + 1
-                if train.tokens >= shard_tokens:
+                if whole := train.tokens >= shard_tokens:
                     commit(done)
-                    say(f"{done:,} documents, {train.written + val.written:,} tokens.")
+                if whole or time.monotonic() - said >= QUIET:
+                    tokens = train.written + train.tokens + val.written + val.tokens
+                    say(f"{done:,} documents, {tokens:,} tokens.")
+                    said = time.monotonic()
             commit(done)
             sums = {split.name: split.written for split in (train, val)}
             if empty := [name for name, tokens in sums.items() if not tokens]:

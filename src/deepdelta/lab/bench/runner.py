@@ -18,6 +18,7 @@ from deepdelta.lab.bench.config import ADDED, MEASURES, Case, Group, Suite
 from deepdelta.lab.bench.results import BenchResults, GroupResult, Row, bars_of, load_results, timing_of
 from deepdelta.lab.bench.subjects import Subject, added, build, code_of, problem
 from deepdelta.lab.measure.cost import WARM_UP, interleaved
+from deepdelta.lab.views.page import write_page
 from deepdelta.lab.views.tables import render
 from deepdelta.limits import check_threads
 from deepdelta.progress import Reporter, reporting, show
@@ -44,7 +45,8 @@ def run_suite(
     quick: bool = False,
     command: str,
 ) -> BenchResults:
-    """Time a suite and write results.json, table.md, plot.svg and plot.html to `out`; the table is printed too.
+    """Time a suite and write results.json, table.md, plot.svg and plot.html to `out`, with the page of the operator to
+    which that links; the table is printed too.
 
     Without the packages of PICTURES the plots are left out, and that is said.
 
@@ -128,7 +130,7 @@ def _write(results: BenchResults, out: Path) -> None:
     write_text(out / "table.md", tables.markdown(results))
     if not _undrawable():
         write_text(out / "plot.svg", figures.svg(results))
-        write_text(out / "plot.html", figures.page(results))
+        write_page(out / "plot.html", figures.page(results), "")
 
 
 def _undrawable() -> list[str]:

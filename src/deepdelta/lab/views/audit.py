@@ -56,7 +56,7 @@ def write_audit(results: AuditResults, folder: Path, *, self_contained: bool = F
         UserError: the extra `lab` (Jinja2, plotly) is not installed.
     """
     page = render_audit(results, self_contained=self_contained)
-    write_page(folder / "audit.html", page, self_contained=self_contained)
+    write_page(folder / "audit.html", page, None if self_contained else SCRIPT)
     write_text(folder / "table.md", audit_markdown(results))
 
 

@@ -50,7 +50,7 @@ def write_report(
         UserError: the extra `lab` (Jinja2, plotly) is not installed.
     """
     text = render_page(results, self_contained=self_contained, so_far=so_far, reloads=reloads)
-    write_page(Path(path), text, self_contained=self_contained)
+    write_page(Path(path), text, None if self_contained else SCRIPT)
 
 
 def render_page(results: StudyResults, *, self_contained: bool = False, so_far: str = "", reloads: bool = False) -> str:
@@ -111,12 +111,13 @@ def render(template: str, script: str | None, **values: Any) -> str:
     return environment.get_template(template).render(script=script, plotly=plotly, operator=operator, **values)
 
 
-def write_page(path: Path, text: str, *, self_contained: bool) -> None:
-    """Write the page atomically, and beside it what it needs: OPERATOR, and SCRIPT if it is not there yet."""
+def write_page(path: Path, text: str, script: str | None) -> None:
+    """Write the page atomically, and beside it what it needs: OPERATOR, and its script (see `render`) if that is not
+    there yet; nothing beside a page that holds its script."""
     write_text(path, text)
-    if not self_contained:
+    if script is not None:
         write_text(path.with_name(OPERATOR), operator_page())
-    if not self_contained and not ((beside := path.with_name(SCRIPT)).exists() and beside.read_text() == _plotly()):
+    if script and not ((beside := path.with_name(script)).exists() and beside.read_text() == _plotly()):
         write_text(beside, _plotly())
 
 
