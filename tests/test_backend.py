@@ -27,6 +27,8 @@ ENOUGH = LEAST // (4 * 64)
         (Work(1, 64, "additive"), CPU, None, False, "the rewrite is a plain addition"),
         (Work(1, 64, "additive"), CUDA, None, True, "the rewrite is a plain addition"),
         (Work(1, 64, "delta"), CPU, LEAST, False, None),
+        (Work(1, 64, "delta", channel_first=True), CPU, None, False, "channel-first on the CPU at V = 1"),
+        (Work(4, 64, "delta", channel_first=True), CPU, LEAST, False, None),
         (Work(1, 64, "delta"), CPU, LEAST - 1, False, "states of fewer than 8,192 numbers"),
         (Work(1, 768, "delta"), CPU, None, True, "compiled for the CPU at V = 1"),
         (Work(4, LEAST_COMPILED, "delta"), CPU, None, True, None),

@@ -42,14 +42,16 @@ class Work(NamedTuple):
     rule: str = ""
     convolves: bool = False
     """Whether it is a convolution over tokens."""
+    channel_first: bool = False
+    """Whether the state is (N, V, C, *space)."""
 
     @property
     def least(self) -> int:
         return LEAST_SIMPLE if self.rule in ("additive", "channels") else LEAST
 
     @classmethod
-    def rewrite(cls, config: ResidualConfig, dim: int) -> "Work":
-        return cls(config.value_channels, dim, config.rule)
+    def rewrite(cls, config: ResidualConfig, dim: int, channel_first: bool) -> "Work":
+        return cls(config.value_channels, dim, config.rule, channel_first=channel_first)
 
 
 class Chosen(NamedTuple):
@@ -83,6 +85,9 @@ def _against(work: Work, device: str, dtype: torch.dtype, numbers: int | None, c
             return "fused convolutions are for the CPU"
     elif work.rule == "additive" and work.value_channels == 1:
         return "the rewrite is a plain addition"
+    elif work.channel_first and device == "cpu" and work.value_channels == 1:
+        # Fused code gives it back channels-last, and a convolution that meets another layout rounds otherwise.
+        return "channel-first on the CPU at V = 1"
     elif compiled and device == "cpu" and work.value_channels == 1:
         return "compiled for the CPU at V = 1"
     elif compiled and device == "cpu" and work.dim < LEAST_COMPILED:

@@ -80,7 +80,7 @@ class DeltaResidual(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.dim, self.layout, self.runtime = config, dim, layout, Runtime()
-        self.work = Work.rewrite(config, dim)
+        self.work = Work.rewrite(config, dim, layout.channel_first)
         # A shared compression belongs to the residual that made it; held in a tuple, it is not registered twice.
         self._shared_compression = None if compression is None else (compression,)
         self.compression = build_compression(config, dim, std) if compression is None else None

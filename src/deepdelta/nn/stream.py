@@ -136,9 +136,10 @@ class DeltaStream(nn.Module):
     def extra_repr(self) -> str:
         # Of residuals that `wrap` makes; the readout may have no parameter, and then lies nowhere.
         where = next(self.parameters(), torch.empty(0))
+        work = Work.rewrite(self.config, self.dim, self.layout.channel_first)
         return (
             f"dim={self.dim}, value_channels={self.config.value_channels}, rule={self.config.rule}, "
-            f"residuals start as backend={described('auto', Work.rewrite(self.config, self.dim), where)}"
+            f"residuals start as backend={described('auto', work, where)}"
         )
 
     def _repr_html_(self) -> str:
