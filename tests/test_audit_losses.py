@@ -19,6 +19,8 @@ from deepdelta.lab.audit.tally import regimes
 from helpers import randn
 from test_audit import CONTEXT, NAMES, WIDTH, WINDOWS, V, gpt
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
+
 
 def other_rule(model: GPT, **options: Any) -> GPT:
     """The same weights under another rule or gate."""

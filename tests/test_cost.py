@@ -13,9 +13,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from deepdelta import GPT, PRESETS, GPTConfig, TrainConfig, UserError
+from deepdelta.config import merged
+from deepdelta.files import write_text
+from deepdelta.lab.experiments import costs
+from deepdelta.lab.experiments.config import load_study
 from deepdelta.lab.measure import cost as cost_module
 from deepdelta.lab.measure.cost import Trial, measure_costs, trial
 from deepdelta.lab.measure.memory import peak_bytes
+from test_study_runs import study_file
+
+pytestmark = pytest.mark.usefixtures("unchecked_file")
 
 FLOAT = 4
 
@@ -225,3 +232,36 @@ def test_bad_input_is_named() -> None:
     mixed["paper-cc"] = replace(mixed["paper-cc"], threads=2)
     with pytest.raises(UserError, match="threads must be the same"):
         measure_costs(mixed, vocab_size=31, rounds=1, baseline="additive")
+
+
+def test_costs_belong_to_their_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_study(str(study_file(tmp_path, "additive", "ddl-1.5")))
+    asked: list[str] = []
+    original = costs.measure_costs
+
+    def measure(*arguments: Any, baseline: str, **options: Any) -> Any:
+        asked.append(baseline)
+        return original(*arguments, baseline=baseline, **options)
+
+    monkeypatch.setattr(costs, "measure_costs", measure)
+    first = costs.measure(config, 256, tmp_path / "costs.json")
+    assert costs.measure(config, 256, tmp_path / "costs.json") == first and asked == ["additive"]
+    text = (tmp_path / "study.toml").read_text().replace('baseline = "additive"', 'baseline = "ddl-1.5"')
+    write_text(tmp_path / "study.toml", text)
+    second = costs.measure(load_study(str(tmp_path / "study.toml")), 256, tmp_path / "costs.json")
+    assert asked == ["additive", "ddl-1.5"]
+    assert first["additive"].speed_ratio == second["ddl-1.5"].speed_ratio == 1.0
+    assert json.loads((tmp_path / "costs.json").read_text())["baseline"] == "ddl-1.5"
+    # Another baseline, another vocabulary, another model of one condition: what rests on them is measured again.
+    costs.measure(load_study(str(tmp_path / "study.toml")), 300, tmp_path / "costs.json")
+    config = load_study(str(tmp_path / "study.toml"))
+    deeper = merged(config.conditions["additive"].changes, {"model": {"layers": 2}})
+    changed = replace(config.conditions["additive"], changes=deeper)
+    wider = replace(config, conditions=config.conditions | {"additive": changed})
+    before = costs.measure(config, 256, tmp_path / "costs.json")
+    after = costs.measure(wider, 256, tmp_path / "costs.json")
+    assert after["ddl-1.5"] == before["ddl-1.5"] and after["additive"] != before["additive"] and len(asked) == 5
+    # One that is left out for a while keeps what it had.
+    alone = replace(wider, conditions={"ddl-1.5": wider.conditions["ddl-1.5"]})
+    assert costs.measure(alone, 256, tmp_path / "costs.json") == {"ddl-1.5": after["ddl-1.5"]}
+    assert costs.measure(wider, 256, tmp_path / "costs.json") == after and len(asked) == 5

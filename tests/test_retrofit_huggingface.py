@@ -11,6 +11,8 @@ from torch import nn
 from deepdelta import UserError, retrofit, undo_retrofit
 from retrofit_models import FAMILIES, IDS, llama, made, open_gates, output
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
+
 TEXT = ["llama", "qwen3", "gpt2"]
 NAMES = [*TEXT, "vit"]
 

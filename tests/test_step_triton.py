@@ -30,7 +30,10 @@ def interpreted() -> Iterator[Callable[..., None]]:
         yield lambda function, *values: pool.submit(function, *values).result()
 
 
-@pytest.mark.parametrize("case", CASES + GATED + EDGES, ids=str)
+HALF = CASES[::2] + GATED + EDGES
+
+
+@pytest.mark.parametrize("case", HALF + [pytest.param(case, marks=pytest.mark.scale) for case in CASES[1::2]], ids=str)
 def test_values_and_all_gradients_in_fp64(interpreted, case):
     interpreted(interpreted_step.check, case, torch.float64)
 

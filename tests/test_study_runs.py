@@ -1,6 +1,5 @@
 """A study from its file to the report, by the command: interrupted, extended, diverging, failing."""
 
-import json
 import math
 import re
 import shutil
@@ -8,19 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from deepdelta import load
 from deepdelta.cli import main
-from deepdelta.config import from_plain, merged
+from deepdelta.config import from_plain
 from deepdelta.data import load_corpus
-from deepdelta.files import HELD, locked, write_text
+from deepdelta.files import HELD, locked
 from deepdelta.lab import runner
 from deepdelta.lab.analysis.results import Sample, StudyResults, load_results
 from deepdelta.lab.experiments import pool
@@ -42,7 +39,6 @@ from tiny_runs import (
     start,
     tensors,
     text_file,
-    trained_here,
     wait_for_step,
 )
 
@@ -364,73 +360,3 @@ def test_a_study_made_of_another_folder_s_records_runs_nothing(
     )
     said = fails(capsys, folder, tmp_path / "merged", "--merge", str(tmp_path / "changed"))
     assert "contradict each other (metrics)" in said and said.count("\n") == 1
-
-
-def test_costs_belong_to_their_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepdelta.lab.experiments import costs
-
-    config = load_study(str(study_file(tmp_path, "additive", "ddl-1.5")))
-    asked: list[str] = []
-    original = costs.measure_costs
-
-    def measure(*arguments: Any, baseline: str, **options: Any) -> Any:
-        asked.append(baseline)
-        return original(*arguments, baseline=baseline, **options)
-
-    monkeypatch.setattr(costs, "measure_costs", measure)
-    first = costs.measure(config, 256, tmp_path / "costs.json")
-    assert costs.measure(config, 256, tmp_path / "costs.json") == first and asked == ["additive"]
-    text = (tmp_path / "study.toml").read_text().replace('baseline = "additive"', 'baseline = "ddl-1.5"')
-    write_text(tmp_path / "study.toml", text)
-    second = costs.measure(load_study(str(tmp_path / "study.toml")), 256, tmp_path / "costs.json")
-    assert asked == ["additive", "ddl-1.5"]
-    assert first["additive"].speed_ratio == second["ddl-1.5"].speed_ratio == 1.0
-    assert json.loads((tmp_path / "costs.json").read_text())["baseline"] == "ddl-1.5"
-    # Another baseline, another vocabulary, another model of one condition: what rests on them is measured again.
-    costs.measure(load_study(str(tmp_path / "study.toml")), 300, tmp_path / "costs.json")
-    config = load_study(str(tmp_path / "study.toml"))
-    deeper = merged(config.conditions["additive"].changes, {"model": {"layers": 2}})
-    changed = replace(config.conditions["additive"], changes=deeper)
-    wider = replace(config, conditions=config.conditions | {"additive": changed})
-    before = costs.measure(config, 256, tmp_path / "costs.json")
-    after = costs.measure(wider, 256, tmp_path / "costs.json")
-    assert after["ddl-1.5"] == before["ddl-1.5"] and after["additive"] != before["additive"] and len(asked) == 5
-    # One that is left out for a while keeps what it had.
-    alone = replace(wider, conditions={"ddl-1.5": wider.conditions["ddl-1.5"]})
-    assert costs.measure(alone, 256, tmp_path / "costs.json") == {"ddl-1.5": after["ddl-1.5"]}
-    assert costs.measure(wider, 256, tmp_path / "costs.json") == after and len(asked) == 5
-
-
-def test_the_page_while_a_study_is_at_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After each run, also one that diverged; it loads itself anew until the study ends or is stopped."""
-    file = study_file(tmp_path, "additive", "ddl-1.5", steps=4)
-    text = file.read_text().replace("seeds = [0]", "seeds = [0, 1]").replace("rewrite_tokens = 70", "")
-    file.write_text(text.replace(CONDITIONS["additive"], CONDITIONS["diverging"]))
-    out, pages = tmp_path / "out", []
-    launched = trained_here(monkeypatch)
-    write, here = runner.write_report, pool.launch
-
-    def note(results: StudyResults, path: Path, **options: Any) -> None:
-        write(results, path, **options)
-        pages.append(path.read_text())
-
-    def stopped(run: Any, device: Any) -> Any:
-        if len(launched) == 3:
-            raise KeyboardInterrupt
-        return here(run)
-
-    monkeypatch.setattr(runner, "write_report", note)
-    monkeypatch.setattr(pool, "launch", stopped)
-    command = ["study", str(file), "--out", str(out), "--workers", "1"]
-    with pytest.raises(SystemExit):
-        main(command)
-    monkeypatch.setattr(pool, "launch", here)
-    main(command)
-    *at_work, halted, continued, last = pages
-    assert [page.count('http-equiv="refresh"') for page in pages] == [1, 1, 1, 0, 1, 0]
-    for ended, page in enumerate(at_work, 1):
-        assert f"At work: {ended} of 4 runs have ended. This is no result yet." in page
-    assert "Stopped: 3 of 4 runs have ended." in halted and "At work: 3 of 4 runs have ended." in continued
-    assert "no result yet" not in last

@@ -13,6 +13,8 @@ from deepdelta.lab.tasks import load_task
 from deepdelta.lab.tasks.networks import NETWORKS, Network
 from helpers import randn
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
+
 TASK = load_task("networks")
 SMALL: dict[str, Any] = {"steps": 40, "depth": 2, "dim": 32, "rates": [3e-3]}
 

@@ -9,6 +9,8 @@ from deepdelta import UserError
 from deepdelta.lab.tasks import load_task
 from deepdelta.lab.tasks.recall import RecallSettings, recall_batch
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
+
 TASK = load_task("recall")
 
 

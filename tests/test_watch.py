@@ -1,4 +1,5 @@
-"""`deepdelta watch`: what it says of files in every state, and that it leaves them as they are."""
+"""`deepdelta watch`: what it says of files in every state, and that it leaves them as they are; the page of a study at
+work."""
 
 import io
 import json
@@ -17,13 +18,16 @@ from deepdelta import UserError
 from deepdelta.cli import main
 from deepdelta.config import to_plain
 from deepdelta.files import locked, write_json
-from deepdelta.lab import watching
+from deepdelta.lab import runner, watching
+from deepdelta.lab.analysis.results import StudyResults
+from deepdelta.lab.experiments import pool
 from deepdelta.lab.experiments.record import RunRecord
 from deepdelta.lab.experiments.records import RecordFile
 from deepdelta.lab.experiments.work import WORK, Work
 from deepdelta.lab.watching import ENDED, look, watch
 from deepdelta.training import RunDirectory
-from tiny_runs import config, quietly, start, text_file, wait_for_step
+from test_study_runs import CONDITIONS, study_file
+from tiny_runs import config, quietly, start, text_file, trained_here, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +231,39 @@ def test_leaving_a_run_at_work(source: Path, tmp_path: Path) -> None:
         process.terminate()
         process.communicate()
     assert process.returncode == 0
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_page_while_a_study_is_at_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each run, also one that diverged; it loads itself anew until the study ends or is stopped."""
+    file = study_file(tmp_path, "additive", "ddl-1.5", steps=4)
+    text = file.read_text().replace("seeds = [0]", "seeds = [0, 1]").replace("rewrite_tokens = 70", "")
+    file.write_text(text.replace(CONDITIONS["additive"], CONDITIONS["diverging"]))
+    out, pages = tmp_path / "out", []
+    launched = trained_here(monkeypatch)
+    write, here = runner.write_report, pool.launch
+
+    def note(results: StudyResults, path: Path, **options: Any) -> None:
+        write(results, path, **options)
+        pages.append(path.read_text())
+
+    def stopped(run: Any, device: Any) -> Any:
+        if len(launched) == 3:
+            raise KeyboardInterrupt
+        return here(run)
+
+    monkeypatch.setattr(runner, "write_report", note)
+    monkeypatch.setattr(pool, "launch", stopped)
+    command = ["study", str(file), "--out", str(out), "--workers", "1"]
+    with pytest.raises(SystemExit):
+        main(command)
+    monkeypatch.setattr(pool, "launch", here)
+    main(command)
+    *at_work, halted, continued, last = pages
+    assert [page.count('http-equiv="refresh"') for page in pages] == [1, 1, 1, 0, 1, 0]
+    for ended, page in enumerate(at_work, 1):
+        assert f"At work: {ended} of 4 runs have ended. This is no result yet." in page
+    assert "Stopped: 3 of 4 runs have ended." in halted and "At work: 3 of 4 runs have ended." in continued
+    assert "no result yet" not in last

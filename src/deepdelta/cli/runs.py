@@ -1,6 +1,5 @@
 """The commands about one run: train, evaluate, generate, audit, import."""
 
-import os
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from deepdelta.progress import reporting, show
 from deepdelta.training import RunDirectory, TrainConfig, evaluate, import_published, load, train
 from deepdelta.training.checkpoints import CHECKPOINT
 from deepdelta.training.loop import corpus_facts
-from deepdelta.training.ranks import TIMEOUT
+from deepdelta.training.ranks import TIMEOUT, starts_first
 from deepdelta.training.tracking import tracking
 
 
@@ -49,7 +48,7 @@ class Train:
     """What is trained."""
 
     def __call__(self) -> None:
-        first = int(os.environ.get("RANK", "0")) == 0
+        first = starts_first()
         with tracking(self.track if first else (), self.run, self.settings) as on_row:
             trained = train(
                 self.settings,

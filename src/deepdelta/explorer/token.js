@@ -34,9 +34,9 @@ function lensList(run, entry, title, next) {
 function lensSentence(run, before, after, next) {
   if (next === undefined) {
     const [[a], [b]] = [before.top[0], after.top[0]];
-    return a === b ? `The guess for what follows stays ${textOf(run, b)}.` : `The guess for what follows changes from ${textOf(run, a)} to ${textOf(run, b)}.`;
+    return a === b ? `The guess for what follows stays “${textOf(run, b)}”.` : `The guess for what follows changes from “${textOf(run, a)}” to “${textOf(run, b)}”.`;
   }
-  return `The prompt goes on with ${textOf(run, next)}: ${share(before.next[0])} before, ${share(after.next[0])} after; place ${before.next[1]} before, ${after.next[1]} after.`;
+  return `The prompt goes on with “${textOf(run, next)}”: ${share(before.next[0])} before, ${share(after.next[0])} after; place ${before.next[1]} before, ${after.next[1]} after.`;
 }
 
 function records(rewrite, token) {

@@ -14,7 +14,8 @@ from deepdelta.tensors import save_tensors
 from deepdelta.training import RunDirectory, load
 from deepdelta.training.checkpoints import CHECKPOINT
 
-Weights = Literal["as trained", "int8", "int4"]
+Quantised = Literal["int8", "int4"]
+Weights = Literal["as trained", Quantised]
 Target = Literal["hf", "onnx", "safetensors", "authors"]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

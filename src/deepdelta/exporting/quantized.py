@@ -4,13 +4,14 @@ import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from deepdelta.data import Tokenizer, load_corpus
 from deepdelta.errors import UserError, require
+from deepdelta.exporting import Quantised
 from deepdelta.files import write_json
 from deepdelta.hf.export import export_hf
 from deepdelta.hf.flat import AUTO_MAP
@@ -18,14 +19,13 @@ from deepdelta.models import GPT
 from deepdelta.training import RunDirectory, evaluate
 from deepdelta.training.loop import corpus_facts
 
-Weights = Literal["int8", "int4"]
 FILE_NAME = "quantization.json"
 TOKENS = 65536
 """Of the validation split that the change of the loss is measured on, at most."""
 
 
 def export_quantized(
-    model: GPT, tokenizer: Tokenizer | None, run: RunDirectory, folder: Path, weights: Weights
+    model: GPT, tokenizer: Tokenizer | None, run: RunDirectory, folder: Path, weights: Quantised
 ) -> None:
     """What `export_hf` writes, with the maps of attention and MLP as int8 with a scale per output, by torchao.
 

@@ -149,6 +149,15 @@ CONTINUES = "the same command goes on from the last checkpoint."
 ALONE = Ranks()
 
 
+def starts_first() -> bool:
+    """Whether this process is alone, or the first of those that it was started among, which need not have met yet."""
+    return not _started_together() or int(os.environ["RANK"]) == 0
+
+
+def _started_together() -> bool:
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 @contextmanager
 def together(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """The ranks that this process was started among, as long as the block lasts.
@@ -156,7 +165,7 @@ def together(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     Raises:
         UserError: they do not meet within `timeout` seconds, or one of them ends before the others.
     """
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    if not _started_together():
         yield ALONE
         return
     ranks = _met(timeout)
