@@ -92,6 +92,7 @@ def _curves(part: Any, axis: str, measure: str, along: list[GroupResult]) -> Non
         points = [(number, own[name]) for number, own in enumerate(ratios) if name in own]
         here.plot(*zip(*points, strict=True), marker="o", label=label(name))
     here.set_xticks(range(len(along)), [f"{axis} {one.group.value}" for one in along])
+    here.margins(y=0.08)
     here.set_ylim(bottom=0)
     here.tick_params(length=0)
     what = "peak memory" if measure == "peak" else "throughput"
