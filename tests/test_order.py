@@ -29,7 +29,7 @@ training
 retrofitting selfcheck planning harness
 explorer hf
 exporting
-lab.measure
+lab.measure lab.layers
 lab.analysis
 lab.audit
 lab.experiments

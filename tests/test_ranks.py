@@ -283,14 +283,14 @@ PRESETS = {
 }
 
 
-# One value channel has nothing to expand, and nothing to compress over channels.
-ALONE = {"expansion": "repeat", "value_channels": 1}
+# One value channel has nothing to expand.
+ONE_CHANNEL = {"expansion": "repeat", "value_channels": 1}
 
 
 def matrix(source: Path) -> dict[str, dict[str, Any]]:
     return {
         f"{name}-{channels}-{backend}": small(
-            source, preset, residual=changes | (ALONE if channels == 1 else {}), backend=backend, steps=4
+            source, preset, residual=changes | (ONE_CHANNEL if channels == 1 else {}), backend=backend, steps=4
         )
         for name, (preset, changes) in PRESETS.items()
         for channels in (1, 4)

@@ -12,10 +12,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from deepdelta import ResidualConfig, UserError
+from deepdelta.lab.layers import SelfAttention
 from deepdelta.lab.tasks import load_task
 from deepdelta.lab.tasks.digits import DigitsSettings, build
 from deepdelta.lab.tasks.images import Images, checked, load_images, split_images
-from deepdelta.lab.tasks.vision import ResNet, SelfAttention, ViT
+from deepdelta.lab.tasks.vision import ResNet, ViT
 from helpers import near, perturb, randn
 from torchvision_beside_cpu_torch import models as torchvision_models
 

@@ -27,12 +27,13 @@ def loss_and_gradients(forward: nn.Module, owner: nn.Module, ids: Tensor, chosen
     """The loss of `forward` on ids (B, T + 1), and the gradients of `owner`'s parameters, which are then cleared."""
     owner.zero_grad()
     (loss,) = backward(micro_losses(forward, ids[:, :-1], ids[:, 1:], 1, chosen))
-    found = {"loss": loss.double()} | dict(_gradients(owner))
+    found = {"loss": loss.double()} | dict(gradients(owner))
     owner.zero_grad()
     return found
 
 
-def _gradients(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def gradients(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Copies of the gradients that a module's parameters have, by name."""
     for name, parameter in owner.named_parameters():
         if parameter.grad is not None:
             yield name, parameter.grad.clone()

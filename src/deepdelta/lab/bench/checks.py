@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from deepdelta.decoding import DecodingCache
 from deepdelta.device import Device
 from deepdelta.errors import UserError
-from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
+from deepdelta.lab.bench.agreement import agreement, gradients, loss_and_gradients
 from deepdelta.lab.bench.config import Case, Group
 from deepdelta.lab.bench.networks import images_and_labels
 from deepdelta.lab.bench.subjects import Operands, Subject, build_model, build_network, random_ids
@@ -114,8 +114,7 @@ def _network_error(group: Group, case: Case) -> float:
         made.zero_grad()
         loss = F.cross_entropy(made(images.double()), labels)
         backward([loss])
-        gradients = {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
-        found.append({"loss": loss.detach(), **gradients})
+        found.append({"loss": loss.detach()} | dict(gradients(made)))
     return agreement(*found)
 
 

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from deepdelta.lab.layers import ChannelNorm, SelfAttention
 from deepdelta.nn import DeltaStream, ResidualConfig
 
 NetworkName = Literal["mlp", "cnn", "encoder"]
@@ -60,24 +60,6 @@ class Plain(nn.Module):
         return x + self.branch(self.norm(x))  # type: ignore[no-any-return]
 
 
-class ChannelNorm(nn.RMSNorm):
-    """RMSNorm over the channels of (B, C, H, W)."""
-
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.inward, self.outward = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        query, key, value = self.inward(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        heads = F.scaled_dot_product_attention(query, key, value)
-        return self.outward(heads.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
-
-
 def _norm(kind: NetworkName, dim: int) -> nn.Module:
     return (ChannelNorm if kind == "cnn" else nn.RMSNorm)(dim, 1e-5)
 
@@ -86,7 +68,7 @@ def _branch(kind: NetworkName, index: int, dim: int) -> nn.Module:
     if kind == "cnn":
         return nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, 3, padding=1))
     if kind == "encoder" and index % 2 == 0:
-        return SelfAttention(dim)
+        return SelfAttention(dim, HEADS, bias=True)
     return nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
 
 

@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from deepdelta.config import Count, Distinct
 from deepdelta.errors import UserError, nearest
+from deepdelta.lab.layers import ChannelNorm, SelfAttention
 from deepdelta.lab.tasks import fitting
 from deepdelta.lab.tasks.fitting import AdamW, part_of, seeded, stream_of
 from deepdelta.lab.tasks.images import load_images, split_images
 from deepdelta.lab.tasks.task import Progress, Task, Variant
-from deepdelta.lab.tasks.vision import SelfAttention, fit_images
+from deepdelta.lab.tasks.vision import fit_images
 from deepdelta.nn import ResidualConfig
 from deepdelta.training.config import Positive
 
@@ -98,13 +99,6 @@ def _branch(kind: str, index: int, dim: int, out_norm: float | None) -> nn.Modul
         nn.init.constant_(norm.weight, out_norm)
         layers.append(norm)
     return nn.Sequential(*layers)
-
-
-class ChannelNorm(nn.RMSNorm):
-    """RMSNorm over the channels of (B, C, H, W)."""
-
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def run(settings: NetworksSettings, seed: int, progress: Progress) -> dict[str, float]:

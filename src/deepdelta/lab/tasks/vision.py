@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from deepdelta.errors import UserError
+from deepdelta.lab.layers import SelfAttention
 from deepdelta.lab.tasks.fitting import Recipe, fit, stream_of
 from deepdelta.lab.tasks.images import Images
 from deepdelta.lab.tasks.task import Progress
@@ -23,21 +24,6 @@ def _check_images(images: Tensor, image: tuple[int, int, int]) -> None:
             f"images must be (B, channels, height, width) = (B, {', '.join(map(str, image))}), as the network was made "
             f"for, got {tuple(images.shape)}."
         )
-
-
-class SelfAttention(nn.Module):
-    """Multi-head attention over all patches."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.inward = nn.Linear(dim, 3 * dim, bias=False)
-        self.outward = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        q, k, v = self.inward(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-3, -2)
-        mixed: Tensor = self.outward(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
-        return mixed
 
 
 class ViT(nn.Module):
