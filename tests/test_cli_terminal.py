@@ -130,6 +130,7 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written(
         shutil.copy(source, place / "text.txt")
         run = place / "run"
         quietly(config(place / "text.txt", steps=2), run)
+        main(["evaluate", str(run)])  # compiles its loops in a folder that the other user cannot write
         write_json(place / "a.json", settings(place / "text.txt", steps=2))
         command = ("train", run, "--config", place / "a.json")
         with unwritable(place):
