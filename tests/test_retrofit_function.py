@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import deepdelta
 from deepdelta import UserError, recording, retrofit, retrofitted, undo_retrofit
+from deepdelta.nn import rewriting
+from deepdelta.ops.step import fused_step
 from retrofit_models import FAMILIES, IDS, encoder, gpt2, llama, made, open_gates, output, residuals
 
 NAMES = list(FAMILIES)
@@ -59,7 +61,7 @@ def test_half_precision_rounds_as_the_plain_network_does():
     assert output(model, IDS).equal(output(plain, IDS))
 
 
-@pytest.mark.parametrize("name", ["llama", "post-norm", "basic"])
+@pytest.mark.parametrize("name", ["llama", "pre-norm", "post-norm", "basic"])
 def test_the_fused_backend_and_the_memory_plans_compute_the_same(name):
     pytest.importorskip("numba")
     model = retrofit(made(name).double(), 4, seed=0)
@@ -70,6 +72,27 @@ def test_the_fused_backend_and_the_memory_plans_compute_the_same(name):
     torch.testing.assert_close(value_and_gradients(model, x), (expected, gradients), rtol=1e-9, atol=1e-9)
     deepdelta.use_backend(model, "fused")
     torch.testing.assert_close(value_and_gradients(model, x), (expected, gradients), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("llama", 4), ("llama", 1), ("pre-norm", 4), ("post-norm", 4)])
+def test_a_residual_opens_the_next_one_of_its_block_in_its_own_pass(name, channels, monkeypatch):
+    """Not at V = 1, where a fused norm would round otherwise than the network's, and not across a norm after the
+    addition."""
+    made_with = []
+
+    def noting(*args, opens, **kwargs):
+        made_with.append((opens, args[6] is not None))
+        return fused_step(*args, opens=opens, **kwargs)
+
+    monkeypatch.setattr(rewriting, "fused_step", noting)
+    model = retrofit(made(name), channels)
+    deepdelta.use_backend(model, "fused")
+    output(model, FAMILIES[name].x)
+    layers = len(made_with) // 2
+    norm_too = name == "llama"  # a LayerNorm is called
+    first = (True, norm_too) if channels == 4 and name != "post-norm" else (False, False)
+    assert layers > 0
+    assert made_with == [first, (False, False)] * layers
 
 
 def value_and_gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:

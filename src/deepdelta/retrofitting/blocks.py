@@ -4,7 +4,7 @@ Names of the network's parameters stay as they are, nothing of it is copied, and
 be taken back.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deepdelta.errors import UserError
 from deepdelta.nn import DeltaResidual, DeltaStream
+from deepdelta.nn.input_map import InputMap, StreamState
 from deepdelta.retrofitting.config import RetrofitConfig
 from deepdelta.retrofitting.describing import full_name
 from deepdelta.retrofitting.places import join
@@ -26,15 +27,25 @@ class Absent:
 class Opening(NamedTuple):
     """A residual on its way: what it read of the state, and what is left to do."""
 
-    x_in: Tensor
-    """The compressed state."""
-    c: Tensor
-    """What the branch reads: x_in, or its norm by a norm of the network's own."""
-    rewrite: Callable[[Tensor], Tensor]
-    """The branch's output to the state after it."""
+    residual: DeltaResidual
+    given: StreamState
 
+    def x_in(self) -> Tensor:
+        """The compressed state."""
+        assert self.given.x_in is not None
+        return self.residual.layout.outward(self.given.x_in)
 
-_NONE = nn.Identity()
+    def c(self) -> Tensor:
+        """x_in, normed."""
+        return self.residual.branch_input(self.given)
+
+    def rewrite(self, h: Tensor) -> Tensor:
+        """The state after it, of the branch's output."""
+        return self.residual.closed(self.residual.rewrite(self.given, h))
+
+    def onward(self, h: Tensor, reading: InputMap) -> StreamState:
+        """The same, read by the next residual of the block: where the fused step can, in the rewrite's own pass."""
+        return self.residual.rewrite(self.given, h, reading)
 
 
 class Deltas(nn.Module):
@@ -73,21 +84,24 @@ class Deltas(nn.Module):
             return x
         return self._entry[0].expand(x)
 
-    def open(self, name: str, state: Tensor, norm: nn.Module | None = None) -> "Opening":
-        """What the branch `name` reads, and the function that takes its output to the state after it.
+    def reading(self, name: str, norm: nn.Module | None = None, alone: bool = True) -> InputMap:
+        """How the residual `name` reads the state, and its branch, if it is `alone`, with it.
 
-        A `norm` of the network's own stands between its reading and both branch and gate; without one, the residual's
-        own, if it has one, is for the gate and W alone.
+        A `norm` of the network's own stands between its reading and both branch and gate. Without one the branch reads
+        x_in, and the residual's own norm, if it has one, is for the gate and W alone. At V = 1 the norm is called, not
+        done in a fused pass, which would round otherwise: a retrofit starts there as the network, to the bit.
         """
         residual = self._residual(name)
-        layout, input_map = residual.layout, residual.input_map()
-        if norm is not None:
-            input_map = replace(input_map, norm=_NONE)
-        given = residual.opened(state, input_map, norm)
-        assert given.x_in is not None
-        x_in = layout.outward(given.x_in)
-        c = x_in if norm is None else layout.outward(given.read())
-        return Opening(x_in, c, lambda h: residual.closed(residual.rewrite(given, h)))
+        reading = residual.input_map()
+        if norm is None:
+            return replace(reading, needs_x_in=True)
+        x_in = reading.needs_x_in or not alone or residual.config.value_channels == 1
+        return replace(reading, norm=norm, needs_x_in=x_in)
+
+    def open(self, name: str, state: Tensor | StreamState, reading: InputMap) -> Opening:
+        """The residual `name` with what its branch reads of the state, unless the one before it has read that."""
+        residual = self._residual(name)
+        return Opening(residual, state if isinstance(state, StreamState) else residual.opened(state, reading))
 
     def read(self, name: str, state: Tensor) -> Tensor:
         """The vectors that a residual reads of the state, before any norm."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepdelta.errors import UserError
+from deepdelta.nn.input_map import InputMap, StreamState
 from deepdelta.retrofitting.blocks import DeltaBlock, Deltas, Job, check_blocks
-from deepdelta.retrofitting.describing import Block, Branch, Stack, Takes, each, found, full_name
+from deepdelta.retrofitting.describing import Addition, Block, Branch, Stack, Takes, each, found, full_name
 from deepdelta.retrofitting.families import FOUR
 from deepdelta.retrofitting.huggingface import major_release
 
@@ -49,29 +50,49 @@ class DescribedBlock(DeltaBlock):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         delta, rest = self.delta, tuple[Any, ...]()
         state, extras = delta.given(args, kwargs)
-        for addition in delta.description.additions:
-            if addition.given and extras.get(addition.given) is None:
-                continue
-            if not delta.has(addition.name):
-                raise UserError(
-                    f"{addition.given} needs a {type(self).__name__} that was made with add_cross_attention=True."
-                )
+        onward: StreamState | None = None
+        additions = self._additions(extras)
+        for addition, following in zip(additions, [*additions[1:], None], strict=True):
             first, before = addition.branches[0], None
-            if addition.shortcut and not isinstance(shortcut := found(self, addition.shortcut), nn.Identity):
-                state, before = shortcut(state), state
-            state = delta.enter(state)
-            opening = delta.open(addition.name, state, self._norm(first))
-            h, more = self._output(first, opening.c if before is None else before, extras)
+            if onward is None:
+                if addition.shortcut and not isinstance(shortcut := found(self, addition.shortcut), nn.Identity):
+                    state, before = shortcut(state), state
+                state = delta.enter(state)
+            opening = delta.open(addition.name, onward or state, self._reading(addition))
+            read = opening.c if first.norm else opening.x_in
+            h, more = self._output(first, read() if before is None else before, extras)
             rest += more
             for branch in addition.branches[1:]:
-                norm = self._norm(branch)
-                other, more = self._output(branch, opening.x_in if norm is None else norm(opening.x_in), extras)
+                norm, x_in = self._norm(branch), opening.x_in()
+                other, more = self._output(branch, x_in if norm is None else norm(x_in), extras)
                 h, rest = h + other, rest + more
-            state = opening.rewrite(h)
-            if addition.after:
-                state = delta.map(found(self, addition.after), state)
+            if following is None or following.shortcut or addition.after:
+                state, onward = opening.rewrite(h), None
+                if addition.after:
+                    state = delta.map(found(self, addition.after), state)
+            else:
+                onward = opening.onward(h, self._reading(following))
         state = delta.leave(state)
         return (state, *rest) if delta.description.returns_rest else state
+
+    def _additions(self, extras: dict[str, Any]) -> list[Addition]:
+        """Those that this call makes.
+
+        Raises:
+            UserError: the block lacks the modules of one.
+        """
+        asked_for = [
+            one for one in self.delta.description.additions if not one.given or extras.get(one.given) is not None
+        ]
+        for one in asked_for:
+            if not self.delta.has(one.name):
+                raise UserError(
+                    f"{one.given} needs a {type(self).__name__} that was made with add_cross_attention=True."
+                )
+        return asked_for
+
+    def _reading(self, addition: Addition) -> InputMap:
+        return self.delta.reading(addition.name, self._norm(addition.branches[0]), len(addition.branches) == 1)
 
     def _norm(self, branch: Branch) -> nn.Module | None:
         return found(self, branch.norm) if branch.norm else None

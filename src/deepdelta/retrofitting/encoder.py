@@ -32,11 +32,13 @@ class EncoderBlock(DeltaBlock):
         padding = F._canonical_mask(src_key_padding_mask, "src_key_padding_mask", floating, "src_mask", src.dtype)
         mask = F._canonical_mask(src_mask, "src_mask", None, "", src.dtype, False)
         state, first = self.delta.enter(src), layer.norm_first
-        _, c, rewrite = self.delta.open("attention", state, layer.norm1 if first else None)
-        state = rewrite(layer._sa_block(c, mask, padding, is_causal))
-        state = state if first else layer.norm1(state)
-        _, c, rewrite = self.delta.open("feed_forward", state, layer.norm2 if first else None)
-        state = rewrite(layer._ff_block(c))
+        norms = (layer.norm1, layer.norm2) if first else (None, None)
+        attention, feed_forward = (self.delta.reading(*one) for one in zip(self.RESIDUALS, norms, strict=True))
+        opening = self.delta.open("attention", state, attention)
+        h = layer._sa_block(opening.c() if first else opening.x_in(), mask, padding, is_causal)
+        onward = opening.onward(h, feed_forward) if first else layer.norm1(opening.rewrite(h))
+        opening = self.delta.open("feed_forward", onward, feed_forward)
+        state = opening.rewrite(layer._ff_block(opening.c() if first else opening.x_in()))
         return self.delta.leave(state if first else layer.norm2(state))
 
 

@@ -34,8 +34,8 @@ class ResNetBlock(DeltaBlock):
             assert before is not None
             x_in = before.reduce(state)
             state = before.map_channels(self.downsample, state)
-        opening = self.delta.open("convolutions", state)
-        new = opening.rewrite(self.branch(opening.x_in if x_in is None else x_in))
+        opening = self.delta.open("convolutions", state, self.delta.reading("convolutions"))
+        new = opening.rewrite(self.branch(opening.x_in() if x_in is None else x_in))
         # The block's own ReLU works in place, on what the backward pass may still need.
         return self.delta.leave(torch.relu(new) if isinstance(self.relu, nn.ReLU) else self.relu(new))
 
