@@ -27,15 +27,16 @@ def names(module: nn.Module, parameters: list[nn.Parameter]) -> list[str]:
 @pytest.mark.parametrize("preset", RESIDUAL)
 def test_membership_in_a_gpt(preset):
     model = GPT(GPTConfig(vocab_size=9, dim=8, heads=2, layers=2, context=4, residual=PRESETS[preset]))
-    decayed, exempt = param_groups(model, 0.1)
-    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
-    expected = ["embedding.weight"]
+    matrices, embeddings, exempt = param_groups(model, 0.1)
+    assert [group["weight_decay"] for group in (matrices, embeddings, exempt)] == [0.1, 0.1, 0.0]
+    expected = list[str]()
     for i in range(2):
         expected += [f"layers.{i}.{name}" for name in BRANCH]
         expected += [f"layers.{i}.{residual}.{name}" for residual in ("attention", "mlp") for name in RESIDUAL[preset]]
     everything = sorted(name for name, _ in model.named_parameters())
-    assert names(model, decayed["params"]) == sorted(expected)
-    assert names(model, exempt["params"]) == sorted(set(everything) - set(expected))
+    assert names(model, matrices["params"]) == sorted(expected)
+    assert names(model, embeddings["params"]) == ["embedding.weight"]
+    assert names(model, exempt["params"]) == sorted(set(everything) - {"embedding.weight", *expected})
 
 
 class Everything(nn.Module):
@@ -63,10 +64,10 @@ class Everything(nn.Module):
 
 def test_membership_in_any_module():
     module = Everything()
-    decayed, exempt = param_groups(module, 0.01)
-    assert names(module, decayed["params"]) == sorted(
+    matrices, embeddings, exempt = param_groups(module, 0.01)
+    assert names(module, embeddings["params"]) == ["convolution.weight", "embed.weight"]
+    assert names(module, matrices["params"]) == sorted(
         [
-            "embed.weight",
             "mix.branch.weight",
             "mix.write.map.weight",
             "deep.target.map.weight",
@@ -74,11 +75,11 @@ def test_membership_in_any_module():
             "attention.out_proj.weight",
             "recurrent.weight_ih_l0",
             "recurrent.weight_hh_l0",
-            "convolution.weight",
         ]
     )
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    assert names(module, exempt["params"]) == sorted(trained - set(names(module, decayed["params"])))
+    decayed = names(module, [*matrices["params"], *embeddings["params"]])
+    assert names(module, exempt["params"]) == sorted(trained - set(decayed))
     kept = names(module, exempt["params"])
     for name in (
         "mix.gate.outer.weight",
@@ -113,13 +114,14 @@ def test_a_step_without_gradient_signal_moves_only_the_decayed():
         parameter.grad = torch.zeros_like(parameter)
     torch.optim.AdamW(param_groups(model, 0.5), lr=0.1).step()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert moved == set(names(model, param_groups(model, 0.5)[0]["params"]))
+    matrices, embeddings, _ = param_groups(model, 0.5)
+    assert moved == set(names(model, [*matrices["params"], *embeddings["params"]]))
 
 
 def test_a_module_without_matrices():
     module = nn.LayerNorm(4)
     groups = param_groups(module, 0.1)
-    assert [len(group["params"]) for group in groups] == [0, 2]
+    assert [len(group["params"]) for group in groups] == [0, 0, 2]
     module(randn(2, 4).float()).sum().backward()
     torch.optim.AdamW(groups).step()
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 from deepdelta import GPT, GPTConfig, TrainConfig, UserError, param_groups
 from deepdelta.data import batch, load_corpus
 from deepdelta.training.optimizer import build_optimizer, learning_rate
+from deepdelta.training.parallel import check_parallel
+from deepdelta.training.step import training_step
 from tiny_runs import config, quietly, rows, tensors, text_file
 
 
@@ -105,7 +108,8 @@ def test_clipping_and_one_adamw_step(tmp_path: Path, share: float) -> None:
     quietly(settings, tmp_path / "run")
     assert rows(tmp_path / "run")[0]["gradient_norm"] == pytest.approx(norm, rel=1e-5)
     saved = tensors(tmp_path / "run")
-    decayed = {id(p) for p in param_groups(model, 0.5)[0]["params"]}
+    matrices, embeddings, _ = param_groups(model, 0.5)
+    decayed = {id(p) for p in (*matrices["params"], *embeddings["params"])}
     assert decayed and len(decayed) < len(gradients)
     for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
         clipped = gradient * min(1.0, share)
@@ -128,9 +132,9 @@ def test_parameter_groups_hold_every_trained_parameter_once() -> None:
     shared = nn.Linear(3, 3)
     frozen = nn.Linear(3, 3).requires_grad_(False)
     module = nn.ModuleDict({"a": shared, "b": shared, "gate": Exempt(), "norm": nn.LayerNorm(3), "frozen": frozen})
-    decayed, exempt = param_groups(module, 0.1)
-    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
-    assert [id(p) for p in decayed["params"]] == [id(shared.weight)]
+    matrices, embeddings, exempt = param_groups(module, 0.1)
+    assert (matrices["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
+    assert [id(p) for p in matrices["params"]] == [id(shared.weight)] and not embeddings["params"]
     expected = [shared.bias, *module["gate"].parameters(), *module["norm"].parameters()]
     assert sorted(map(id, exempt["params"])) == sorted(map(id, expected))
     with pytest.raises(UserError, match="weight_decay must be at least 0, got -1"):
@@ -140,13 +144,93 @@ def test_parameter_groups_hold_every_trained_parameter_once() -> None:
 def test_what_decays_in_a_gpt() -> None:
     model = GPT(GPTConfig(vocab_size=11, context=8, layers=1, heads=2, dim=8))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, exempt = (
+    matrices, embeddings, exempt = (
         {names[id(p)] for p in group["params"]} for group in build_optimizer(model, TrainConfig()).param_groups
     )
-    assert decayed | exempt == set(names.values()) and not decayed & exempt
+    assert matrices | exempt == set(names.values()) - embeddings and not matrices & exempt
+    assert embeddings == {"embedding.weight"}
     parts = {"attention": ("query", "key", "value", "out"), "mlp": ("gate", "up", "out")}
-    assert decayed == {
-        "embedding.weight",
+    assert matrices == {
         *(f"layers.0.{name}.branch.{part}.weight" for name, several in parts.items() for part in several),
         *(f"layers.0.{name}.write.map.weight" for name in parts),
     }
+
+
+def iterated(values: torch.Tensor) -> torch.Tensor:
+    """Singular values after five Newton-Schulz iterations from a Frobenius norm of 1."""
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    return values
+
+
+def test_muon_for_the_matrices_and_adamw_for_the_rest(tmp_path: Path) -> None:
+    """From zero momentum the update is that of the gradient, whose singular vectors it keeps. Muon iterates in bf16,
+    where small singular values are rounding."""
+    source = text_file(tmp_path / "t")
+    changes = {"steps": 1, "warmup": 0, "lr": 0.01, "weight_decay": 0.5, "clip": 1e6}
+    model, gradients = first_gradients(config(source))
+    for name in ("adamw", "muon"):
+        quietly(config(source, optimizer=name, **changes), tmp_path / name)
+    muon, adamw = tensors(tmp_path / "muon"), tensors(tmp_path / "adamw")
+    matrices = {id(p) for p in param_groups(model, 0.5)[0]["params"]}
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        key = f"model.{name}"
+        if id(parameter) not in matrices:
+            assert muon[key].equal(adamw[key])
+            continue
+        assert f"optimizer.{name}.exp_avg" not in muon and f"optimizer.{name}.momentum_buffer" in muon
+        made = (parameter.detach() * (1 - 0.01 * 0.5) - muon[key]) / (0.01 * 0.2 * max(parameter.shape) ** 0.5)
+        left, values, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+        found = (left.mT @ made.double() @ right.mT).diagonal()
+        large = values > 0.3 * values.max()
+        torch.testing.assert_close(found[large], iterated(values)[large], rtol=0, atol=0.06)
+
+
+def test_muon_stops_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    source = text_file(tmp_path / "t")
+    changes = {"optimizer": "muon", "schedule": "constant", "momentum": 0.9}
+    quietly(config(source, steps=9, **changes), tmp_path / "whole")
+    for steps in (4, 9):
+        quietly(config(source, steps=steps, **changes), tmp_path / "parts")
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys() and all(whole[name].equal(parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_groups_with_rates_of_their_own(tmp_path: Path, optimizer: str) -> None:
+    """What one step does to a group, without decay, is proportional to its rate."""
+    source = text_file(tmp_path / "t")
+    changes = {"steps": 1, "warmup": 0, "lr": 1e-3, "weight_decay": 0.0, "optimizer": optimizer}
+    quietly(config(source, **changes), tmp_path / "one")
+    quietly(config(source, embedding_rate=4.0, exempt_rate=0.5, **changes), tmp_path / "own")
+    model, _ = first_gradients(config(source))
+    one, own = tensors(tmp_path / "one"), tensors(tmp_path / "own")
+    factor = {id(p): f for g, f in zip(param_groups(model, 0.0), (1.0, 4.0, 0.5), strict=True) for p in g["params"]}
+    for name, start in model.named_parameters():
+        key = f"model.{name}"
+        expected = (one[key] - start.detach()) * factor[id(start)]
+        torch.testing.assert_close(own[key] - start.detach(), expected, rtol=1e-4, atol=2e-6)
+
+
+def test_a_step_that_is_not_finite_leaves_muon_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = build_optimizer(model, TrainConfig(optimizer="muon"))
+    for bad in (False, True):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        loss = model(torch.ones(3, 4)).square().sum() * (float("nan") if bad else 1.0)
+        training_step(model, optimizer, [loss], clip=1.0, rate=0.1)
+        moved = [name for name, parameter in model.named_parameters() if not parameter.equal(before[name])]
+        assert moved == ([] if bad else list(before))
+
+
+def test_momentum_is_refused_without_muon() -> None:
+    with pytest.raises(UserError, match=r"momentum=0\.5 has no effect where optimizer is not 'muon'"):
+        TrainConfig(momentum=0.5)
+
+
+def test_muon_is_refused_where_matrices_are_in_parts() -> None:
+    ranks: Any = SimpleNamespace(size=2, started_together=True)
+    check_parallel(TrainConfig(optimizer="muon"), ranks)
+    with pytest.raises(UserError, match="optimizer='muon' takes whole matrices, which parallel='fsdp' does not have"):
+        check_parallel(TrainConfig(optimizer="muon", parallel="fsdp"), ranks)

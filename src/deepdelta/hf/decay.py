@@ -17,8 +17,9 @@ class DeltaDecay:
     """
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        decayed = {id(parameter) for parameter in param_groups(model, 0.0)[0]["params"]}
-        return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
+        exempt = {id(parameter) for parameter in _exempt(model)}
+        trained = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+        return [name for name, parameter in trained if id(parameter) not in exempt]
 
 
 _known: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -33,7 +34,7 @@ def warn_of_decayed_gates(model: nn.Module) -> None:
 
 
 def _exempt(model: nn.Module) -> list[Tensor]:
-    return param_groups(model, 0.0)[1]["params"]  # type: ignore[no-any-return]
+    return param_groups(model, 0.0)[-1]["params"]  # type: ignore[no-any-return]
 
 
 def _look(model: nn.Module, optimizer: Optimizer) -> None:

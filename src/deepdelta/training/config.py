@@ -46,7 +46,16 @@ class TrainConfig(Settings):
     `cooldown`, so that a run without one, extended, is the run that had those steps from the start."""
     cooldown: int = 0
     """Of a constant rate: the last steps, over which it falls linearly to `lr * final_lr`."""
+    embedding_rate: Positive = 1.0
+    """The learning rate of embeddings, as a multiple of `lr`."""
+    exempt_rate: Positive = 1.0
+    """That of gates, biases, norms and reads."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices, at a rate for AdamW (its update has the size of AdamW's); AdamW for the rest."""
+    momentum: Decay = 0.95
+    """Of Muon."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Of AdamW."""
     weight_decay: Annotated[float, Interval(ge=0, le=1e6)] = 0.1
     """On matrices and embeddings; never on gates, biases, norms and reads."""
     clip: Positive = 1.0
@@ -93,10 +102,14 @@ class TrainConfig(Settings):
         super().__post_init__()
         if self.cooldown and self.schedule != "constant":
             raise UserError(f"cooldown must be 0 where the schedule is not 'constant', got {self.cooldown}.")
-        for name, average in (("ema_decay", "ema"), ("average_steps", "last")):
-            if self.average != average and (value := getattr(self, name)) != getattr(TrainConfig, name):
+        for name, owner, needed in (
+            ("ema_decay", "average", "ema"),
+            ("average_steps", "average", "last"),
+            ("momentum", "optimizer", "muon"),
+        ):
+            if getattr(self, owner) != needed and (value := getattr(self, name)) != getattr(TrainConfig, name):
                 raise UserError(
-                    f"{name}={value} has no effect where average is not '{average}'; set that, or leave it out."
+                    f"{name}={value} has no effect where {owner} is not '{needed}'; set that, or leave it out."
                 )
         if not 0 <= self.cooldown <= max(0, self.steps - self.warmup):
             raise UserError(

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Muon, Optimizer
 
 from deepdelta.errors import UserError
 from deepdelta.training.config import TrainConfig
@@ -14,34 +14,70 @@ NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimiser groups over any module: decayed, and exempt (gates, biases, norms, reads).
+    """Three optimiser groups over any module: matrices, embeddings, and what is exempt from decay.
 
     Exempt are all parameters with fewer than two axes (biases, norm weights, read vectors, scalars) and all
     parameters inside a module that carries `weight_decay_exempt = True` (gates, expansions, compressions).
     Decay on those pulls a trained gate back towards beta = 1 and a read towards 0, whatever the data say.
+    Of the others those with two axes are matrices, which `torch.optim.Muon` takes. Those of an nn.Embedding, also where
+    a head is tied to them, and those with more axes are with the embeddings.
 
     Returns:
-        Groups for a torch optimiser; a parameter shared by several modules appears once.
+        Groups for a torch optimiser, each with its `name`; a parameter shared by several modules appears once.
 
     Raises:
         UserError: a negative weight_decay.
     """
     if weight_decay < 0:
         raise UserError(f"weight_decay must be at least 0, got {weight_decay}.")
-    exempt = {
-        id(parameter)
-        for owner in module.modules()
-        if getattr(owner, "weight_decay_exempt", False) or isinstance(owner, NORMS)
-        for parameter in owner.parameters()
-    }
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in exempt]
-    rest = [p for p in trained if p.ndim < 2 or id(p) in exempt]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    exempt, embedded = set[int](), set[int]()
+    for owner in module.modules():
+        if getattr(owner, "weight_decay_exempt", False) or isinstance(owner, NORMS):
+            exempt |= {id(parameter) for parameter in owner.parameters()}
+        elif isinstance(owner, nn.Embedding):
+            embedded.add(id(owner.weight))
+    names = ("matrices", "embeddings", "exempt")
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in names}
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or id(parameter) in exempt:
+            groups["exempt"].append(parameter)
+        else:
+            matrix = parameter.ndim == 2 and id(parameter) not in embedded
+            groups["matrices" if matrix else "embeddings"].append(parameter)
+    decay = {"matrices": weight_decay, "embeddings": weight_decay, "exempt": 0.0}
+    return [{"params": groups[name], "weight_decay": decay[name], "name": name} for name in names]
 
 
-def build_optimizer(module: nn.Module, config: TrainConfig) -> AdamW:
-    return AdamW(param_groups(module, config.weight_decay), lr=config.rate, betas=config.betas, fused=True)
+class Together(Optimizer):
+    """Optimisers that step one after another, as one: with the groups and the states of all of them."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def build_optimizer(module: nn.Module, config: TrainConfig) -> Optimizer:
+    """AdamW; or Muon, its update as large as AdamW's, over the matrices, and AdamW over the rest.
+
+    Each group has the learning rate times its `factor`.
+    """
+    groups = param_groups(module, config.weight_decay)
+    factors = {"embeddings": config.embedding_rate, "exempt": config.exempt_rate}
+    for group in groups:
+        group["factor"] = factors.get(group["name"], 1.0)
+        group["lr"] = config.rate * group["factor"]
+    if config.optimizer == "adamw" or not groups[0]["params"]:
+        return AdamW(groups, betas=config.betas, fused=True)
+    muon = Muon([groups[0]], momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
+    return Together(muon, AdamW(groups[1:], betas=config.betas, fused=True))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -33,6 +33,11 @@ def check_parallel(config: TrainConfig, ranks: Ranks) -> None:
             f"batch_size must be a multiple of the number of processes, got batch_size={config.batch_size} and "
             f"{ranks.size} processes: it counts the sequences of a micro-batch over all of them."
         )
+    if ranks.started_together and config.optimizer == "muon" and config.parallel != "ddp":
+        raise UserError(
+            f"optimizer='muon' takes whole matrices, which parallel='{config.parallel}' does not have; set "
+            "parallel='ddp', or optimizer='adamw'."
+        )
     if config.model.rival is None:
         return
     if ranks.started_together and config.parallel == "fsdp":

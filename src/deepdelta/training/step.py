@@ -109,5 +109,5 @@ def training_step(
     """
     if rate is not None:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("factor", 1.0)
     return update(model, optimizer, clip, backward(losses), ranks)
