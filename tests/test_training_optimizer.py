@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from deepdelta import GPT, GPTConfig, TrainConfig, UserError, param_groups
 from deepdelta.data import batch, load_corpus
 from deepdelta.training.optimizer import build_optimizer, learning_rate
 from deepdelta.training.parallel import check_parallel
+from deepdelta.training.ranks import Ranks
 from deepdelta.training.step import training_step
 from tiny_runs import config, quietly, rows, tensors, text_file
 
@@ -230,7 +230,7 @@ def test_momentum_is_refused_without_muon() -> None:
 
 
 def test_muon_is_refused_where_matrices_are_in_parts() -> None:
-    ranks: Any = SimpleNamespace(size=2, started_together=True)
+    ranks = Ranks(0, 2, store=object())
     check_parallel(TrainConfig(optimizer="muon"), ranks)
     with pytest.raises(UserError, match="optimizer='muon' takes whole matrices, which parallel='fsdp' does not have"):
         check_parallel(TrainConfig(optimizer="muon", parallel="fsdp"), ranks)
