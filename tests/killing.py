@@ -5,6 +5,7 @@ number of a call into the package, counted from the first of `train`; kills in t
 come from a clock instead.
 """
 
+import itertools
 import json
 import os
 import random
@@ -26,23 +27,29 @@ from deepdelta.config import from_plain
 from deepdelta.training import TrainConfig
 
 PACKAGE = str(Path(deepdelta.__file__).parent)
-PHASES = {"run_steps": "start", "_one_step": "steps", "save_checkpoint": "checkpoint", "_validate": "evaluation"}
+PHASES = {
+    "run_steps": "start",
+    "_one_step": "steps",
+    "_save": "checkpoint",
+    "write_snapshot": "checkpoint",
+    "_validate": "evaluation",
+}
 """Functions, and what goes on in them; `start` is all before `run_steps`."""
 
 
 class Counter:
-    """Counts calls into the package; at the call `last` the process dies on the spot."""
+    """Counts calls into the package, on every thread; at the call `last` the process dies on the spot."""
 
     def __init__(self, last: int | None = None) -> None:
-        self.calls, self.last, self.phases = 0, last, dict[str, list[int]]()
+        self.number, self.last, self.phases = itertools.count(1), last, dict[str, list[int]]()
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
         if event != "call" or not frame.f_code.co_filename.startswith(PACKAGE):
             return
-        self.calls += 1
+        call = next(self.number)
         if self.last is None:
-            self.phases.setdefault(phase(frame), []).append(self.calls)
-        elif self.calls == self.last:
+            self.phases.setdefault(phase(frame), []).append(call)
+        elif call == self.last:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -75,6 +82,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
     def run(name: str, counter: Counter | None = None) -> None:
         if counter is not None:
+            threading.setprofile(counter)
             sys.setprofile(counter)
         train(settings, folder / name, say=lambda line: None)
         sys.setprofile(None)

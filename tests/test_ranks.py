@@ -1,5 +1,6 @@
 """Several processes train what one trains: losses, norms and weights within rounding, checkpoints for any number."""
 
+import errno
 import json
 import math
 import os
@@ -11,14 +12,20 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import deepdelta
-from deepdelta import GPT, GPTConfig
+from deepdelta import GPT, GPTConfig, load
 from deepdelta.config import merged
+from deepdelta.exporting import export
 from deepdelta.models import language_model
-from deepdelta.training import RunDirectory, Trained, ranks
+from deepdelta.training import RunDirectory, Trained, parts, ranks, train
+from deepdelta.training.checkpoints import BEST
+from deepdelta.training.config import run_settings
 from deepdelta.training.parallel import recompute
+from deepdelta.training.parts import Piece
+from deepdelta.training.ranks import Ranks
 from deepdelta.training.trainer import Trainer
 from rank_runs import Case, by_ranks, host, meeting, run_cases
 from tiny_runs import rows, settings, tensors, text_file
@@ -91,6 +98,25 @@ def ruined(rank: int, steps: tuple[int, ...]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def full(rank: int, step: int) -> Iterator[None]:
+    """The disk of one rank has no space for its part of a checkpoint."""
+    real = parts._written
+
+    def written(file: Path, pieces: dict[str, Piece], at: int, ranks: Ranks) -> tuple[str, str] | None:
+        with pytest.MonkeyPatch.context() as patch:
+            if (ranks.rank, at) == (rank, step):
+                patch.setattr(os, "replace", fail)
+            return real(file, pieces, at, ranks)
+
+    def fail(*paths: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "_written", written)
+        yield
+
+
 def _two(folder: Path, cases: dict[str, dict[str, Any]], others: dict[str, list[Case]]) -> dict[str, str]:
     """What each of two ranks does in the short form, and what it is told; the second dies in the end."""
     told = run_cases(folder, [(name, plain, {}) for name, plain in cases.items() if name != "skips"] + others["sound"])
@@ -98,6 +124,16 @@ def _two(folder: Path, cases: dict[str, dict[str, Any]], others: dict[str, list[
         told |= run_cases(folder, [("skips", cases["skips"], {})])
     with ruined(1, (3, 4, 5)):
         told |= run_cases(folder, others["diverges"])
+    with full(1, 6):
+        told |= run_cases(folder, others["full"])
+    told |= run_cases(folder, others["damaged"][:1])
+    if os.environ["RANK"] == "0":
+        part = folder / "damaged" / "parts" / "checkpoint-000000000003-1-of-2.safetensors"
+        part.write_bytes(part.read_bytes()[:-1])
+    lines: list[str] = []
+    train(run_settings(others["damaged"][1][1], where="damaged"), folder / "damaged", say=lines.append)
+    if os.environ["RANK"] == "0":
+        (folder / "said.json").write_text(json.dumps(lines))
     seed = int(os.environ["RANK"])
     told |= run_cases(folder, [(name, plain | {"seed": seed}, options) for name, plain, options in others["differ"]])
     with pytest.MonkeyPatch.context() as patch:
@@ -159,6 +195,8 @@ def short(source: Path, tmp_path_factory: pytest.TempPathFactory, unchecked_file
     others: dict[str, list[Case]] = {
         "sound": [*wrong, gone_on, left],
         "diverges": [("diverges", cases["fsdp"], {})],
+        "full": [("full", cases["fsdp"] | {"keep_best": False}, {})],
+        "damaged": [("damaged", cases["fsdp"] | {"keep_last": 2, "steps": steps}, {}) for steps in (3, 6)],
         "differ": [("differ", cases["ddp"], {})],
         "start": [("start", cases["fsdp"], {})],
         "dies": [("dies", cases["fsdp"], {})],
@@ -173,7 +211,45 @@ def test_two_train_as_one(short: Short, name: str) -> None:
     assert name not in short.told[0] | short.told[1]
     assert_close(short.found / name, short.expected / name)
     files = {path.name for path in (short.expected / name).iterdir()}
-    assert {path.name for path in (short.found / name).iterdir()} == files
+    shared = {"parts"} if name.startswith("fsdp") else set()
+    assert {path.name for path in (short.found / name).iterdir()} == files | shared
+
+
+def test_each_process_writes_its_part(short: Short, tmp_path: Path) -> None:
+    """Of FSDP half of every matrix each, and no file is a pickle; read whole by whoever reads the run."""
+    run = short.found / "fsdp"
+    there = {file.name for file in (run / "parts").iterdir()}
+    assert there == {
+        f"{name}-{step:012d}-{rank}-of-2.safetensors"
+        for name, step in (("checkpoint", 6), ("best", RunDirectory(run).checkpoint(BEST).step), ("average", 6))
+        for rank in range(2)
+    }
+    weights = RunDirectory(run).checkpoint().weights
+    for rank in range(2):
+        halves = load_file(run / "parts" / f"checkpoint-000000000006-{rank}-of-2.safetensors")
+        matrix = halves["model.layers.0.mlp.branch.up.weight"]
+        assert matrix.equal(weights["layers.0.mlp.branch.up.weight"].chunk(2)[rank])
+    assert {file.suffix for file in run.rglob("*") if file.is_file()} == {".safetensors", ".json", ".jsonl", ""}
+    export(run, "safetensors", tmp_path / "one")
+    exported = load_file(tmp_path / "one" / "model.safetensors")
+    assert exported.keys() == weights.keys() and all(exported[name].equal(weights[name]) for name in weights)
+    assert not load(run, BEST).model.training
+
+
+def test_a_damaged_part_is_named_and_the_checkpoint_before_it_used(short: Short) -> None:
+    said = json.loads((short.found / "said.json").read_text())
+    (line,) = [line for line in said if "Going on from" in line]
+    assert "parts/checkpoint-000000000003-1-of-2.safetensors is truncated or damaged" in line
+    assert line.endswith("step-000000000000.safetensors.")
+    assert_close(short.found / "damaged", short.expected / "fsdp")
+
+
+def test_a_process_without_space_stops_all_at_the_last_good_checkpoint(short: Short) -> None:
+    said = sorted(told["full"] for told in short.told)
+    assert [line.partition(":")[0] for line in said] == ["Told", "UserError"]
+    part = "parts/checkpoint-000000000006-1-of-2.safetensors cannot be written: No space left on device."
+    assert part in said[1] and "The last good checkpoint is at step 3" in said[1]
+    assert RunDirectory(short.found / "full").step() == 3
 
 
 def test_all_skip_where_one_is_not_finite(short: Short) -> None:

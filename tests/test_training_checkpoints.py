@@ -14,7 +14,7 @@ from deepdelta import UserError, load, train
 from deepdelta.cli import main
 from deepdelta.config import to_plain
 from deepdelta.files import write_json
-from deepdelta.training import RunDirectory, checkpoints
+from deepdelta.training import RunDirectory, parts
 from deepdelta.training.checkpoints import earlier, read_checkpoint
 from tiny_runs import ENVIRONMENT, assert_same_run, command, config, quietly, rows, text_file
 
@@ -171,19 +171,19 @@ def test_a_faulty_file_layer_leaves_the_last_good_checkpoint(
 ) -> None:
     """From the moment that the checkpoint of step 8 is written on, each call of one kind fails."""
     run, (number, words) = tmp_path / "run", FAULTS[fault]
-    real = checkpoints.write_checkpoint
+    real = parts.write_checkpoint
 
     def fail(*arguments: Any, **options: Any) -> Any:
         raise OSError(number, os.strerror(number))
 
-    def write(file: Path, tensors: Any, step: int, seconds: float) -> None:
+    def write(file: Path, tensors: Any, step: int, *rest: Any) -> None:
         if step == 8 and file.name == "checkpoint.safetensors":
             if place == "link":  # no link, and no copy either
                 monkeypatch.setattr(Path, "hardlink_to", fail)
                 monkeypatch.setattr(shutil, "copyfile", fail)
             else:
                 monkeypatch.setattr(place, fail)
-        real(file, tensors, step, seconds)
+        real(file, tensors, step, *rest)
 
     monkeypatch.setattr("deepdelta.training.rundir.write_checkpoint", write)
     with pytest.raises(UserError, match=rf"{words}.* The last good checkpoint is at step 4 in .* the same command"):

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import deepdelta.cli.runs
@@ -27,6 +26,7 @@ from deepdelta.lab.experiments.config import StudyConfig, load_study
 from deepdelta.lab.experiments.records import FILE_NAME, RecordFile
 from deepdelta.lab.experiments.run import Run
 from deepdelta.training import RunDirectory, TrainConfig, train
+from deepdelta.training.parts import Stored
 from deepdelta.training.trainer import Trained
 
 WORDS = "def return import class self for while if else the of and state gate write erase €".split()
@@ -167,8 +167,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def tensors(run: Path) -> dict[str, Tensor]:
-    """Weights and optimiser state of the checkpoint."""
-    return load_file(run / "checkpoint.safetensors")
+    """Weights and optimiser state of the checkpoint, whole."""
+    stored = Stored(run / "checkpoint.safetensors")
+    return {name: stored.whole(name) for name in stored.pieces}
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -62,7 +62,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """
     with naming(target, "written", "What was there before is unchanged."):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target.parent)
+        remove_abandoned(target.parent)
         with _workplace(target.parent) as folder:
             temporary = folder / target.name
             temporary.touch()
@@ -103,7 +103,7 @@ def _workplace(beside: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_abandoned(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Delete what killed writers left in `folder`, and nothing that a living one writes."""
     for left in folder.glob(f".{'[0-9a-f]' * 16}{PARTIAL}"):
         # An error: its lock is held, or gone with its writer, or the file system has none.

@@ -20,19 +20,25 @@ CHECKSUM = "sha256"
 Metadata = Mapping[str, str]
 
 
-def save_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: Metadata | None = None) -> None:
-    """Write tensors by name, with text by key and a checksum of all of it."""
+def save_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: Metadata | None = None) -> str:
+    """Write tensors by name, with text by key and a checksum of all of it, which is returned."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     held = dict(metadata or {})
+    checksum = _checksum(contiguous, held)
     with atomic_path(target) as temporary:
-        save_file(contiguous, temporary, metadata=held | {CHECKSUM: _checksum(contiguous, held)})
+        save_file(contiguous, temporary, metadata=held | {CHECKSUM: checksum})
+    return checksum
 
 
-def load_tensors(file: Path, mend: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the text that `save_tensors` wrote.
+def load_tensors(
+    file: Path, mend: str, *, checksum: str | None = None, verify: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the text that `save_tensors` wrote; the tensors are read from the file when they are used.
 
     Args:
         mend: what to do if the file is damaged, for the message.
+        checksum: the one that the file must have, where that is known.
+        verify: whether to hold what the file holds against its checksum, which reads all of it.
 
     Raises:
         UserError: no such file, one that cannot be read, a truncated one, or one that is not as it was written.
@@ -48,7 +54,9 @@ def load_tensors(file: Path, mend: str) -> tuple[dict[str, Tensor], dict[str, st
     written = metadata.pop(CHECKSUM, None)
     if written is None:
         raise UserError(f"{file} holds no checksum: it is damaged, or nothing that this version wrote; {mend}.")
-    if written != _checksum(tensors, metadata):
+    if checksum not in (None, written):
+        raise UserError(f"{file} is another than the one that was written here: its checksum differs; {mend}.")
+    if verify and written != _checksum(tensors, metadata):
         raise UserError(f"{file} is damaged: what it holds does not have the checksum it was written with; {mend}.")
     return tensors, metadata
 

@@ -1,10 +1,11 @@
-"""A run's checkpoints: safetensors with a checksum each, the last one, those before it and the best."""
+"""A run's checkpoints: the last one, those before it and the best; each in files of its own (`parts`)."""
 
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,15 @@ from torch.optim.swa_utils import AveragedModel
 
 from deepdelta.errors import UserError
 from deepdelta.files import atomic_path, naming
-from deepdelta.tensors import check_finite, load_tensors, save_tensors
-from deepdelta.training.parallel import fill, whole
+from deepdelta.limits import check_memory
+from deepdelta.tensors import check_finite
+from deepdelta.training.parallel import fill, local
+from deepdelta.training.parts import EARLIER, Stored, piece
 from deepdelta.training.ranks import ALONE, Ranks
 
 CHECKPOINT, BEST, AVERAGE = "checkpoint.safetensors", "best.safetensors", "average.safetensors"
 """The last one, the one of the lowest validation loss, and one of averaged weights."""
-EARLIER = "checkpoints"
-"""The folder of those before the last."""
+T = TypeVar("T")
 
 
 class Checkpoint(NamedTuple):
@@ -36,51 +38,31 @@ class Checkpoint(NamedTuple):
 
 
 def state_of(
-    model: nn.Module, optimizer: Optimizer | None, average: AveragedModel | None, ranks: Ranks = ALONE
+    model: nn.Module, optimizer: Optimizer | None = None, average: AveragedModel | None = None
 ) -> dict[str, Tensor]:
-    """Weights, optimiser state and average by the names of a checkpoint; every rank must ask, the first gets them.
-
-    Of a sharded model one tensor at a time is put together, and kept in the first rank's host memory.
-    """
+    """Weights, optimiser state and average by the names of a checkpoint."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"average.{name}": tensor for name, tensor in (average.state_dict() if average else {}).items()}
     for name, parameter in model.named_parameters():
         for key, value in (optimizer.state.get(parameter, {}) if optimizer else {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
-    if not ranks.started_together:
-        return tensors
-    held = {}
-    for name, tensor in tensors.items():
-        one = whole(tensor)
-        if ranks.first:
-            held[name] = one.detach().cpu()
-    return held
-
-
-def write_checkpoint(file: Path, tensors: Mapping[str, Tensor], step: int, seconds: float) -> None:
-    """Write what `state_of` gave, step and training seconds as one file, whole or not at all."""
-    save_tensors(file, tensors, {"step": str(step), "seconds": repr(seconds)})
+    return tensors
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
-    """A checkpoint, verified.
+    """A checkpoint, verified and whole, however many processes wrote it.
 
     Raises:
         UserError: there is none, or it is not as it was written.
     """
-    run = file.parent.parent if file.parent.name == EARLIER else file.parent
-    if not file.exists():
-        raise UserError(f"{run} holds no {file.name}; restore it, or delete the directory and train anew.")
-    mend = f"restore a copy, or delete {run} and train anew"
-    tensors, metadata = load_tensors(file, mend)
-    if not {"step", "seconds"} <= metadata.keys():
-        raise UserError(f"{file} must be a checkpoint, but has no step; {mend}.")
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "average": {}}
-    for key, tensor in tensors.items():
-        part, _, name = key.partition(".")
-        parts[part][name] = tensor
-    step, seconds = int(metadata["step"]), float(metadata["seconds"])
-    return Checkpoint(parts["model"], parts["optimizer"], step, seconds, parts["average"])
+    stored = Stored(file)
+    held = sum(part.values.nbytes for pieces in stored.pieces.values() for part in pieces)
+    check_memory(held, f"what {file} and its parts hold")
+    kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "average": {}}
+    for key in stored.pieces:
+        kind, _, name = key.partition(".")
+        kinds[kind][name] = stored.whole(key)
+    return Checkpoint(kinds["model"], kinds["optimizer"], stored.step, stored.seconds, kinds["average"])
 
 
 def keep_last(run: Path, step: int, last: int) -> None:
@@ -121,27 +103,46 @@ def earlier(run: Path) -> list[Path]:
     return sorted((run / EARLIER).glob("step-*.safetensors"), reverse=True)
 
 
-def last_good(run: Path, say: Callable[[str], None]) -> Checkpoint:
+def kept(run: Path) -> list[Path]:
+    """All checkpoints of a run: the last, the best, averaged weights and those in EARLIER."""
+    there = [run / name for name in (CHECKPOINT, BEST, AVERAGE)]
+    return [file for file in there if file.exists()] + earlier(run)
+
+
+def last_good(run: Path, say: Callable[[str], None], ranks: Ranks = ALONE, readers: int = 1) -> Stored | None:
     """The last checkpoint. Where it is damaged or gone, the last before it that is neither, put in its place; said.
+
+    Args:
+        readers: how many of the ranks read it, the first ones; the others get None.
 
     Raises:
         UserError: none is good; what is wrong with the last.
     """
-    last = run / CHECKPOINT
-    problem: UserError | None = None
-    for file in (last, *(one for one in earlier(run) if not (last.exists() and os.path.samefile(one, last)))):
+    last, first_problem = run / CHECKPOINT, None
+
+    def names() -> list[str]:
+        return [str(last), *(str(one) for one in earlier(run) if not (last.exists() and os.path.samefile(one, last)))]
+
+    for file in map(Path, ranks.shared(names)):
+        stored, problem = None, None
         try:
-            checkpoint = read_checkpoint(file)
+            stored = Stored(file, ranks.rank, readers) if ranks.rank < readers else None
         except UserError as error:
-            problem = problem or error
+            problem = str(error)
+        found = next(filter(None, ranks.gathered(problem)), None)
+        first_problem = first_problem or found
+        if found:
             continue
-        if problem is not None:
-            say(f"{problem} Going on from the checkpoint before it instead, {file}.")
-            with atomic_path(last) as copied:
-                shutil.copyfile(file, copied)
-        return checkpoint
-    assert problem is not None
-    raise problem
+        if first_problem:
+            say(f"{first_problem} Going on from the checkpoint before it instead, {file}.")
+            ranks.shared(partial(_put, file, last))
+        return stored
+    raise UserError(first_problem or f"{run} holds no checkpoint.")
+
+
+def _put(file: Path, last: Path) -> None:
+    with atomic_path(last) as copied:
+        shutil.copyfile(file, copied)
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint, file: Path, absent: Collection[str] = ()) -> None:
@@ -150,29 +151,31 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, file: Path, absent: Coll
     Raises:
         UserError: tensors that do not fit the model or are not finite.
     """
-    check_fits(model, checkpoint, file, absent)
-    model.load_state_dict(model.state_dict() | checkpoint.weights)
+    weights = checkpoint.weights
+    check_fits(model, {name: (*tensor.shape,) for name, tensor in weights.items()}, file, absent)
+    check_finite(weights, file)
+    model.load_state_dict(model.state_dict() | weights)
 
 
-def check_fits(model: nn.Module, checkpoint: Checkpoint, file: Path, absent: Collection[str] = ()) -> None:
+def check_fits(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], file: Path, absent: Collection[str] = ()
+) -> None:
     """Refuse weights that are not those of `model`; it may hold those in `absent` besides.
 
     Raises:
-        UserError: tensors that do not fit the model or are not finite.
+        UserError: tensors that do not fit the model.
     """
-    tensors, own = checkpoint.weights, model.state_dict()
-    missing, unknown = sorted(set(own) - set(tensors) - set(absent)), sorted(set(tensors) - set(own))
+    own = model.state_dict()
+    missing, unknown = sorted(set(own) - set(shapes) - set(absent)), sorted(set(shapes) - set(own))
     if missing or unknown:
         raise UserError(
             f"{file} does not fit this model: missing tensors {missing[:5]}, unknown tensors {unknown[:5]}."
         )
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
+    for name, shape in shapes.items():
+        if shape != own[name].shape:
             raise UserError(
-                f"{file} does not fit this model: '{name}' has shape {tuple(tensor.shape)}, the model's has "
-                f"{tuple(own[name].shape)}."
+                f"{file} does not fit this model: '{name}' has shape {shape}, the model's has {tuple(own[name].shape)}."
             )
-    check_finite(tensors, file)
 
 
 def restore(
@@ -186,29 +189,55 @@ def restore(
     """Load the last checkpoint's weights, optimiser state and average, or, where it is damaged, those of the one
     before it, which is said; the step and the training seconds that it was made at.
 
-    The first of several ranks reads it and gives the others theirs, so it matters nothing how many wrote it.
+    Of what is spread over the ranks each reads its own, so it matters nothing how many wrote it; what each has whole
+    the first one reads for all.
 
     Raises:
-        UserError: see `last_good` and `check_fits`.
+        UserError: see `last_good`, `check_fits` and `check_finite`.
     """
-    found = Checkpoint({}, {}, 0, 0.0, {})
+    spread = any(piece(tensor) for tensor in model.state_dict().values())
+    stored = last_good(run, say, ranks, ranks.size if spread else 1)
 
-    def read() -> tuple[int, float, dict[str, list[int]]]:
-        nonlocal found
-        found = last_good(run, say)
-        check_fits(model, found, run / CHECKPOINT)
-        return found.step, found.seconds, {name: [*tensor.shape] for name, tensor in found.optimizer.items()}
+    def found() -> tuple[int, float, dict[str, list[int]]]:
+        assert stored is not None
+        check_fits(model, _of("model", stored.shapes), run / CHECKPOINT)
+        return stored.step, stored.seconds, {key: [*shape] for key, shape in stored.shapes.items()}
 
-    step, seconds, shapes = ranks.shared(read)
-    fill(model.state_dict(), found.weights, ranks)
-    states = {}
+    step, seconds, shapes = ranks.shared(found)
+    _load(model.state_dict(), "model", stored, ranks)
+    check_finite({name: local(tensor) for name, tensor in model.state_dict().items()}, run / CHECKPOINT)
+    ranks.gathered(None)  # so that where one of them finds such weights the others hear of it here
+    states, of_optimizer = {}, _of("optimizer", shapes)
     for name, parameter in model.named_parameters():
-        for key in (key for key in shapes if key.startswith(f"{name}.")):
-            # Sharded as the parameter is, or a count of steps.
-            alike = shapes[key] == [*parameter.shape] and parameter.ndim
-            state = torch.zeros_like(parameter) if alike else torch.zeros(shapes[key], device=parameter.device)
+        for key in (key for key in of_optimizer if key.startswith(f"{name}.")):
+            # Spread as the parameter is, or a count of steps.
+            shape = of_optimizer[key]
+            alike = shape == [*parameter.shape] and parameter.ndim
+            state = torch.zeros_like(parameter) if alike else torch.zeros(shape, device=parameter.device)
             states[key] = optimizer.state[parameter][key.removeprefix(f"{name}.")] = state
-    fill(states, found.optimizer, ranks)
+    _load(states, "optimizer", stored, ranks)
     if average is not None:
-        fill(average.state_dict(), found.average, ranks)
+        _load(average.state_dict(), "average", stored, ranks)
     return step, seconds
+
+
+def _of(kind: str, entries: Mapping[str, T]) -> dict[str, T]:
+    """Those of a checkpoint's entries that are of this kind, by their names there."""
+    return {key.removeprefix(f"{kind}."): entry for key, entry in entries.items() if key.startswith(f"{kind}.")}
+
+
+@torch.no_grad()
+def _load(tensors: Mapping[str, Tensor], kind: str, stored: Stored | None, ranks: Ranks) -> None:
+    whole = {}
+    for name, tensor in tensors.items():
+        if (own := piece(tensor)) is None:
+            whole[name] = tensor
+        else:
+            assert stored is not None, "each rank reads what it has a piece of"
+            own.values.copy_(stored.block(f"{kind}.{name}", own.offset, own.values.shape))
+
+    def value(name: str) -> Tensor:
+        assert stored is not None
+        return stored.whole(f"{kind}.{name}")
+
+    fill(whole, value, ranks)

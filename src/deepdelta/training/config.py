@@ -79,6 +79,9 @@ class TrainConfig(Settings):
     """Checkpoints that are kept: where the last is damaged, the same command goes on from the one before it."""
     keep_best: bool = False
     """Keep the checkpoint with the lowest validation loss too, as best.safetensors."""
+    async_save: bool = True
+    """Write checkpoints on a thread, from a copy in host memory (12 bytes a parameter), while steps go on; without it
+    steps wait for the disk. Not a bit of the run depends on it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a CUDA device that has it, else fp32."""

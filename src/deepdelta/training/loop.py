@@ -95,7 +95,7 @@ def _train(
     if (source := None if init_from is None else RunDirectory(init_from)) is not None:
         ranks.shared(lambda: start_from(source, model))
         weights = model.state_dict()
-        fill(weights, weights, ranks)
+        fill(weights, weights.__getitem__, ranks)
     rewrites = set_runtime(model, config)
     if config.warning:
         say(config.warning)
@@ -104,7 +104,7 @@ def _train(
     ranks.agree({key: value for key, value in environment.items() if key not in ("machine", "commit", "threads")})
     environment |= {"processes": ranks.size, "parallel": config.parallel} if ranks.started_together else ONE_PROCESS
     trainer = Trainer(config, run, corpus, chosen, model, say, on_row, ranks)
-    with run.locked() if ranks.first else nullcontext():
+    with run.locked() if ranks.first else nullcontext(), trainer.saver:
         if ranks.shared(lambda: run.started):
             ranks.shared(lambda: _check_continues(run, config, environment, init_from, inexact_resume))
             trainer.restore()
@@ -113,7 +113,7 @@ def _train(
         else:
             ranks.shared(run.clear)
             # Written first: a checkpoint at step 0 tells what a start cut short has left from the files of a user.
-            trainer.save()
+            trainer.save(at_once=True)
             start = {"init_from": None} if source is None else _describe_start(source)
             ranks.shared(lambda: _write_start(run, corpus, environment | start))
         # Written last: it makes the directory a run, or gives the run its new number of steps.
@@ -138,8 +138,8 @@ def check_size(config: TrainConfig, chosen: Device, processes: int = 1, shards: 
     """Refuse a run that no step of can fit into memory, before its model is made.
 
     Counted are weights, gradients and AdamW's two moments, of a micro-batch the logits with their gradient, and of a
-    batch its ids and labels: what every step needs. Of several processes each has its rows of a micro-batch, and of
-    a model in shards its share.
+    batch its ids and labels: what every step needs. On a CPU the copy that a checkpoint is written from comes on top.
+    Of several processes each has its rows of a micro-batch, and of a model in shards its share.
 
     Raises:
         UserError: the model, its training state or a batch is too large for the machine or its device.
@@ -152,6 +152,9 @@ def check_size(config: TrainConfig, chosen: Device, processes: int = 1, shards: 
     state = (least_bytes(config.model) + 12 * parameter_count(config.model)) // shards
     least = state + 8 * logits + 2 * tokens * config.model.dim
     check_memory(least, "a training step (the model's size, batch_size times context)", chosen.device)
+    if config.async_save and chosen.device.type == "cpu":
+        copy = 12 * parameter_count(config.model) // shards
+        check_memory(least + copy, "a training step and the copy of a checkpoint (which async_save=False leaves out)")
 
 
 def set_runtime(model: LanguageModel, config: TrainConfig) -> Chosen:

@@ -126,19 +126,19 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Set tensors, by name the same on every rank, to the values that the first rank has."""
+def fill(tensors: Mapping[str, Tensor], value: Callable[[str], Tensor], ranks: Ranks) -> None:
+    """Set tensors that every rank has whole, by name the same on each, to the values that the first rank has."""
     for name, tensor in tensors.items():
         if not ranks.started_together:
-            tensor.copy_(values[name])
+            tensor.copy_(value(name))
             continue
-        value = values[name] if ranks.first else torch.empty(tensor.shape)
-        full = value.to(tensor.device, tensor.dtype)
-        part: Any = tensor
-        if hasattr(part, "placements"):  # a DTensor
-            from torch.distributed.tensor import distribute_tensor
+        given = value(name) if ranks.first else torch.empty(tensor.shape)
+        full = given.to(tensor.device, tensor.dtype).contiguous()
+        dist.broadcast(full, 0)
+        local(tensor).copy_(full)
 
-            part.copy_(distribute_tensor(full, part.device_mesh, part.placements))
-        else:
-            dist.broadcast(full, 0)
-            tensor.copy_(full)
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor this rank holds."""
+    part: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)  # of a DTensor
+    return tensor if part is None else part()

@@ -88,8 +88,16 @@ class Ranks:
         if not self.started_together:
             return [found]
         self.calls += 1
-        self.store.set(f"gathered/{self.calls}/{self.rank}", json.dumps(found))
-        return [json.loads(self._wait(f"gathered/{self.calls}/{rank}", rank)) for rank in range(self.size)]
+        self.hand_in(f"gathered/{self.calls}", found)
+        return self.handed_in(f"gathered/{self.calls}")
+
+    def hand_in(self, key: str, found: Any) -> None:
+        """Give plain data to whoever asks for them by `key`; unlike `shared` and `gathered`, from any thread."""
+        self.store.set(f"{key}/{self.rank}", json.dumps(found))
+
+    def handed_in(self, key: str, given_up: Callable[[], bool] = lambda: False) -> list[Any]:
+        """What every rank has given by `key`, as soon as it has, or refused where that is given up."""
+        return [json.loads(self._wait(f"{key}/{rank}", rank, given_up)) for rank in range(self.size)]
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Refuse ranks of which these facts differ.
@@ -105,10 +113,10 @@ class Ranks:
                     f"{'; '.join(different)}."
                 )
 
-    def _wait(self, key: str, owner: int) -> str:
+    def _wait(self, key: str, owner: int, given_up: Callable[[], bool] = lambda: False) -> str:
         """What the rank `owner` says at `key`; refused where it has ended, or says nothing in time."""
         end, pause = time.monotonic() + self.timeout, 0.002
-        while not self.store.check([key]) and time.monotonic() < end:
+        while not self.store.check([key]) and time.monotonic() < end and not given_up():
             if self.store.check([f"ended/{owner}"]):
                 raise UserError(f"rank {owner} has stopped: {self._said(f'ended/{owner}')}")
             time.sleep(pause := min(1.5 * pause, 0.1))

@@ -8,12 +8,13 @@ checkpoint.safetensors   weights, optimiser state and step, in one file so that 
 average.safetensors      on request averaged weights, at the end
 best.safetensors         on request the same of the step with the lowest validation loss
 checkpoints/             on request the same of the checkpoints before the last
+parts/                   of several processes that share the weights, what each has of those: see `parts`
 """
 
 import fcntl
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from deepdelta import notebook
 from deepdelta.config import differences, from_plain, to_plain
@@ -38,14 +38,15 @@ from deepdelta.training.checkpoints import (
     Checkpoint,
     earlier,
     keep_last,
+    kept,
     load_into,
     name_of,
     read_checkpoint,
     state_of,
-    write_checkpoint,
 )
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.metrics import damaged, is_step, last_row, read_rows
+from deepdelta.training.parts import Snapshot, delete, keep_parts, parts_of, snapshot, write_checkpoint, write_parts
 from deepdelta.training.ranks import ALONE, Ranks
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
@@ -56,7 +57,7 @@ SHOWN = 500
 
 CHANGEABLE = (
     *("steps", "cooldown", "eval_every", "eval_tokens", "final_eval_tokens", "parallel"),
-    *("checkpoint_every", "keep_last", "keep_best", "not_finite"),
+    *("checkpoint_every", "keep_last", "keep_best", "async_save", "not_finite"),
 )
 """What may differ when a run is continued: none of it touches the steps already made."""
 
@@ -161,13 +162,16 @@ class RunDirectory:
             UserError: there are files of these names that no such start has left.
         """
         there = [self.path / name for name in (CHECKPOINT, METRICS, ENVIRONMENT, FILE_NAME, UNUSED)]
+        parts = parts_of(self.path)
         later = [file for name in (BEST, AVERAGE) if os.path.lexists(file := self.path / name)]
         later += [file for file in earlier(self.path) if file.name != name_of(0)]
+        later += [file for file, step in parts.items() if step]
         there = [*(file for file in there if os.path.lexists(file)), *later]
         try:
             ours = not there or (not later and self.metrics_path not in there and self.step() == 0)
         except UserError:
             ours = False
+        there += [file for file, step in parts.items() if not step]
         if not ours:
             raise UserError(
                 f"{self.path} holds {', '.join(file.name for file in there)}, which a run would overwrite, but no "
@@ -177,8 +181,12 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Delete what a start that was cut short has left; see `cut_short`."""
-        for file in self.cut_short():
-            file.unlink()
+        parts, there = parts_of(self.path), self.cut_short()
+        for file in there:
+            if file not in parts:
+                file.unlink()
+        if parts:
+            delete([*parts], self.path)
 
     @property
     def metrics_path(self) -> Path:
@@ -297,36 +305,49 @@ class RunDirectory:
             )
         write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def save_checkpoint(
+    def save_checkpoint(self, model: nn.Module, optimizer: Optimizer | None, step: int, seconds: float) -> None:
+        """Write weights, optimiser state, step and training seconds as one file, whole or not at all."""
+        self.write_snapshot(snapshot(state_of(model, optimizer)), step, seconds)
+
+    def write_snapshot(
         self,
-        model: nn.Module,
-        optimizer: Optimizer | None,
+        held: Snapshot,
         step: int,
         seconds: float,
-        average: AveragedModel | None = None,
-        *,
         name: str = CHECKPOINT,
         last: int = 1,
         ranks: Ranks = ALONE,
+        key: str = "",
+        given_up: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Write weights, optimiser state, average, step and training seconds as one file, whole or not at all.
+        """Write a checkpoint, whole or not at all: every rank its part, and then the first rank what makes it one.
 
         Args:
-            name: of the file.
+            name: of its first file.
             last: how many are kept: this one, and the ones before it in EARLIER.
-            ranks: they hold the model together, and all of them call this; the first one writes.
-        """
-        tensors = state_of(model, optimizer, average, ranks)
-        ranks.shared(lambda: self._write(tensors, step, seconds, name, last))
+            key: by which the ranks know this checkpoint from others.
+            given_up: whether to leave off waiting for the parts of others.
 
-    def _write(self, tensors: Mapping[str, Tensor], step: int, seconds: float, name: str, last: int) -> None:
+        Raises:
+            UserError: it cannot be written, here or by another rank.
+        """
+        file = self.path / name
+        parts = write_parts(file, held, step, ranks, key, given_up)
+        if not ranks.first:
+            return
         if self.metrics_path.exists():
             # On disk before the checkpoint is: a machine that fails must not leave a step whose line is lost.
             with self.metrics_path.open("rb") as rows:
                 os.fsync(rows.fileno())
-        write_checkpoint(self.path / name, tensors, step, seconds)
+        write_checkpoint(file, held.whole, step, seconds, parts)
         if name == CHECKPOINT:
             keep_last(self.path, step, last)
+        keep_parts(self.path, kept(self.path))
+
+    def keep_checkpoints(self, step: int, last: int) -> None:
+        """Delete what is more than the last checkpoint, at `step`, and the `last` - 1 before it."""
+        keep_last(self.path, step, last)
+        keep_parts(self.path, kept(self.path))
 
     def checkpoint(self, name: str = CHECKPOINT) -> Checkpoint:
         """The last checkpoint, or the one of that name, verified; see `read_checkpoint`."""

@@ -26,7 +26,7 @@ from deepdelta.errors import UserError
 from deepdelta.models import LanguageModel
 from deepdelta.progress import Reporter, duration, reporting
 from deepdelta.training.averaging import averaged, begin_anew, follow
-from deepdelta.training.checkpoints import AVERAGE, BEST, CHECKPOINT, keep_last, restore
+from deepdelta.training.checkpoints import AVERAGE, BEST, CHECKPOINT, restore
 from deepdelta.training.config import TrainConfig
 from deepdelta.training.evaluation import Evaluation, evaluate
 from deepdelta.training.health import Health, first_not_finite, health
@@ -36,6 +36,7 @@ from deepdelta.training.parallel import distributed
 from deepdelta.training.prefetch import Prefetched
 from deepdelta.training.ranks import ALONE, Ranks
 from deepdelta.training.rundir import RunDirectory
+from deepdelta.training.saving import Saver
 from deepdelta.training.step import Made, micro_losses, step_batch, training_step
 
 Say = Callable[[str], None]
@@ -92,8 +93,7 @@ class Trainer:
         self.skipped, self.in_a_row = 0, 0
         """Steps whose loss or gradient was not finite: of the run, and after the last that was."""
         self.warned = False
-        self.saved: int | None = None
-        """The step of the last good checkpoint."""
+        self.saver = Saver(run, ranks, beside=config.async_save)
         # On a CPU a batch takes a thousandth of a step, and a thread would take a core from it.
         ahead = chosen.device.type != "cpu"
         self.batches = Prefetched(self._batch, pinned=chosen.device.type == "cuda") if ahead else self._batch
@@ -103,7 +103,7 @@ class Trainer:
         config = self.config
         validation_loss = self._recorded_validation()
         if self.step >= config.steps and validation_loss is not None:
-            self.ranks.shared(lambda: keep_last(self.run.path, self.step, config.keep_last))
+            self.ranks.shared(lambda: self.run.keep_checkpoints(self.step, config.keep_last))
             self.say(f"{self.run.path} has all its {config.steps} steps; give more --steps to extend it.")
             return Trained(self.step, True, validation_loss)
         console = None if self.ranks.first else Console(file=io.StringIO())
@@ -127,11 +127,14 @@ class Trainer:
                     if last or self._next_is_finite():
                         self.save()
             if self.step < config.steps:
-                saved = "saved" if self.saved == self.step else f"saved at step {self.saved}"
+                self._settle()
+                there = self.saver.saved
+                saved = "saved" if there == self.step else f"saved at step {there}"
                 self.say(f"Stopped at step {self.step} of {config.steps}, {saved}. The same command continues.")
                 return Trained(self.step, False, None)
             if self.average is not None:
                 self._save(self.average.module, None, None, AVERAGE)
+            self._settle()  # before the line of metrics that says that nothing is left to be done
             validation_loss = self._validate(config.final_eval_tokens, reporter, final=True)
         self.say(
             f"Finished {config.steps} steps in {duration(self.seconds)}: validation loss {validation_loss:.4f} nats "
@@ -147,7 +150,7 @@ class Trainer:
         """
         run, ranks = self.run, self.ranks
         self.step, self.seconds = restore(run.path, self.model, self.optimizer, self.average, self.say, ranks)
-        self.saved = self.step
+        self.saver.saved = self.step
         if self.step > self.config.steps:
             raise UserError(
                 f"{self.run.path} is at step {self.step} already; steps={self.config.steps} must not be fewer."
@@ -168,22 +171,19 @@ class Trainer:
                 best = min(best, row["validation_loss"])
         return skipped, in_a_row, best
 
-    def save(self) -> None:
+    def save(self, *, at_once: bool = False) -> None:
+        """Begin to write the run's last checkpoint; `at_once`, it is there when this returns."""
         self._save(self.model, self.optimizer, self.average, CHECKPOINT)
-        self.saved = self.step
+        if at_once:
+            self._settle()
 
     def _save(self, model: nn.Module, optimizer: Optimizer | None, average: AveragedModel | None, name: str) -> None:
         with self._naming_the_last_good():
-            self.run.save_checkpoint(
-                model,
-                optimizer,
-                self.step,
-                self.seconds,
-                average,
-                name=name,
-                last=self.config.keep_last,
-                ranks=self.ranks,
-            )
+            self.saver.save(model, optimizer, average, self.step, self.seconds, name, self.config.keep_last)
+
+    def _settle(self) -> None:
+        with self._naming_the_last_good():
+            self.saver.settle()
 
     def _record(self, row: dict[str, Any]) -> None:
         if not self.ranks.first:
@@ -199,13 +199,13 @@ class Trainer:
         try:
             yield
         except UserError as error:
-            if self.saved is None:
+            if self.saver.saved is None:
                 raise
             raise UserError(f"{error} {self._last_good} Once that is mended, the same command continues.") from error
 
     @property
     def _last_good(self) -> str:
-        return f"The last good checkpoint is at step {self.saved} in {self.run.path}."
+        return f"The last good checkpoint is at step {self.saver.saved} in {self.run.path}."
 
     def _one_step(self) -> None:
         config = self.config
@@ -265,6 +265,7 @@ class Trainer:
         return not self.ranks.any(not math.isfinite(next(self._losses(self.model, self.step)).item()))
 
     def _diverged(self, what: str, step: int) -> UserError:
+        self._settle()
         self._record({"step": step, "diverged": True})
         return UserError(
             f"{what}: training diverged. {self._last_good} "
