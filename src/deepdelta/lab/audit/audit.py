@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from deepdelta.errors import UserError
 from deepdelta.lab.analysis.statistics import load_scipy, paired
+from deepdelta.lab.audit.directions import Alternatives
 from deepdelta.lab.audit.findings import NOT_FINITE, Effect, Findings
 from deepdelta.lab.audit.shortcut import shortcut
 from deepdelta.lab.audit.tally import Sampler, Tally
@@ -71,7 +72,7 @@ def audit(
     names = [name for name, part in model.named_modules() if isinstance(part, DeltaResidual)]
     config, tokens, done = model.config.residual, windows.shape[0] * (windows.shape[1] - 1), 0
     tallies = {name: Tally(config) for name in names}
-    sampler = Sampler(tokens, sample)
+    sampler, alternatives = Sampler(tokens, sample), Alternatives()
 
     def record(name: str, rewrite: RewriteRecord) -> None:
         here = RewriteRecord(*(None if value is None else value.cpu() for value in rewrite))  # type: ignore[arg-type]
@@ -106,13 +107,15 @@ def audit(
         return Effect(intervention=label, change=paired(changes, least=2), remark=None)
 
     with _evaluating(model):
-        plain = losses("rewrites", watched)
+        with alternatives.watching(model):
+            plain = losses("rewrites", watched)
         if not np.isfinite(plain).all():
             raise UserError(
                 "the model's loss on this text is not finite, so there is nothing to compare; did its training diverge?"
             )
         residuals = tuple(
-            tally.result(name, tuple(effect(label, name) for label in INTERVENTIONS)) for name, tally in tallies.items()
+            tally.result(name, tuple(effect(label, name) for label in INTERVENTIONS), alternatives.of(name))
+            for name, tally in tallies.items()
         )
         everywhere = tuple(effect(label, None) for label in INTERVENTIONS)
     return Findings(

@@ -75,6 +75,17 @@ class Effect:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """Another direction along which a sublayer could erase; see `directions`."""
+
+    name: str
+    cosine: float
+    """Mean |cos| with the state, over tokens, value channels and, of heads, blocks of the width."""
+    chance: float
+    """What a random direction would have."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResidualAudit:
     """One sublayer. Shares are root mean squares over the tokens whose state is not 0; of a rank above 1 they are of
     all its rewrites together, relative to the state before the first. None where every state is 0."""
@@ -98,6 +109,8 @@ class ResidualAudit:
     changed: float | None
     """|X' - X| / |X|."""
     effects: tuple[Effect, ...]
+    alternatives: tuple[Alternative, ...] = ()
+    """Empty in audits that were made before these were measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

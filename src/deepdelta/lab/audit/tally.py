@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepdelta.errors import UserError
-from deepdelta.lab.audit.findings import DiscrepancyAudit, Effect, GateAudit, Regimes, ResidualAudit
+from deepdelta.lab.audit.findings import Alternative, DiscrepancyAudit, Effect, GateAudit, Regimes, ResidualAudit
 from deepdelta.lab.audit.shortcut import Distribution, Factor
 from deepdelta.lab.measure.rewrites import GATE_BINS, RewriteTotals
 from deepdelta.nn import ResidualConfig, RewriteRecord
@@ -56,7 +56,9 @@ class Tally:
             self._measure_shares(self.pending)
             self.pending = []
 
-    def result(self, name: str, effects: tuple[Effect, ...]) -> ResidualAudit:
+    def result(
+        self, name: str, effects: tuple[Effect, ...], alternatives: tuple[Alternative, ...] = ()
+    ) -> ResidualAudit:
         """Everything about the residual of this name."""
         two_gates = self.config.rule == "two_gate"
         strength = "strength" if self.config.erases and not two_gates else "gate"
@@ -74,6 +76,7 @@ class Tally:
             written=None if self.config.rule == "erase_only" else self._share("written"),
             changed=self._share("changed"),
             effects=effects,
+            alternatives=alternatives,
         )
 
     def _measure_shares(self, records: Iterable[RewriteRecord]) -> None:

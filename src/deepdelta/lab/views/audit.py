@@ -22,7 +22,8 @@ ALL = "all"
 
 def audit_tables(results: AuditResults) -> tuple[TextTable, ...]:
     """What the rewrites do, the spectrum of the shortcut, and what the loss is without parts of them."""
-    tables = (_rewrites(results.findings), _shortcut(results.findings), _effects(results))
+    found = results.findings
+    tables = (_rewrites(found), _directions(found), _shortcut(found), _effects(results))
     return tuple(table for table in tables if table is not None)
 
 
@@ -150,6 +151,30 @@ def _rewrites(found: Findings) -> TextTable:
     shown = [n for n, cells in enumerate(zip(*table.rows, strict=True)) if set(cells) != {ABSENT}]
     rows = tuple(tuple(row[n] for n in shown) for row in table.rows)
     return replace(table, columns=tuple(table.columns[n] for n in shown), rows=rows)
+
+
+def _directions(found: Findings) -> TextTable | None:
+    """How much of the state lies along other directions than k."""
+    names = dict.fromkeys(other.name for one in found.residuals for other in one.alternatives)
+    if not names:
+        return None
+
+    def text(name: str, one: ResidualAudit) -> str:
+        cells = [f"{other.cosine:.3f}\n{other.chance:.3f}" for other in one.alternatives if other.name == name]
+        return cells[0] if cells else ABSENT
+
+    said = {
+        "heads": "The branch's output and the state in blocks of the width, as many as attention has heads.",
+        "value": "What attention has read of the values, before its output map.",
+        "snapshot": "The state a layer before.",
+    }
+    columns = [
+        Column("sublayer", "From the first.", lambda one: row_name(one.name)),
+        Column("k", "The direction that it has.", lambda one: _number(one.absolute_cosine)),
+        *(Column(name, said[name], partial(text, name)) for name in names),
+    ]
+    note = "Mean |cos| with the state; below it, what a random direction has. An erase takes away what k finds."
+    return table_of(found.residuals, columns, title="Directions an erase could take", notes=(note,))
 
 
 def _shortcut(found: Findings) -> TextTable | None:
