@@ -7,7 +7,10 @@ from importlib.metadata import metadata
 
 page = metadata("deep-delta-learning").get_payload()
 assert "# Deep Delta Learning" in page and "](https://arxiv.org" in page
-assert not re.findall(r"\]\((?!https?:)", page)  # would lead nowhere on a package index
+assert not re.findall(r"\]\((?!https?:)|^\[[^\]]+\]:|<img|<a ", page, re.M)  # would lead nowhere on a package index
+assert "named here without a link" in page
+urls = dict(one.split(", ", 1) for one in metadata("deep-delta-learning").get_all("Project-URL"))
+assert urls and all(url.startswith("https://") and url in page for url in urls.values())
 EOF
 deepdelta --help > /dev/null
 deepdelta train "$run" --preset delta-token-random --steps 20 --warmup 2 --batch-size 2 --eval-tokens 1024 --final-eval-tokens 1024 \

@@ -24,6 +24,9 @@ TEXTS = [f"document {i}: größe and {'more ' * (i % 9)}of it\n" for i in range(
 ROWS: list[dict[str, Any]] = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
 ROWS[7]["text"] = None
 HELD = {row["text"] for row in ROWS} - {None}
+NOTHING: dict[str, Any] = {"text": None}
+OWN = ["held out " * 9, TEXTS[0], "held out " * 9]
+"""A split validation: as it is, with what stands twice in it and in train."""
 NAME = "hf://datasets/HuggingFaceFW/fineweb-edu/sample-100BT:train"
 
 
@@ -49,12 +52,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
 
     def load_dataset(
-        path: str, name: str | None = None, *, split: str, revision: str | None, streaming: bool
-    ) -> Stream:
+        path: str, name: str | None = None, *, split: str | None, revision: str | None, streaming: bool
+    ) -> Stream | dict[str, Stream]:
         asked.append((path, name, split, revision, streaming))
         if path.startswith("no"):
             raise FileNotFoundError(f"Couldn't reach {path}\non the hub")
-        return Stream(ROWS)
+        if split is not None:
+            return Stream(ROWS)
+        own = {"two/splits": [{"text": text} for text in OWN], "two/other": [{"body": "none"}], "two/empty": [NOTHING]}
+        return {"train": Stream(ROWS)} | ({"validation": Stream(own[path])} if path in own else {})
 
     stand_in = ModuleType("datasets")
     stand_in.__spec__ = ModuleSpec("datasets", None)
@@ -74,8 +80,14 @@ def load(source: str, cache: Path, **more: Any) -> Corpus:
     return load_corpus(DataConfig(source=source, **more), cache=cache)
 
 
+def parts(corpus: Corpus) -> tuple[list[str], list[str]]:
+    """The documents of both splits, in their order."""
+    train, validation = (bytes(split).decode().split("\0") for split in (corpus.train, corpus.validation))
+    return train, validation
+
+
 def documents(corpus: Corpus) -> set[str]:
-    return {part.decode() for split in (corpus.train, corpus.validation) for part in bytes(split).split(b"\0")}
+    return {document for split in parts(corpus) for document in split}
 
 
 def test_the_hub_is_streamed_once_to_the_cache(hub, tmp_path):
@@ -118,6 +130,62 @@ def test_prepare_streams_and_goes_on_where_it_was_stopped(hub, tmp_path, tokeniz
     assert taken[0] == 0 and 10 < taken[1] <= 40
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "parts")]
     assert files[0] == files[1]
+
+
+def test_a_split_validation_is_held_out(hub, tmp_path):
+    source = "hf://datasets/two/splits"
+    corpus = load(source, tmp_path)
+    assert hub == [("two/splits", None, split, None, True) for split in ("train", None)]
+    assert parts(corpus) == ([text for text in TEXTS if text != TEXTS[7]], OWN)
+    assert "82 documents" in corpus.description
+    assert corpus.description.endswith(", split as the data set itself is (validation_fraction without effect)")
+    assert load(source, tmp_path, validation_fraction=0.5).sha256 == corpus.sha256 and len(hub) == 2
+    named = load(f"{source}:train", tmp_path)
+    assert documents(named) == HELD and named.sha256 != corpus.sha256 and "split by document" in named.description
+    tail = load(source, tmp_path, held_out="train_tail")
+    assert np.array_equal(np.concatenate([tail.train, tail.validation]), corpus.train)
+
+
+@pytest.mark.parametrize("name", ["one/split", "two/other", "two/empty"])
+def test_without_text_in_a_split_validation_a_part_is_held_out(hub, tmp_path, tokenizer, name):
+    for _ in range(2):
+        corpus = load(f"hf://datasets/{name}", tmp_path)
+        assert documents(corpus) == HELD and "split by document" in corpus.description
+    assert [split for _, _, split, _, _ in hub] == ["train", None]
+    by_name = load(f"hf://datasets/{name}:train", tmp_path)
+    assert 0 < len(by_name.validation) < len(by_name.train)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "validation_fraction": 0.2}
+    assert prepare(f"hf://datasets/{name}", tmp_path / "out", **options)["val"] > 0
+
+
+def test_prepare_keeps_the_splits_and_goes_on_in_either(hub, tmp_path, tokenizer, monkeypatch):
+    options: dict[str, Any] = {"tokenizer": tokenizer, "shard_tokens": 40}
+    source = "hf://datasets/two/splits"
+    prepare(source, tmp_path / "whole", **options)
+    data = DataConfig(source=str(tmp_path / "whole"), tokenizer=str(tmp_path / "whole" / "tokenizer.json"))
+    corpus = load_corpus(data, cache=tmp_path / "cache")
+    assert corpus.tokenizer is not None
+    for ids, held in ((corpus.train, [text for text in TEXTS if text != TEXTS[7]]), (corpus.validation, OWN)):
+        assert corpus.tokenizer.decode(ids.tolist()).split("<|endoftext|>") == ["", *held]
+    monkeypatch.setattr("deepdelta.data.prepare._AT_ONCE", 1)
+    whole = Stream.__iter__
+    for ends_at in (1, 2, 40):
+
+        def cut(self: Stream, ends_at: int = ends_at) -> Any:
+            for number, row in enumerate(whole(self)):
+                if number == ends_at and (row["text"] in OWN) == (ends_at < 3):
+                    raise OSError("the line is cut")
+                yield row
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Stream, "__iter__", cut)
+            with pytest.raises(UserError, match="the line is cut"):
+                prepare(source, tmp_path / f"{ends_at}", **options)
+        prepare(source, tmp_path / f"{ends_at}", **options)
+        files = [
+            {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", f"{ends_at}")
+        ]
+        assert files[0] == files[1]
 
 
 def test_the_recipe_names_public_things():
@@ -196,6 +264,29 @@ def test_saved_data_sets(tmp_path, tokenizer):
     splits.save_to_disk(str(tmp_path / "two"))
     assert documents(load(str(tmp_path / "two"), tmp_path / "cache")) == HELD
     assert documents(load(str(tmp_path / "two" / "test"), tmp_path / "cache")) == set(TEXTS[:9]) - {TEXTS[7]}
+    splits["validation"] = datasets.Dataset.from_dict({"text": OWN})
+    splits.save_to_disk(str(tmp_path / "own"))
+    own = load(str(tmp_path / "own"), tmp_path / "cache")
+    assert parts(own) == ([text for text in texts if text is not None], OWN)
+    assert "split as the data set itself is" in own.description
+    by_train = load(str(tmp_path / "own" / "train"), tmp_path / "cache")
+    assert documents(by_train) == HELD and by_train.sha256 != own.sha256
+    prepare(tmp_path / "own", tmp_path / "shards", tokenizer=tokenizer)
+    told = json.loads((tmp_path / "shards" / "prepared.json").read_text())
+    assert [shard["tokens"] for shard in told["val"]] == [
+        sum(len(BPETokenizer(tokenizer.read_text(), where="").encode(text)) + 1 for text in OWN)
+    ]
+    splits["validation"] = datasets.Dataset.from_dict({"text": ["another", *OWN]})
+    splits.save_to_disk(str(tmp_path / "moved"))
+    (tmp_path / "own" / "validation" / "data-00000-of-00001.arrow").write_bytes(
+        (tmp_path / "moved" / "validation" / "data-00000-of-00001.arrow").read_bytes()
+    )
+    with pytest.raises(UserError, match="must stay as it was"):
+        own.check_unchanged()
+    again = load(str(tmp_path / "own"), tmp_path / "cache")
+    assert parts(again)[1] == ["another", *OWN] and again.sha256 != own.sha256
+    with pytest.raises(UserError, match="was begun with other files"):
+        prepare(tmp_path / "own", tmp_path / "shards", tokenizer=tokenizer)
     datasets.DatasetDict({"a": data, "b": data}).save_to_disk(str(tmp_path / "three"))
     with pytest.raises(UserError, match=r"has no split 'train', but a, b: name one by its own folder"):
         load(str(tmp_path / "three"), tmp_path / "cache")
@@ -220,12 +311,15 @@ def test_the_library_streams_parquet(tmp_path, monkeypatch):
 
     def local(path: str, name: str | None, **options: Any) -> Any:
         assert (path, name) == ("someone/texts", None) and options.pop("revision") == "main"
-        return own("parquet", data_files={"train": str(tmp_path / "rows.parquet")}, **options)
+        files = {"train": str(tmp_path / "rows.parquet"), "validation": str(tmp_path / "own.parquet")}
+        return own("parquet", data_files=files, **options)
 
     monkeypatch.setattr("deepdelta.data.hub.reachable", lambda address: False)
     monkeypatch.setattr(datasets, "load_dataset", local)
+    pyarrow.parquet.write_table(pyarrow.table({"text": OWN}), tmp_path / "own.parquet")
     corpus = load("hf://datasets/someone/texts@main", tmp_path / "cache")
-    assert documents(corpus) == HELD
+    assert parts(corpus) == ([text for text in TEXTS if text != TEXTS[7]], OWN)
+    assert documents(load("hf://datasets/someone/texts@main:train", tmp_path / "cache")) == HELD
     short = load("hf://datasets/someone/texts@main:train[:20]", tmp_path / "cache")
     assert documents(short) == {*TEXTS[:7], *TEXTS[8:20]}
 

@@ -435,7 +435,7 @@ def test_other_releases_of_transformers(monkeypatch):
 
     import deepdelta.hf
 
-    monkeypatch.setattr(releases, "_warned", {"transformers"})
+    monkeypatch.setattr(releases, "_checked", {"transformers"})
     for found in ("4.56.2", "4.58.0", "5.23.1"):
         monkeypatch.setattr(importlib.metadata, "version", lambda name, found=found: found)
         with pytest.raises(UserError, match=rf"needs transformers 4\.57, or 5\.24 and newer, got {found}; install one"):

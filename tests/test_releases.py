@@ -2,10 +2,12 @@
 
 import importlib.util
 import re
+import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from deepdelta import releases
 from deepdelta.errors import require
@@ -25,11 +27,14 @@ ROOT = Path(__file__).parents[1]
         ("torchao", "0.18.0+cpu", False),
         ("datasets", "5.9", False),
         ("datasets", "50.0", True),
-        ("numba", "0.1", False),
+        ("pyarrow", "25.0.0", True),
+        ("peft", "0.22.0", True),
+        ("numba", "0.61.0", False),
+        ("safetensors", "0.1", False),
     ],
 )
 def test_another_release_is_warned_of_once_by_name(monkeypatch, package, found, told):
-    monkeypatch.setattr(releases, "_warned", set())
+    monkeypatch.setattr(releases, "_checked", set())
     monkeypatch.setattr(releases, "version", lambda name: found)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with warnings.catch_warnings(record=True) as said:
@@ -49,5 +54,17 @@ def test_what_is_tested_is_what_the_targets_install():
     files = (ROOT / "constraints.txt", ROOT / "constraints-hf4.txt")
     pinned = "\n".join(file.read_text(encoding="utf-8") for file in files if file.exists())
     for package, lines in releases.TESTED.items():
-        held = re.findall(rf"^{package.replace('_', '-')}==(\S+)", pinned, re.M)
+        held = set(re.findall(rf"^{package.replace('_', '-')}==(\S+)", pinned, re.M))
         assert len(held) == len(lines) and all(any(f"{one}.".startswith(f"{line}.") for one in held) for line in lines)
+
+
+def test_every_package_of_an_extra_is_known_and_looked_at():
+    """Of the extras that bring what the package itself imports."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    of_use = {name: extras[name] for name in extras.keys() - {"docs", "browser", "test", "home"}}
+    brought = {Requirement(one).name.replace("-", "_") for needed in of_use.values() for one in needed}
+    assert brought - {"deep_delta_learning"} | {"peft"} == releases.TESTED.keys()
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py") if path.stem != "releases")
+    by_name = {"numba", "hyper_connections", "x_transformers", "tensorboard", "wandb"}  # from tables of their own
+    for package in releases.TESTED.keys() - by_name:
+        assert re.search(rf"(check_tested|require|_arrow)\([^)]*\"{package}\"", code), package

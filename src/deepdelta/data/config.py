@@ -18,13 +18,15 @@ class DataConfig(Settings):
     """The corpus of a run.
 
     Attributes:
-        source: "stdlib", the source code of the running interpreter's standard library; or the path to a text file,
-            to a folder of text files, to a `.bin` file of ids (bare, as nanoGPT writes them, or behind the header of
+        source: "stdlib", the source code of the running interpreter's standard library; or the path to a text file, to
+            a folder of text files, to a `.bin` file of ids (bare, as nanoGPT writes them, or behind the header of
             llm.c), or to a folder holding train.bin and val.bin or shards called so. (A folder that is itself called
             stdlib is written ./stdlib.) Text may be compressed (`.gz`, `.zst`) and may stand in records, a document
-            each: `.jsonl`, `.ndjson`, `.parquet`, a folder that `datasets` saved (its split train), or
+            each: `.jsonl`, `.ndjson`, `.parquet`, a folder that `datasets` saved, or
             hf://datasets/OWNER/NAME[@REVISION][/CONFIGURATION][:SPLIT[[:DOCUMENTS]]], streamed once from the Hugging
-            Face hub to the cache. What else is no text is refused by name, also within a folder.
+            Face hub to the cache. Of these the split train is read and the split validation, where there is one, held
+            out as it is; of one that is named (by its own folder, or SPLIT) a part is held out. What else is no text is
+            refused by name, also within a folder.
         field: the field of JSON records, the column of a Parquet table or of a data set, that holds the text.
         pattern: which files of a folder are documents, as a shell's glob relative to it; `**` spans folders. As in a
             shell, names that begin with a dot are left out unless the pattern spells the dot.
@@ -36,7 +38,7 @@ class DataConfig(Settings):
         bin_dtype: of ids in `.bin` files without a header, which would say it.
         bin_vocab_size: the number of ids of a `.bin` source without tokenizer; the default is GPT-2's 50,257, padded.
         validation_fraction: the share of the bytes (of the ids in a `.bin` file) held out for validation. Without
-            effect on a folder that holds train.bin and val.bin.
+            effect on a folder that holds train.bin and val.bin, and on a data set with a split validation.
         windows: "joined", training windows run over the ends of documents; "documents", each counts only up to the end
             of the document that it begins in, so that no token is learned with another document before it.
         held_out: "validation", the validation part; or "train_tail", the last tenth of the training part, which is then

@@ -83,7 +83,7 @@ def load_source(config: DataConfig, *, cache: AnyPath | None = None, progress: S
 
     - the standard library by top-level module or package, a folder by document: see `sources.split_by_group`;
     - a single text or `.bin` file by position: its end is validation. Text is cut at the start of a character;
-    - train.bin and val.bin as they are.
+    - a data set that has a split validation of its own, train.bin and val.bin as they are.
 
     Args:
         cache: the folder for token files and for the hashes of large files; `default_cache()` if None, which is asked
@@ -221,7 +221,7 @@ def _hashes(listing: Listing, cache: Path | None, say: Say) -> dict[Document, st
 
 
 def _split(listing: Listing, hashes: dict[Document, str], fraction: float) -> tuple[list[Document], list[Document]]:
-    if listing.split_by in ("position", "file"):
+    if listing.split_by in ("position", "file", "source"):
         train = [document for document in listing.documents if document.group == "train"]
         return train, [document for document in listing.documents if document.group == "validation"]
     first: dict[str, Document] = {}
@@ -361,6 +361,7 @@ def _describe(listing: Listing, count: int, sizes: Sequence[int], maps: Sequence
         "document": "by document",
         "position": f"by position (the last {sizes[1] / sum(sizes):.1%})",
         "file": "by file",
+        "source": "as the data set itself is (validation_fraction without effect)",
     }[listing.split_by]
     tokens = f"{len(maps[0]):,} training and {len(maps[1]):,} validation tokens of {vocab_size:,} ids"
     return f"{listing.title}: {documents}, {sum(sizes):,} bytes; {tokens}, split {how}"

@@ -22,6 +22,7 @@ from deepdelta.data.documents import CHUNK, Document, FileState, digest, reading
 from deepdelta.data.sets import TextSet
 from deepdelta.errors import UserError, without_extra
 from deepdelta.files import sha256_of
+from deepdelta.releases import check_tested
 
 COMPRESSED = (".gz", ".zst")
 RECORDS = (".jsonl", ".ndjson")
@@ -211,6 +212,7 @@ def _inner(path: Path) -> str:
 
 
 def _arrow(what: str, module: str) -> Any:
+    check_tested("pyarrow")
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

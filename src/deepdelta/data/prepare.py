@@ -93,9 +93,9 @@ def prepare(
     and `tokenizer.json`, to the folder `out`, which `DataConfig.source` takes.
 
     Every document begins with the separator. Which split it is in depends on its file's name and its number there
-    alone. A shard ends with a document, when it holds `shard_tokens` or more. Ids are uint16, or uint32 for more than
-    65,536 of them; the header is that of llm.c. Stopped, the same call goes on after the last whole shard, with the
-    same result.
+    alone; a data set that has a split validation of its own keeps its splits. A shard ends with a document, when it
+    holds `shard_tokens` or more. Ids are uint16, or uint32 for more than 65,536 of them; the header is that of llm.c.
+    Stopped, the same call goes on after the last whole shard, with the same result.
 
     Args:
         source: text files, compressed ones, records, tables and data sets, as `DataConfig.source` takes them; or a name
@@ -147,16 +147,15 @@ def prepare(
                 write(documents)
 
             begun, said = False, time.monotonic()
-            for number, name, ids in _encoded(_texts(texts, field, done), encoder):
-                split = val if _share(name) < validation_fraction else train
-                split.add([encoder.separator, *ids])
+            for number, held_out, ids in _encoded(_texts(texts, field, done, validation_fraction), encoder):
+                (val if held_out else train).add([encoder.separator, *ids])
                 if not begun:
                     # What is written from here on is known to be of these settings, under which a document was read.
                     encoder.save(out)
                     write(done)
                     begun = True
                 done = number + 1
-                if whole := train.tokens >= shard_tokens:
+                if whole := max(train.tokens, val.tokens) >= shard_tokens:
                     commit(done)
                 if whole or time.monotonic() - said >= QUIET:
                     tokens = train.written + train.tokens + val.written + val.tokens
@@ -201,17 +200,18 @@ def _files(texts: TextSet | list[Document]) -> list[list[Any]]:
     """What tells these sources from others."""
     if isinstance(texts, list):
         return [[one.name, one.size] for one in texts]
-    return [[file.name, file.stat().st_size] for file in texts.files()] or [[str(texts.place), 0]]
+    files = [[file.name, file.stat().st_size] for split in texts.splits for file in split.files()]
+    return files or [[str(split.place), 0] for split in texts.splits]
 
 
-def _encoded(texts: Iterator[tuple[int, str, str]], encoder: Tokenizer) -> Iterator[tuple[int, str, list[int]]]:
-    """Number, name and ids of the documents."""
-    waiting: list[tuple[int, str, str]] = []
+def _encoded(texts: Iterator[tuple[int, bool, str]], encoder: Tokenizer) -> Iterator[tuple[int, bool, list[int]]]:
+    """Number of the documents, whether they are held out, and ids."""
+    waiting: list[tuple[int, bool, str]] = []
     size = 0
-    for number, name, text in texts:
+    for number, held_out, text in texts:
         if not text:
             continue
-        waiting.append((number, name, text))
+        waiting.append((number, held_out, text))
         size += len(text)
         if size >= _AT_ONCE:
             yield from _encode(waiting, encoder)
@@ -219,23 +219,36 @@ def _encoded(texts: Iterator[tuple[int, str, str]], encoder: Tokenizer) -> Itera
     yield from _encode(waiting, encoder)
 
 
-def _encode(waiting: list[tuple[int, str, str]], encoder: Tokenizer) -> Iterator[tuple[int, str, list[int]]]:
+def _encode(waiting: list[tuple[int, bool, str]], encoder: Tokenizer) -> Iterator[tuple[int, bool, list[int]]]:
     texts = [text for _, _, text in waiting]
     several = encoder.encode_all(texts) if isinstance(encoder, BPETokenizer) else map(encoder.encode, texts)
-    for (number, name, _), ids in zip(waiting, several, strict=True):
-        yield number, name, ids
+    for (number, held_out, _), ids in zip(waiting, several, strict=True):
+        yield number, held_out, ids
 
 
-def _texts(sources: TextSet | list[Document], field: str, skip: int) -> Iterator[tuple[int, str, str]]:
-    """Number, name and text of the documents from number `skip` on."""
+def _texts(
+    sources: TextSet | list[Document], field: str, skip: int, fraction: float
+) -> Iterator[tuple[int, bool, str]]:
+    """Number of the documents from number `skip` on, whether they are held out, and text; a split validation first."""
     if isinstance(sources, list):
         for number, (name, text) in enumerate(_texts_of_files(sources, field)):
             if number >= skip:
-                yield number, name, text
+                yield number, _share(name) < fraction, text
         return
-    for number, found in sources.texts(field, skip):
-        for part in checked(iter([(f"row {number:,}", found)]), str(sources.place), field):
-            yield number, f"{sources.name}:{number}", part.decode()
+    first, own = 0, False
+    if sources.validation is not None:  # from its beginning: how long it is says where the training part begins
+        for number, text in _texts_of_set(sources.validation, field, 0):
+            first, own = number + 1, own or text != ""
+            if number >= skip:
+                yield number, True, text
+    for number, text in _texts_of_set(sources, field, max(skip - first, 0)):
+        yield first + number, not own and _share(f"{sources.name}:{number}") < fraction, text
+
+
+def _texts_of_set(rows: TextSet, field: str, skip: int) -> Iterator[tuple[int, str]]:
+    for number, found in rows.texts(field, skip):
+        for part in checked(iter([(f"row {number:,}", found)]), str(rows.place), field):
+            yield number, part.decode()
 
 
 def _texts_of_files(files: list[Document], field: str) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ _NAMED = re.compile(
     r"(:(?P<split>\w+)(\[:(?P<first>\d+)\])?)?"
 )
 _DICT, _STATE = "dataset_dict.json", "state.json"
-_TRAIN = "train"
+_TRAIN, _VALIDATION = "train", "validation"
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,19 @@ class TextSet:
     Attributes:
         name: the same wherever a saved one lies.
         place: the folder, or what `ON_HUB` stands before.
+        validation: the split of the same data set that is called so; None where there is none, or one split was named.
+        optional: whether that there is no such split (which of the hub's is known when it is read), or no such column
+            in it, is to have no rows.
     """
 
     name: str
     place: Path | str
+    validation: "TextSet | None" = None
+    optional: bool = False
+
+    @property
+    def splits(self) -> tuple["TextSet", ...]:
+        return (self,) if self.validation is None else (self, self.validation)
 
     def files(self) -> list[Path]:
         """What a saved one consists of."""
@@ -44,6 +53,8 @@ class TextSet:
         """
         for number, row in enumerate(self._rows(skip), skip):
             if field not in row:
+                if self.optional:
+                    return
                 held = ", ".join(map(repr, row))
                 raise UserError(
                     f"{self.place} has no column '{field}', but {held}; name the one with the text by field."
@@ -63,14 +74,19 @@ class TextSet:
                 return
             named = _NAMED.fullmatch(self.place)
             assert named is not None
+            split = named["split"] or _TRAIN
             with offline_without_network():
                 data = datasets.load_dataset(
                     named["repository"],
                     named["configuration"],
-                    split=named["split"] or _TRAIN,
+                    split=None if self.optional else split,
                     revision=named["revision"],
                     streaming=True,
                 )
+            if self.optional:
+                if split not in data:
+                    return
+                data = data[split]
             yield from (data if named["first"] is None else data.take(int(named["first"]))).skip(skip)
         except (OSError, ValueError, HfHubHTTPError) as error:
             first = str(error).strip().partition("\n")[0]
@@ -87,7 +103,8 @@ class TextSet:
 def text_set(source: str) -> TextSet | None:
     """The data set that a source names; None for other sources.
 
-    Of a folder with several splits it is the one called train; another is named by its own folder.
+    Of several splits it is the one called train, with the one called validation beside it, if there is one. Another of
+    a folder is named by its own folder.
 
     Raises:
         UserError: a name on the hub of another form, or a folder of several splits without train.
@@ -96,11 +113,15 @@ def text_set(source: str) -> TextSet | None:
         named = _NAMED.fullmatch(source)
         if named is None:
             raise UserError(f"a source on the Hugging Face hub must be {_HOW}, got '{source}'.")
-        return TextSet(source.removeprefix(_SETS).partition("[")[0], source)
+        name = source.removeprefix(_SETS).partition("[")[0]
+        if named["split"]:
+            return TextSet(name, source)
+        return TextSet(name, source, TextSet(f"{name}:{_VALIDATION}", f"{source}:{_VALIDATION}", optional=True))
     folder = Path(source)
     if (folder / _DICT).is_file():
         if not (folder / _TRAIN / _STATE).is_file():
             held = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{_STATE}")))
             raise UserError(f"the data set {folder} has no split '{_TRAIN}', but {held}: name one by its own folder.")
-        return TextSet(folder.name, folder / _TRAIN)
+        own = TextSet(f"{folder.name}:{_VALIDATION}", folder / _VALIDATION, optional=True)
+        return TextSet(folder.name, folder / _TRAIN, own if (folder / _VALIDATION / _STATE).is_file() else None)
     return TextSet(folder.name, folder) if (folder / _STATE).is_file() else None

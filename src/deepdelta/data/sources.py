@@ -21,7 +21,7 @@ from deepdelta.data.documents import Document, FileState, reading
 from deepdelta.data.formats import check_text, ids_in
 from deepdelta.data.hub import ON_HUB
 from deepdelta.data.packed import holds_records, is_packed, unpacked, unpacked_set
-from deepdelta.data.sets import text_set
+from deepdelta.data.sets import TextSet, text_set
 from deepdelta.errors import UserError
 
 # Near-duplicates, generated files and tests, wherever they lie; then what is no part of the library.
@@ -38,15 +38,15 @@ class Listing:
 
     Attributes:
         title: the source in plain English.
-        split_by: "module" and "document" leave the split to `split_by_group`; with "position" and "file" the group
-            of a document is its split, "train" or "validation".
+        split_by: "module" and "document" leave the split to `split_by_group`; with "position", "file" and "source" the
+            group of a document is its split, "train" or "validation".
         dtype: of the ids that the documents are, as numpy writes it; None where they are text.
         origins: files that the documents were unpacked from.
     """
 
     title: str
     documents: Sequence[Document]
-    split_by: Literal["module", "document", "position", "file"]
+    split_by: Literal["module", "document", "position", "file", "source"]
     dtype: str | None = None
     origins: tuple[FileState, ...] = ()
 
@@ -68,10 +68,7 @@ def list_source(config: DataConfig, cache: Path | None = None) -> Listing:
     with reading(path):
         texts = text_set(config.source if config.source.startswith(ON_HUB) else str(path))
     if texts is not None:
-        documents, origins = unpacked_set(texts, config.field, cache)
-        if not documents:
-            raise UserError(f"{texts.place} must hold a row whose '{config.field}' is not empty; it holds none.")
-        return Listing(title=f"the data set {texts.name}", documents=documents, split_by="document", origins=origins)
+        return _list_set(texts, config.field, cache)
     with reading(path):
         if not path.exists() and not path.is_symlink():
             raise UserError(
@@ -88,6 +85,22 @@ def list_source(config: DataConfig, cache: Path | None = None) -> Listing:
         title, origins = f"the records of {path}", (FileState.now(path),)
         return Listing(title=title, documents=documents, split_by="document", origins=origins)
     return _list_file(path, config, cache)
+
+
+def _list_set(texts: TextSet, field: str, cache: Path | None) -> Listing:
+    splits = [unpacked_set(split, field, cache) for split in texts.splits]
+    documents = splits[0][0]
+    if not documents:
+        raise UserError(f"{texts.place} must hold a row whose '{field}' is not empty; it holds none.")
+    own = [replace(document, group="validation") for part, _ in splits[1:] for document in part]
+    if own:
+        documents = [*(replace(document, group="train") for document in documents), *own]
+    return Listing(
+        title=f"the data set {texts.name}",
+        documents=documents,
+        split_by="source" if own else "document",
+        origins=tuple(file for _, files in splits for file in files),
+    )
 
 
 def _shards(folder: Path, held: list[str]) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from deepdelta.errors import UserError, nearest, require
 from deepdelta.files import AnyPath, check_folder, write_json
 from deepdelta.interop import to_published
 from deepdelta.interop.published import published_config
+from deepdelta.releases import check_tested
 from deepdelta.tensors import save_tensors
 from deepdelta.training import RunDirectory, load
 from deepdelta.training.checkpoints import CHECKPOINT
@@ -60,6 +61,7 @@ def export(
             export_hf(model, tokenizer, folder)
         elif to == "onnx":
             require("ONNX files", "export", "onnx", "onnxscript")
+            check_tested("onnxruntime")
             from deepdelta.exporting.onnx import export_onnx
 
             export_onnx(model, folder)

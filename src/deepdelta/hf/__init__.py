@@ -3,9 +3,11 @@
 from importlib.metadata import version
 
 from deepdelta.errors import UserError, require
+from deepdelta.releases import check_tested
 from deepdelta.retrofitting.huggingface import KNOWN, known
 
 require("The classes of transformers", "hf", "transformers")
+check_tested("accelerate")  # by which its Trainer and device maps work
 
 found = version("transformers")
 if not known(found):

@@ -25,6 +25,7 @@ from deepdelta.models.attention import Rotary
 from deepdelta.models.gpt import Embedding, GPTConfig, GPTOutput, Rival, head_loss, label_loss, layer_branches
 from deepdelta.nn import RMSNorm, initialise
 from deepdelta.nn.linear import Initialised, Linear
+from deepdelta.releases import check_tested
 
 STREAMS = 4
 BLOCKS = 8
@@ -41,6 +42,7 @@ class Package(NamedTuple):
     part: str
 
     def load(self) -> ModuleType:
+        check_tested(self.name.replace("-", "_"))
         module = {"x-transformers": "x_transformers.x_transformers"}.get(self.name, self.name.replace("-", "_"))
         with warnings.catch_warnings():
             # x-transformers scripts one function with torch.jit as it is imported.

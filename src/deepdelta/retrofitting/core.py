@@ -12,6 +12,7 @@ from torch import nn
 from deepdelta.config import from_plain, to_plain
 from deepdelta.errors import UserError
 from deepdelta.nn.presets import PRESETS, preset_named
+from deepdelta.releases import check_tested
 from deepdelta.retrofitting.blocks import Deltas, Job, has_own_forward
 from deepdelta.retrofitting.config import RetrofitConfig, RetrofitOptions, RetrofitReport
 from deepdelta.retrofitting.described import retrofit_stack
@@ -175,6 +176,7 @@ def refuse_losing(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     inside = prefix.startswith("base_model.") and "peft" in sys.modules
     if not inside and not any(map(of_peft, model.modules())):
         return
+    check_tested("peft")
     record = record_of(model)
     found = places(model, record.names)
     beside = [key for key in record.keys if key in found]

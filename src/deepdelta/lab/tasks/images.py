@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Generator, Tensor
 
 from deepdelta.errors import UserError, nearest
+from deepdelta.releases import check_tested
 
 TORCHVISION = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -48,6 +49,7 @@ def load_images(source: str, *, root: str = "data", size: int | None = None, dow
     if size is not None and kind != "folder":
         raise UserError(f"only the images of a folder are scaled: leave image_size out for source '{source}'.")
     if source == "digits":
+        check_tested("scikit_learn")
         pixels, labels = load_digits(return_X_y=True)
         return checked(torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 16, torch.from_numpy(labels), 10)
     if kind == "folder" and name:

@@ -19,6 +19,7 @@ from deepdelta.errors import UserError
 from deepdelta.lab.tasks.fitting import CONDITIONS, AdamW, fit, seeded, stream_of
 from deepdelta.lab.tasks.task import Progress, Task
 from deepdelta.nn import ResidualConfig
+from deepdelta.releases import check_tested
 from deepdelta.training.config import Positive
 
 
@@ -55,6 +56,7 @@ def split_rows(train_rows: int, seed: int) -> Split:
     Raises:
         UserError: no row is left to test on.
     """
+    check_tested("scikit_learn")
     x, y = (torch.from_numpy(array) for array in load_diabetes(return_X_y=True, scaled=False))
     if train_rows >= len(y):
         raise UserError(f"train_rows must leave rows to test on, so be less than {len(y)}, got {train_rows}.")

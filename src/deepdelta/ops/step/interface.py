@@ -14,6 +14,7 @@ from deepdelta.ops.operators import differentiable, once, operator
 from deepdelta.ops.precision import accumulation_dtype
 from deepdelta.ops.step.arguments import Given, Gradients, Incoming, Known, Made, Replayed, schema
 from deepdelta.ops.step.reference import Gating, Normalise
+from deepdelta.releases import check_tested
 
 NEEDS = {"cpu": "numba", "cuda": "triton"}
 """The package whose compiler the fused step needs, by device."""
@@ -30,6 +31,7 @@ def fused_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec(package) is None:
         absent = f"{package}, which is not installed (pip install {package})"
         return f"the fused step on {device.type} needs the package {absent}"
+    check_tested(package)
     if dtype not in DTYPES:
         return f"the fused step has {', '.join(DTYPES.values())}, not {dtype}"
     if package == "numba":
