@@ -228,6 +228,7 @@ def test_refusals(run, tmp_path, monkeypatch, capsys):
     )
     assert "the data of arc_easy are not here" in said and "whose data ship: deepdelta_words" in said
     assert "--tokens belongs to the loss" in refused(capsys, str(run), "--tasks", "arc_easy", "--tokens", "9")
+    assert "--tasks needs the name of at least one task" in refused(capsys, str(run), "--tasks")
     assert "--shots belongs to --tasks" in refused(capsys, str(run), "--shots", "2")
     assert "limit must be at least 1, got -1" in refused(capsys, str(run), "--tasks", "arc_easy", "--limit", "-1")
     assert "must be a folder" in refused(capsys, str(run), "--tasks", "piqa", "--task-data", str(tmp_path / "no"))

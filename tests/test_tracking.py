@@ -47,12 +47,15 @@ def test_tensorboard_gets_every_row_once(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_weights_and_biases_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "own"))
     run = tmp_path / "run"
     train(run, text_file(tmp_path / "text.txt"), 4, "--track", "wandb")
+    wandb.teardown()  # the service that writes the file, which a command's process waits for at its end
     (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
     held = list(records(file))
     history = [

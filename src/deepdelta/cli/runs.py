@@ -69,7 +69,7 @@ class Evaluate:
 
     run: Positional[Path]
     """A run directory."""
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] | None = None
     """Tasks by name: arc_easy, arc_challenge, hellaswag, piqa, winogrande, openbookqa, sciq, boolq, any other of
     lm-eval's, and those whose data ship: deepdelta_words, deepdelta_python, deepdelta_repeat, deepdelta_prose."""
     shots: int = 0
@@ -90,6 +90,8 @@ class Evaluate:
 
     def __call__(self) -> None:
         given = [name for name in ("shots", "limit", "task_data") if getattr(self, name)]
+        if self.tasks == ():
+            raise UserError("--tasks needs the name of at least one task; name some, or leave it out for the loss.")
         if given and not self.tasks:
             raise UserError(f"--{given[0].replace('_', '-')} belongs to --tasks; name some, or leave it out.")
         if self.tasks:
@@ -107,7 +109,7 @@ class Evaluate:
         use_threads(self.threads, self.run)
         results = evaluate_tasks(
             self.run,
-            self.tasks,
+            self.tasks or (),
             checkpoint=self.checkpoint,
             shots=self.shots,
             limit=self.limit,
