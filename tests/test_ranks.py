@@ -31,7 +31,7 @@ from rank_runs import Case, by_ranks, host, meeting, run_cases
 from tiny_runs import rows, settings, tensors, text_file
 
 SMALL: dict[str, Any] = {
-    "model": {"context": 8, "layers": 2, "heads": 2, "dim": 8, "embedding_std": 0.1},
+    "model": {"context": 8, "layers": 2, "heads": 4, "dim": 8, "mlp_dim": 20, "embedding_std": 0.1},
     "batch_size": 4,
     "accumulate": 2,
     "steps": 6,
@@ -60,6 +60,8 @@ def variants(source: Path) -> dict[str, dict[str, Any]]:
         "fsdp": small(source, parallel="fsdp", average="last", average_steps=2, keep_best=True),
         "fsdp-fused": small(source, "code-cc", parallel="fsdp", backend="fused", recompute=True),
         "fsdp-write-only": small(source, "paper-tc", residual={"rule": "write_only"}, parallel="fsdp"),
+        "tensor": small(source, parallel="tensor", average="ema", keep_best=True),
+        "tensor-fused": small(source, "paper-tc", parallel="tensor", backend="fused", recompute=True),
         "skips": small(source, parallel="fsdp"),
     }
 
@@ -182,7 +184,10 @@ def short(source: Path, tmp_path_factory: pytest.TempPathFactory, unchecked_file
         with ruined(0, NAN_STEPS if name == "skips" else ()):
             assert not run_cases(expected, [(name, plain | {"recompute": False}, {})])
     (begun, gone_on), (left, _) = halves("from-one", cases["fsdp"]), halves("from-two", cases["ddp"])
-    assert not run_cases(found, [begun])
+    (begun_split, gone_on_split), (left_split, _) = (
+        halves(f"{name}-split", cases["tensor"]) for name in ("from-one", "from-two")
+    )
+    assert not run_cases(found, [begun, begun_split])
     (found / "occupied").mkdir()
     (found / "occupied" / "metrics.jsonl").write_text("of somebody else")
     exact = (gone_on[0], gone_on[1], {})
@@ -190,10 +195,14 @@ def short(source: Path, tmp_path_factory: pytest.TempPathFactory, unchecked_file
         ("divides", cases["ddp"] | {"batch_size": 3}, {}),
         ("occupied", cases["ddp"], {}),
         ("rival", small(source, model={"rival": "identity-hyper"}, parallel="fsdp"), {}),
+        ("heads", small(source, model={"heads": 1}, parallel="tensor"), {}),
+        ("hidden", small(source, model={"mlp_dim": 21}, parallel="tensor"), {}),
+        ("split-rival", small(source, model={"rival": "gru"}, parallel="tensor"), {}),
+        ("split-compiled", cases["tensor"] | {"compile": True}, {}),
         ("from-one", *exact[1:]),
     ]
     others: dict[str, list[Case]] = {
-        "sound": [*wrong, gone_on, left],
+        "sound": [*wrong, gone_on, left, gone_on_split, left_split],
         "diverges": [("diverges", cases["fsdp"], {})],
         "full": [("full", cases["fsdp"] | {"keep_best": False}, {})],
         "damaged": [("damaged", cases["fsdp"] | {"keep_last": 2, "steps": steps}, {}) for steps in (3, 6)],
@@ -206,12 +215,14 @@ def short(source: Path, tmp_path_factory: pytest.TempPathFactory, unchecked_file
     return Short(expected, found, told, ends)
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp-documents", "ddp-fused", "fsdp", "fsdp-fused", "fsdp-write-only"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "ddp-documents", "ddp-fused", "fsdp", "fsdp-fused", "fsdp-write-only", "tensor", "tensor-fused"]
+)
 def test_two_train_as_one(short: Short, name: str) -> None:
     assert name not in short.told[0] | short.told[1]
     assert_close(short.found / name, short.expected / name)
     files = {path.name for path in (short.expected / name).iterdir()}
-    shared = {"parts"} if name.startswith("fsdp") else set()
+    shared = {"parts"} if not name.startswith("ddp") else set()
     assert {path.name for path in (short.found / name).iterdir()} == files | shared
 
 
@@ -267,13 +278,15 @@ def test_weights_start_the_same_bit_for_bit(short: Short, source: Path) -> None:
 
 def test_what_one_began_two_end(short: Short) -> None:
     assert_close(short.found / "from-one", short.expected / "fsdp")
+    assert_close(short.found / "from-one-split", short.expected / "tensor")
 
 
 def test_what_two_began_one_ends(short: Short, source: Path) -> None:
-    _, case = halves("from-two", variants(source)["ddp"])
-    assert RunDirectory(short.found / "from-two").step() == 3
-    assert not run_cases(short.found, [case])
-    assert_close(short.found / "from-two", short.expected / "ddp")
+    for run, name in (("from-two", "ddp"), ("from-two-split", "tensor")):
+        _, case = halves(run, variants(source)[name])
+        assert RunDirectory(short.found / run).step() == 3
+        assert not run_cases(short.found, [case])
+        assert_close(short.found / run, short.expected / name)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +295,10 @@ def test_what_two_began_one_ends(short: Short, source: Path) -> None:
         ("divides", "batch_size must be a multiple of the number of processes, got batch_size=3 and 2 processes"),
         ("occupied", "holds metrics.jsonl, which a run would overwrite"),
         ("rival", "parallel='fsdp' shards a GPT's layers; the rival 'identity-hyper' takes 'ddp'"),
+        ("heads", "parallel='tensor' needs model.heads to be a multiple of the number of processes, got 1 and 2"),
+        ("hidden", "parallel='tensor' needs model.mlp_dim to be a multiple of the number of processes, got 21 and 2"),
+        ("split-rival", "parallel='tensor' shards a GPT's layers; the rival 'gru' takes 'ddp'"),
+        ("split-compiled", "parallel='tensor' does not go with compile"),
         ("differ", "rank 1 differs from rank 0 here: seed: 1 there, 0 here."),
         ("diverges", "3 such steps in a row (every layer's output is finite): training diverged."),
     ],
@@ -379,26 +396,32 @@ def test_every_number_trains_as_one(source: Path, tmp_path: Path) -> None:
     cases = matrix(source)
     assert not run_cases(tmp_path / "one", [(name, plain, {}) for name, plain in cases.items()])
     for size in (1, 2, 4):
-        shared: list[Case] = [
-            (f"{name}-{parallel}", plain | {"parallel": parallel}, {})
-            for name, plain in cases.items()
-            for parallel in ("ddp", "fsdp")
+        # Of one process the ways differ in nothing but the group; tests/test_tensor_parallel.py has gradients of four.
+        pairs = [
+            (name, parallel)
+            for name in cases
+            for parallel in (("fsdp",) if size == 1 else ("ddp", "fsdp", "tensor"))
+            if (size, parallel) != (4, "tensor") or name.endswith("fused")
         ]
+        shared: list[Case] = [(f"{name}-{way}", cases[name] | {"parallel": way}, {}) for name, way in pairs]
         assert by_ranks(size, tmp_path / f"{size}", run_cases, shared) == [{}] * size
-        for name in cases:
-            for parallel in ("ddp", "fsdp"):
-                assert_close(tmp_path / f"{size}" / f"{name}-{parallel}", tmp_path / "one" / name)
+        for name, way in pairs:
+            assert_close(tmp_path / f"{size}" / f"{name}-{way}", tmp_path / "one" / name)
 
 
 @pytest.mark.scale
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_saved_by_some_resumed_by_others(source: Path, tmp_path: Path, parallel: str) -> None:
-    plain = small(source, parallel=parallel, average="ema")
-    pairs = {f"{a}-{b}": (a, b) for a in (1, 2, 4) for b in (1, 2, 4) if a != b}
-    assert not run_cases(tmp_path / "one", [("run", plain, {})])
+def test_saved_by_some_resumed_by_others(source: Path, tmp_path: Path) -> None:
+    every = [(a, b) for a in (1, 2, 4) for b in (1, 2, 4) if a != b]
+    plain = {way: small(source, parallel=way, average="ema") for way in ("ddp", "fsdp", "tensor")}
+    pairs = {
+        f"{way}-{a}-{b}": (way, (a, b))
+        for way in plain
+        for a, b in (every if way == "fsdp" else [(1, 4), (4, 2), (2, 1)])
+    }
+    assert not run_cases(tmp_path / "one", [*((way, settings, {}) for way, settings in plain.items())])
     for part in range(2):
         for size in (1, 2, 4):
-            cases = [halves(name, plain)[part] for name, sizes in pairs.items() if sizes[part] == size]
+            cases = [halves(name, plain[way])[part] for name, (way, sizes) in pairs.items() if sizes[part] == size]
             assert by_ranks(size, tmp_path / "shared", run_cases, cases) == [{}] * size
-    for name in pairs:
-        assert_close(tmp_path / "shared" / name, tmp_path / "one" / "run")
+    for name, (way, _) in pairs.items():
+        assert_close(tmp_path / "shared" / name, tmp_path / "one" / way)

@@ -1,7 +1,7 @@
 """Averages of the weights over steps, by torch's `AveragedModel`."""
 
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, get_swa_avg_fn
 
 from deepdelta.training.config import TrainConfig
 
@@ -10,6 +10,9 @@ def averaged(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
     """What holds the average that the settings ask for: a mean, or a <- d a + (1 - d) w from the first step's w on."""
     if config.average == "none":
         return None
+    if config.parallel == "tensor":  # tensor by tensor, since not all of them are of one type
+        one = get_swa_avg_fn() if config.average == "last" else get_ema_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
+        return AveragedModel(model, avg_fn=one)
     if config.average == "last":
         return AveragedModel(model)
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call]

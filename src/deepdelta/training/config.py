@@ -95,9 +95,10 @@ class TrainConfig(Settings):
     more time."""
     compile: bool = False
     """torch.compile the model."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Literal["ddp", "fsdp", "tensor"] = "ddp"
     """How processes that torchrun has started share a run: ddp, each has the whole model and some rows of every batch;
-    fsdp, weights, gradients and optimiser state are shared too, and whole a layer at a time."""
+    fsdp, weights, gradients and optimiser state are shared too, and whole a layer at a time; tensor, each has some
+    heads and some of the MLP's hidden features, the rest of the model, and the whole batch."""
     threads: Threads | None = None
     """CPU threads; None keeps torch's choice."""
 

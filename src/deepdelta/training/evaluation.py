@@ -107,7 +107,7 @@ def evaluate(
             progress(index + 1, batches)
     corpus.check_unchanged()
     model.train(was_training)
-    if ranks.size > 1:
+    if ranks.sharing > 1:
         total, predicted = ranks.summed(torch.tensor([total, count], dtype=torch.float64)).tolist()
         count = round(predicted)
     return Evaluation(total / count, count, contexts(context, len(split), tokens))

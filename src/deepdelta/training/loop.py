@@ -70,6 +70,7 @@ def _train(
     given = {"run": str(run.path), "init_from": init_from and str(init_from), "inexact_resume": inexact_resume}
     ranks.agree(given | to_plain(config))
     check_parallel(config, ranks)
+    ranks.sharing = 1 if config.parallel == "tensor" else ranks.size
     ranks.shared(lambda: _check_place(run))
     say = say if ranks.first else lambda line: None
     if config.threads is not None:
@@ -82,13 +83,14 @@ def _train(
     keep_freed_memory()
     say(f"Device {chosen.device} ({chosen.reason}), precision {chosen.precision}, CPU threads: {threads}.")
     if ranks.started_together:
-        say(f"{ranks.size} processes by {config.parallel}, of each batch {config.batch_size // ranks.size} rows each.")
+        rows = config.batch_size // ranks.sharing
+        say(f"{ranks.size} processes by {config.parallel}, of each batch {rows} rows each.")
     corpus = load_corpus(config.data, progress=say)
     check_context(corpus, config.model.context)
     config = resolve(config, corpus)
     say(corpus.description)
-    sharded = ranks.started_together and config.parallel == "fsdp"
-    check_size(config, chosen, ranks.size, ranks.size if sharded else 1)
+    sharded = ranks.started_together and config.parallel != "ddp"
+    check_size(config, chosen, ranks.sharing, ranks.size if sharded else 1)
     model = language_model(config.model, config.seed)
     if not sharded:  # or its layers, one by one
         model.to(chosen.device)

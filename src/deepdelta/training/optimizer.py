@@ -1,6 +1,7 @@
 """Parameter groups and the learning-rate schedule."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -74,10 +75,20 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> Optimizer:
     for group in groups:
         group["factor"] = factors.get(group["name"], 1.0)
         group["lr"] = config.rate * group["factor"]
+    # No group has tensors of two types, which torch does not take in one step.
+    groups = [group | {"params": some} for group in groups for some in by_type(group["params"]) or [[]]]
     if config.optimizer == "adamw" or not groups[0]["params"]:
         return AdamW(groups, betas=config.betas, fused=True)
     muon = Muon([groups[0]], momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
     return Together(muon, AdamW(groups[1:], betas=config.betas, fused=True))
+
+
+def by_type(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters, plain ones and those spread over ranks apart."""
+    apart: dict[bool, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        apart.setdefault(hasattr(parameter, "placements"), []).append(parameter)
+    return [*apart.values()]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

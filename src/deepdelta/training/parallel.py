@@ -1,4 +1,5 @@
-"""A model on several ranks: copies that share the batch (DDP), or parts that are whole a layer at a time (FSDP2).
+"""A model on several ranks: copies that share the batch (DDP), parts that are whole a layer at a time (FSDP2), or
+heads and hidden features (tensor parallelism).
 
 What one process does without is imported where several need it: it takes torch a second.
 """
@@ -19,6 +20,7 @@ from deepdelta.errors import UserError
 from deepdelta.models import GPT, LanguageModel
 from deepdelta.models.gpt import Layer
 from deepdelta.training.config import TrainConfig
+from deepdelta.training.optimizer import by_type
 from deepdelta.training.ranks import Ranks
 
 
@@ -28,7 +30,9 @@ def check_parallel(config: TrainConfig, ranks: Ranks) -> None:
     Raises:
         UserError: the ranks cannot have the same number of rows, or the model cannot be sharded.
     """
-    if config.batch_size % ranks.size:
+    if ranks.started_together and config.parallel == "tensor":
+        _check_split(config, ranks.size)
+    elif config.batch_size % ranks.size:
         raise UserError(
             f"batch_size must be a multiple of the number of processes, got batch_size={config.batch_size} and "
             f"{ranks.size} processes: it counts the sequences of a micro-batch over all of them."
@@ -40,12 +44,26 @@ def check_parallel(config: TrainConfig, ranks: Ranks) -> None:
         )
     if config.model.rival is None:
         return
-    if ranks.started_together and config.parallel == "fsdp":
-        raise UserError(f"parallel='fsdp' shards a GPT's layers; the rival '{config.model.rival}' takes 'ddp'.")
+    if ranks.started_together and config.parallel != "ddp":
+        raise UserError(
+            f"parallel='{config.parallel}' shards a GPT's layers; the rival '{config.model.rival}' takes 'ddp'."
+        )
     if config.recompute:
         raise UserError(
             f"recompute makes a GPT's layers again; the rival '{config.model.rival}' has none: leave it out."
         )
+
+
+def _check_split(config: TrainConfig, size: int) -> None:
+    model = config.model
+    for name, number in (("heads", model.heads), ("mlp_dim", model.mlp_width)):
+        if number % size:
+            raise UserError(
+                f"parallel='tensor' needs model.{name} to be a multiple of the number of processes, got {number} and "
+                f"{size} processes."
+            )
+    if config.compile:
+        raise UserError("parallel='tensor' does not go with compile: leave it out, or take parallel='fsdp'.")
 
 
 def claim_device(chosen: Device, ranks: Ranks) -> None:
@@ -79,7 +97,15 @@ def distributed(
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     for one in (model, *others):
         assert isinstance(one, GPT)
-        _shard(one, chosen, ranks)
+        if config.parallel == "fsdp":
+            _shard(one, chosen, ranks)
+        else:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            from deepdelta.training.tensor_parallel import split
+
+            split(one, init_device_mesh(chosen.device.type, (ranks.size,)))
+            one.to(chosen.device)
     return model
 
 
@@ -136,6 +162,18 @@ def fill(tensors: Mapping[str, Tensor], value: Callable[[str], Tensor], ranks: R
         full = given.to(tensor.device, tensor.dtype).contiguous()
         dist.broadcast(full, 0)
         local(tensor).copy_(full)
+
+
+def clip_gradients(model: nn.Module, clip: float) -> Tensor:
+    """Scale the gradients so that their norm is at most `clip`; the norm before."""
+    apart = by_type(parameter for parameter in model.parameters() if parameter.grad is not None)
+    if len(apart) < 2:
+        return whole(nn.utils.clip_grad_norm_(model.parameters(), clip))
+    norms = [whole(nn.utils.get_total_norm([one.grad for one in some if one.grad is not None])) for some in apart]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    for some in apart:
+        nn.utils.clip_grads_with_norm_(some, clip, norm)
+    return norm
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None, timeout: float = TIMEOUT) -> None:
         self.rank, self.size, self.store, self.timeout = rank, size, store, timeout
+        self.sharing = size
+        """How many ranks share the rows of a batch."""
         self.parent = os.getppid()
         self.calls = 0
 
@@ -57,7 +59,9 @@ class Ranks:
         return self.started_together and os.getppid() != self.parent
 
     def rows(self, batch: Tensor) -> Tensor:
-        """This rank's rows of a batch: those from rank n / size on."""
+        """This rank's rows of a batch: those from rank n / size on, or all where every rank takes all."""
+        if self.sharing == 1:
+            return batch
         count = len(batch)
         return batch[self.rank * count // self.size : (self.rank + 1) * count // self.size]
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from deepdelta.data import IGNORED, Corpus, batch
 from deepdelta.device import Device
 from deepdelta.training.config import TrainConfig
-from deepdelta.training.parallel import synchronising, whole
+from deepdelta.training.parallel import clip_gradients, synchronising
 from deepdelta.training.ranks import ALONE, Ranks
 
 
@@ -42,7 +42,7 @@ def micro_losses(
     for number, (part, part_labels) in enumerate(pairs, start=1):
         part, part_labels = ranks.rows(part), ranks.rows(part_labels)
         # As many such parts as there are labels to one of its own: a whole number where all have as many.
-        parts = counted / ((part_labels != IGNORED).sum() * ranks.size)
+        parts = counted / ((part_labels != IGNORED).sum() * ranks.sharing)
         with synchronising(forward, number == accumulate):
             with torch.autocast(chosen.device.type, dtype=torch.bfloat16, enabled=chosen.precision == "bf16"):
                 loss = forward(part.to(chosen.device), part_labels.to(chosen.device), loss_alone=True).loss / parts
@@ -76,7 +76,7 @@ def update(
 ) -> Made:
     """Clip the gradients, step where they and the loss are finite on every rank, and clear them; the loss of all ranks
     and the norm before clipping."""
-    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip))
+    norm = clip_gradients(model, clip)
     shares = norm.new_zeros(1) if shares is None else shares
     finite = norm.isfinite() & shares.isfinite().all()
     if ranks.size > 1:
