@@ -224,7 +224,7 @@ def test_records_differ_in_every_setting_that_decides_numbers() -> None:
         "threads": 3,
         "data": {"source": "x", "pattern": "*.py", "mixture": [["x", 1.0]]},
     }
-    same |= {"checkpoint_every": 7, "keep_last": 2, "keep_best": True}
+    same |= {"checkpoint_every": 7, "keep_last": 2, "keep_best": True, "async_save": False}
     other: dict[str, Any] = {
         "model": {"dim": 64, "residual": {"rule": "write_only"}},
         "data": {"validation_fraction": 0.2, "held_out": "train_tail"},
@@ -238,6 +238,7 @@ def test_records_differ_in_every_setting_that_decides_numbers() -> None:
         "final_eval_tokens": 10,
         "schedule": "cosine",
         "average": "ema",
+        "optimizer": "muon",
     }
     numbers = {key: value + 1 for key, value in to_plain(base).items() if type(value) is int and key not in same}
     numbers |= {key: value / 2 for key, value in to_plain(base).items() if type(value) is float}
@@ -247,12 +248,13 @@ def test_records_differ_in_every_setting_that_decides_numbers() -> None:
         return json.dumps(canonical(from_plain(TrainConfig, merged(to_plain(base), changes))))
 
     assert of(same) == of({})
-    # These two are settings of an average, which must then be made.
-    numbers |= {"ema_decay": None, "average_steps": None}
-    averages = [{"average": "ema", "ema_decay": 0.5}, {"average": "last"}, {"average": "last", "average_steps": 9}]
+    # These are settings of an average and of Muon, which must then be there.
+    numbers |= {"ema_decay": None, "average_steps": None, "momentum": None}
+    parted = [{"average": "ema", "ema_decay": 0.5}, {"average": "last"}, {"average": "last", "average_steps": 9}]
+    parted += [{"optimizer": "muon", "momentum": 0.5}]
     parts = [{key: {name: value}} for key in ("model", "data") for name, value in other[key].items()]
     flat = [{key: value} for key, value in (other | numbers).items() if key not in ("model", "data")]
-    flat = [changes for changes in flat if None not in changes.values()] + averages
+    flat = [changes for changes in flat if None not in changes.values()] + parted
     seen = [of({}), *(of(changes) for changes in (*parts, *flat))]
     assert len(set(seen)) == len(seen)
 

@@ -36,7 +36,7 @@ CURVE_POINTS = 60
 PROMPT, TEMPERATURE = 32, 0.8
 """Of samples: ids of the validation part that one begins with, half a context at most, and how freely it goes on."""
 
-PLACES = {"device", "threads", "checkpoint_every", "keep_last", "keep_best"}
+PLACES = {"device", "threads", "checkpoint_every", "keep_last", "keep_best", "async_save"}
 """Settings that say where and how a run is made, not what comes out of it."""
 
 SOURCES = {"source", "pattern", "tokenizer", "mixture"}
