@@ -189,29 +189,6 @@ def test_what_audited_runs_lose() -> None:
     assert f"Holding all of them at 1 costs {changes('gate 1', 3)}" in page
 
 
-def test_what_other_directions_find_of_the_state() -> None:
-    found: dict[tuple[str, str], list[float]] = {}
-    for run in ("additive-0", "additive-1", "ddl-0", "ddl-1"):
-        audited = json.loads((RESULTS / f"audit-directions-{run}" / "audit.json").read_text(encoding="utf-8"))
-        for one in audited["findings"]["residuals"]:
-            part = one["name"].rpartition(".")[2]
-            found.setdefault(("h", part), []).append(one["absolute_cosine"])
-            for other in one["alternatives"]:
-                found.setdefault((other["name"], part), []).append(other["cosine"])
-                chance = "0.142" if other["name"] == "heads" else "0.100"
-                assert f"{other['chance']:.3f}" == chance
-
-    def span(name: str, *parts: str) -> str:
-        values = [value for part in parts for value in found[name, part]]
-        return f"{min(values):.3f} to {max(values):.3f}"
-
-    page = SENTENCES["docs/attribution.md"]
-    assert f"read of the values finds {span('value', 'attention')}, where chance is 0.100" in page
-    assert f"The MLPs' h finds {span('h', 'mlp')}, attention's {span('h', 'attention')}." in page
-    assert f"h finds {span('heads', 'mlp')} and {span('heads', 'attention')} (chance 0.142)" in page
-    assert f"The state of a layer before: {span('snapshot', 'attention', 'mlp')}." in page
-
-
 def test_the_headline_rests_on_what_its_search_chose() -> None:
     search = json.loads((RESULTS / "parameterization" / "search.json").read_text(encoding="utf-8"))
     headline, candidates = load_study("headline"), load_study("parameterization")
