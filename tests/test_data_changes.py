@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.tiny_runs import MODEL, assert_same_run, config, quietly, text_file
 
+from damage import flip
 from deepdelta import load
 from deepdelta.cli import main
 from deepdelta.data import Corpus, DataConfig, load_corpus
@@ -37,12 +38,6 @@ def later(path: Path, content: bytes) -> None:
     """Other content, at another time however coarse the clock is."""
     path.write_bytes(content)
     os.utime(path, (path.stat().st_mtime + 10,) * 2)
-
-
-def flip(path: Path, at: int = -1) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(bytes(content))
 
 
 @pytest.mark.parametrize("content", [b"y" * 1000, b"x" * 999, b"x" * 1001, b""])

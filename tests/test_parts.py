@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
+from damage import cut, flip
 from deepdelta import UserError
 from deepdelta.training import RunDirectory, parts
 from deepdelta.training.checkpoints import last_good, read_checkpoint
@@ -120,16 +121,6 @@ def test_any_block_of_what_any_number_wrote(data: st.DataObject, tmp_path_factor
     size = [data.draw(st.integers(0, length - first)) for length, first in zip(shape, offset, strict=True)]
     block = tuple(slice(first, first + length) for first, length in zip(offset, size, strict=True))
     assert Stored(run / "checkpoint.safetensors").block("model.a", offset, size).equal(tensor[block])
-
-
-def flip(file: Path) -> None:
-    whole = bytearray(file.read_bytes())
-    whole[-3] ^= 0x10
-    file.write_bytes(whole)
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-5])
 
 
 def other(file: Path) -> None:

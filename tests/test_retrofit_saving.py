@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import fx, nn
 
 import deepdelta
+from damage import flip
 from deepdelta import PRESETS, UserError, load_retrofit, retrofit, retrofitted, save_retrofit, undo_retrofit
 from deepdelta.config import to_plain
 from deepdelta.retrofitting import saving
@@ -85,12 +86,6 @@ def changed(folder: Path, change: Any) -> None:
     tensors = load_file(file)
     change(tensors)
     save_tensors(file, tensors)
-
-
-def flip(file: Path) -> None:
-    whole = bytearray(file.read_bytes())
-    whole[-3] ^= 0x20
-    file.write_bytes(whole)
 
 
 OPENING = "model.layers.0.delta.mlp.erase_gate.opening"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from damage import cut, flip
 from deepdelta import UserError, load, train
 from deepdelta.cli import main
 from deepdelta.config import to_plain
@@ -83,16 +84,6 @@ def test_the_best_is_evaluated_on_request(finished: Path, source: Path, capsys: 
     assert said[2] != said[0]
     with pytest.raises(UserError, match=r"holds no average\.safetensors"):
         load(finished, "average.safetensors")
-
-
-def flip(file: Path) -> None:
-    whole = bytearray(file.read_bytes())
-    whole[-5] ^= 0x10
-    file.write_bytes(whole)
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
 
 
 def gone(file: Path) -> None:

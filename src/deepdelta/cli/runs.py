@@ -95,11 +95,11 @@ class Evaluate:
         if given and not self.tasks:
             raise UserError(f"--{given[0].replace('_', '-')} belongs to --tasks; name some, or leave it out.")
         if self.tasks:
-            self._tasks()
+            self._tasks(self.tasks)
         else:
             self._loss()
 
-    def _tasks(self) -> None:
+    def _tasks(self, tasks: tuple[str, ...]) -> None:
         # Here, since it needs the packages of the extra `eval`, which the other commands do without.
         from deepdelta.harness import evaluate_tasks, table
         from deepdelta.harness.results import FILE_NAME, FOLDER
@@ -109,7 +109,7 @@ class Evaluate:
         use_threads(self.threads, self.run)
         results = evaluate_tasks(
             self.run,
-            self.tasks or (),
+            tasks,
             checkpoint=self.checkpoint,
             shots=self.shots,
             limit=self.limit,

@@ -52,13 +52,14 @@ class DescribedBlock(DeltaBlock):
         state, extras = delta.given(args, kwargs)
         onward: StreamState | None = None
         additions = self._additions(extras)
-        for addition, following in zip(additions, [*additions[1:], None], strict=True):
+        readings = [self._reading(addition) for addition in additions]
+        for number, addition in enumerate(additions):
             first, before = addition.branches[0], None
             if onward is None:
                 if addition.shortcut and not isinstance(shortcut := found(self, addition.shortcut), nn.Identity):
                     state, before = shortcut(state), state
                 state = delta.enter(state)
-            opening = delta.open(addition.name, onward or state, self._reading(addition))
+            opening = delta.open(addition.name, onward or state, readings[number])
             read = opening.c if first.norm else opening.x_in
             h, more = self._output(first, read() if before is None else before, extras)
             rest += more
@@ -66,12 +67,13 @@ class DescribedBlock(DeltaBlock):
                 norm, x_in = self._norm(branch), opening.x_in()
                 other, more = self._output(branch, x_in if norm is None else norm(x_in), extras)
                 h, rest = h + other, rest + more
-            if following is None or following.shortcut or addition.after:
+            last = number + 1 == len(additions)
+            if last or additions[number + 1].shortcut or addition.after:
                 state, onward = opening.rewrite(h), None
                 if addition.after:
                     state = delta.map(found(self, addition.after), state)
             else:
-                onward = opening.onward(h, self._reading(following))
+                onward = opening.onward(h, readings[number + 1])
         state = delta.leave(state)
         return (state, *rest) if delta.description.returns_rest else state
 

@@ -56,9 +56,7 @@ class Tally:
             self._measure_shares(self.pending)
             self.pending = []
 
-    def result(
-        self, name: str, effects: tuple[Effect, ...], alternatives: tuple[Alternative, ...] = ()
-    ) -> ResidualAudit:
+    def result(self, name: str, effects: tuple[Effect, ...], alternatives: tuple[Alternative, ...]) -> ResidualAudit:
         """Everything about the residual of this name."""
         two_gates = self.config.rule == "two_gate"
         strength = "strength" if self.config.erases and not two_gates else "gate"
