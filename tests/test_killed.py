@@ -89,7 +89,10 @@ def kill_in_study(folder: Path, out: Path, who: str, draw: random.Random, steps:
         wait_for_step(run, draw.choice(steps), process)
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
-        victims = {"study": [], "run": [draw.choice(children)], "both": children}[who]
+        # The run whose step is known: the other may be at its end.
+        own = [child for child in children if str(run) in " ".join(child.cmdline())] if who == "run" else []
+        assert who != "run" or own
+        victims = {"study": [], "run": own, "both": children}[who]
         if who != "run":
             process.kill()
         for child in victims:

@@ -34,17 +34,22 @@ def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run
 
 
-@pytest.mark.parametrize(("checkpoint_every", "step"), [(50, 57), (1, 23)])
-def test_kill_and_resume(source: Path, uninterrupted: Path, tmp_path: Path, checkpoint_every: int, step: int) -> None:
-    """SIGKILL in the midst of a step, or of a checkpoint where one is written after every step."""
-    settings, run = config(source, **LONG | {"checkpoint_every": checkpoint_every}), tmp_path / "run"
+@pytest.mark.parametrize(("checkpoint_every", "step", "beside"), [(50, 57, False), (1, 23, False), (1, 23, True)])
+def test_kill_and_resume(
+    source: Path, uninterrupted: Path, tmp_path: Path, checkpoint_every: int, step: int, beside: bool
+) -> None:
+    """SIGKILL in the midst of a step, or of a checkpoint where one is written after every step; what is written beside
+    the steps may be lost too, with those up to the next one, which waits for it."""
+    changes = {"checkpoint_every": checkpoint_every, "async_save": beside}
+    settings, run = config(source, **LONG | changes), tmp_path / "run"
     write_json(tmp_path / "config.json", to_plain(settings))
     with start("train", run, "--config", tmp_path / "config.json", cwd=tmp_path) as process:
         wait_for_step(run, step, process)
         process.kill()
         assert process.wait() == -signal.SIGKILL
     saved, recorded = RunDirectory(run).step(), RunDirectory(run).last_recorded_step()
-    assert saved % checkpoint_every == 0 and saved <= recorded <= saved + checkpoint_every and recorded < STEPS
+    assert saved % checkpoint_every == 0 and saved <= recorded < STEPS
+    assert recorded <= saved + checkpoint_every * (2 if beside else 1)
     lines: list[str] = []
     train(config(source, **LONG), run, say=lines.append)
     assert f"Continuing {run} at step {saved} of {STEPS}." in lines
