@@ -64,9 +64,10 @@ def checkpoints(folder: Path, count: int) -> dict[str, Any]:
     seen: list[dict[str, int]] = []
     saved = trainer.Trainer.save
 
-    def save(self: trainer.Trainer) -> None:
-        saved(self)
+    def save(self: trainer.Trainer, **how: bool) -> None:
+        saved(self, **how)
         if self.step % max(1, count // 20) == 0:
+            self._settle()  # or the file that is being written would be among those that are open
             seen.append(held())
 
     trainer.Trainer.save = save  # type: ignore[method-assign]

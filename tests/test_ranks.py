@@ -35,6 +35,7 @@ SMALL: dict[str, Any] = {
     "batch_size": 4,
     "accumulate": 2,
     "steps": 6,
+    "lr": 5e-4,
     "schedule": "constant",
     "eval_every": 4,
     "eval_tokens": 40,
@@ -68,7 +69,7 @@ def variants(source: Path) -> dict[str, dict[str, Any]]:
 
 def assert_close(run: Path, expected: Path) -> None:
     """Losses, norms and weights within rounding; Adam's first steps divide by gradients that may be next to nothing, so
-    that rounding moves such a weight by the rate, and norms by as much as 1e-4."""
+    that rounding moves such a weight by the rate, which is small here for that."""
     # A run that was extended has been validated where it had ended before.
     made = [row for row in rows(run) if "validation_loss" not in row or row["step"] != 3]
     for row, other in zip(made, rows(expected), strict=True):
