@@ -4,7 +4,6 @@ The table that a loop gets: the size of the team, the number of items to share o
 each argument, a number or the address of a tensor. From the same layout the loop makes what the function takes.
 """
 
-import importlib
 import inspect
 import struct
 import sys
@@ -12,13 +11,14 @@ from functools import lru_cache
 from itertools import chain
 from math import prod
 from operator import itemgetter
+from types import FunctionType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 from torch import Tensor
 
@@ -130,15 +130,18 @@ class Kernel:
             for value, field in zip(values, self._fields, strict=True)
         )
         layout = " ".join([":".join(self._axes), *words])
-        module = sys.modules[self._function.__module__]
-        name, one = f"{module.__name__}:{self._function.__name__}", kinds(dtype).wide
+        module, one = sys.modules[self._function.__module__], kinds(dtype).wide
 
         def share(at):
             thread, count = part(at[0])
-            items = at[1]
-            call(name, items * thread // count, items * (thread + 1) // count, one(1), arguments(at, thread, layout))
+            first, last = at[1] * thread // count, at[1] * (thread + 1) // count
+            function(first, last, one(1), *arguments(at, thread, layout))  # noqa: F821
 
-        with announced(f"the loop '{self._function.__name__.strip('_')}'"):
+        share = inspect.unwrap(share)  # of the checks that the tests put around every function of the package
+        # A global: numba asks of what a function closes over that it be the same in every process.
+        share = FunctionType(share.__code__, {**globals(), "function": self._function}, None, None, share.__closure__)
+        share.__qualname__ = self._function.__name__.strip("_")
+        with announced(f"the loop '{share.__qualname__}'"):
             self._loops[key] = loop(share, module)
         return self._loops[key]
 
@@ -168,20 +171,6 @@ def _field(name: str, hint: Any) -> Field:
     kind, *axes = getattr(hint, "__metadata__", ("integer" if hint is int else "real",))[0].split()
     declared = getattr(hint, "__origin__", hint)
     return Field(name, kind, tuple(axes), type(None) in get_args(declared))
-
-
-def call(name, first, last, one, arguments):
-    """Within a loop: the function of that name, as `module:function`."""
-
-
-call = inspect.unwrap(call)
-
-
-@overload(call, prefer_literal=True)
-def _call(name, first, last, one, arguments):
-    module, _, function_name = name.literal_value.partition(":")
-    function = getattr(importlib.import_module(module), function_name)
-    return inspect.unwrap(lambda name, first, last, one, arguments: function(first, last, one, *arguments))
 
 
 def _arguments(typing_context, at, thread, layout):
