@@ -384,7 +384,7 @@ ONE_CHANNEL = {"expansion": "repeat", "value_channels": 1}
 def matrix(source: Path) -> dict[str, dict[str, Any]]:
     return {
         f"{name}-{channels}-{backend}": small(
-            source, preset, residual=changes | (ONE_CHANNEL if channels == 1 else {}), backend=backend, steps=4
+            source, preset, residual=changes | (ONE_CHANNEL if channels == 1 else {}), backend=backend, steps=2
         )
         for name, (preset, changes) in PRESETS.items()
         for channels in (1, 4)
@@ -392,18 +392,23 @@ def matrix(source: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+SHARED = {
+    # Of one process the ways differ in nothing but the group.
+    1: {"fsdp": "4-fused"},
+    2: {"ddp": "reference", "fsdp": "", "tensor": "fused"},
+    # tests/test_tensor_parallel.py has gradients of four.
+    4: {"ddp": "fused", "fsdp": "reference", "tensor": "4-fused"},
+}
+"""By number of processes and way of sharing, how the names of the cases end that are trained so."""
+
+
 @pytest.mark.scale
 def test_every_number_trains_as_one(source: Path, tmp_path: Path) -> None:
+    """Each case in one way with two and with four processes, and by FSDP with two."""
     cases = matrix(source)
     assert not run_cases(tmp_path / "one", [(name, plain, {}) for name, plain in cases.items()])
-    for size in (1, 2, 4):
-        # Of one process the ways differ in nothing but the group; tests/test_tensor_parallel.py has gradients of four.
-        pairs = [
-            (name, parallel)
-            for name in cases
-            for parallel in (("fsdp",) if size == 1 else ("ddp", "fsdp", "tensor"))
-            if (size, parallel) != (4, "tensor") or name.endswith("fused")
-        ]
+    for size, ways in SHARED.items():
+        pairs = [(name, way) for way, end in ways.items() for name in cases if name.endswith(end)]
         shared: list[Case] = [(f"{name}-{way}", cases[name] | {"parallel": way}, {}) for name, way in pairs]
         assert by_ranks(size, tmp_path / f"{size}", run_cases, shared) == [{}] * size
         for name, way in pairs:

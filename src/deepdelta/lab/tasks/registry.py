@@ -12,6 +12,7 @@ SUMMARIES = {
     "digits": "images, a small vision transformer and a small ResNet",
     "dynamics": "pendulum, Lotka-Volterra and bouncing ball, a deep residual MLP that predicts the next state",
     "networks": "an MLP, a CNN and an encoder with PyTorch's own starts on scikit-learn's digits, at three rates each",
+    "registers": "symbols written to registers along depth, one tied layer per instruction, each asked for at the end",
     "tabular": "regression on scikit-learn's diabetes table, a residual MLP",
 }
 """What each task is; here, so that they can be listed without the packages that they need."""
