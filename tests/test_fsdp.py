@@ -55,7 +55,12 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+FEW = ("additive", "ddl", "paper-tc", "code-cc")
+
+
+@pytest.mark.parametrize(
+    "preset", [name if name in FEW else pytest.param(name, marks=pytest.mark.scale) for name in PRESETS]
+)
 def test_every_preset(preset: str, alone: None, unchecked: None) -> None:
     for backend in ("reference", "fused"):
         whole = model_of(preset, backend)

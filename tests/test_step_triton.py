@@ -111,9 +111,14 @@ def test_a_whole_token_is_loaded_once(kernel):
     assert code.count("scf.for ") == {"forward": 0, "backward": 1}[kernel]
 
 
+COMPILED = list(zip(CASES + GATED, itertools.cycle([torch.float64, *DTYPES]), strict=False))[::5]
+
+
 @pytest.mark.usefixtures("empty_triton_cache")
 @pytest.mark.parametrize(
-    ("case", "dtype"), list(zip(CASES + GATED, itertools.cycle([torch.float64, *DTYPES]), strict=False))[::5], ids=str
+    ("case", "dtype"),
+    COMPILED[::3] + [pytest.param(*one, marks=pytest.mark.scale) for one in COMPILED if one not in COMPILED[::3]],
+    ids=str,
 )
 def test_what_runs_in_the_interpreter_compiles_for_a_gpu(case, dtype):
     for kernel in ("forward", "backward", "replay"):
