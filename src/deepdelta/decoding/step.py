@@ -29,7 +29,7 @@ def one_token_map(
     if fuses != "fused" or not (adds or maps) or device.type != "cpu" or dtype not in DTYPES:
         return following
     whole = plain(following.norm, nn.Identity) and not following.needs_x_in
-    if weights is not None and weights.weight is None and not whole:
+    if weights is not None and (following.query is not None or (weights.weight is None and not whole)):
         weights = None
     opening = weights or InputWeights()
     step = DecodingStep(

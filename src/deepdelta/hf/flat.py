@@ -28,6 +28,7 @@ MODULES = (
     "nn/parts/compression",
     "nn/parts/gate",
     "nn/parts/target",
+    "nn/parts/query",
     "nn/input_map",
     "nn/rewriting",
     "nn/residual",

@@ -359,6 +359,7 @@ def _check_published(config: GPTConfig) -> None:
         "gate_per_channel": (False,),
         "compression": ("channel",) if residual.value_channels == 1 else ("channel_conv", "token"),
         "compression_causal": (False,),
+        "query": (False,),
         "norm": ("rms",),
         "norm_eps": (1e-5,),
     }

@@ -91,6 +91,7 @@ def training_flops_per_token(config: GPTConfig) -> Flops:
     per_block = {
         "compression": compression(residual, width) * 2,
         "norm": (norm if residual.norm == "rms" else Work()) * 2,
+        "query": query(residual, width) * 2,
         "attention projections": linear(width, config.heads * config.head_width) * 4,
         "rotary": rotary(config),
         "query-key norm": rms_norm(config.head_width) * (2 * config.heads if config.qk_norm else 0),
@@ -165,6 +166,15 @@ def compression(config: ResidualConfig, width: int) -> Work:
     if config.value_channels == 1:
         return Work()
     return Work(elementwise=2 * size)
+
+
+def query(config: ResidualConfig, width: int) -> Work:
+    """W_q c of unit norm, X q, W_r of that, and the sum with c."""
+    if not config.query:
+        return Work()
+    channels = config.value_channels
+    products = linear(width, width) + Work(matrix=2 * channels * width) + linear(channels, width)
+    return products + Work(elementwise=(2 * width + 2) + width + width)
 
 
 def direction(config: ResidualConfig, width: int) -> Work:

@@ -96,6 +96,8 @@ class ResidualConfig(Settings):
     compression_sharing: CompressionSharing = "sublayer"
     """For models: block gives both sublayers of a block one compression (the authors' code). A bare stream shares
     where `wrap(share_compression=...)` says so."""
+    query: bool = False
+    """The branch and the gate see c + W_r (X q), q = W_q c of unit norm: the state, asked by key (an extension)."""
     norm: Norm = "rms"
     """rms: the branch and the gate see c = RMSNorm(x_in); none: they see x_in."""
     norm_eps: Annotated[float, Interval(ge=0, le=1)] = 1e-5

@@ -1,4 +1,4 @@
-"""How a sublayer reads the state: compress, then norm; and what of that a fused step can do in its own pass.
+"""How a sublayer reads the state: compress, norm, ask by key; and what of that a fused step can do in its own pass.
 
 Shapes: V value channels, D compute width; `...` any leading axes.
 """
@@ -53,13 +53,22 @@ class InputMap:
     compression: nn.Module
     norm: nn.Module
     needs_x_in: bool = False
+    query: nn.Module | None = None
+    """What the state is asked by key, given the state and what the norm made of it; its answer is added to that."""
     one_token: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]] | None = None
     """In cached decoding what does the rewrite before this map and, where it can, this map (else None): (X, h, c) ->
     (X', c')."""
 
     def __call__(self, given: StreamState) -> StreamState:
         x_in_D = self.compression(given.state)
-        return given._replace(x_in=x_in_D, c=self.norm(x_in_D))
+        return self.asked(given._replace(x_in=x_in_D, c=self.norm(x_in_D)))
+
+    def asked(self, given: StreamState) -> StreamState:
+        """With the answer of the query, if there is one, added to c."""
+        if self.query is None:
+            return given
+        c_D = given.read()
+        return given._replace(c=c_D + self.query(given.state, c_D))
 
     def weights(self, dtype: torch.dtype) -> InputWeights | None:
         """Of what a fused step can do; None where that is nothing: over tokens, with a compression that is not plainly
@@ -76,5 +85,5 @@ class InputMap:
     def opened(self, given: StreamState, weights: InputWeights, made: Tensor) -> StreamState:
         """The state, read with what a fused step `made` with these weights of this map."""
         if weights.weight is not None:
-            return given._replace(c=made)
-        return given._replace(x_in=made, c=self.norm(made))
+            return self.asked(given._replace(c=made))
+        return self.asked(given._replace(x_in=made, c=self.norm(made)))

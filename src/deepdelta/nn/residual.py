@@ -24,6 +24,7 @@ from deepdelta.nn.linear import Linear, RMSNorm, precise_linear
 from deepdelta.nn.parts.compression import build_compression
 from deepdelta.nn.parts.direction import BranchDirection, build_direction, normalisation
 from deepdelta.nn.parts.gate import Gate
+from deepdelta.nn.parts.query import Query
 from deepdelta.nn.parts.target import BranchWrite, ChannelWrite, Target
 from deepdelta.nn.plain import plain
 from deepdelta.nn.rewriting import Remakes, RewriteRecord, Step, fused, record, redo, undo
@@ -85,6 +86,7 @@ class DeltaResidual(nn.Module):
         self._shared_compression = None if compression is None else (compression,)
         self.compression = build_compression(config, dim, std) if compression is None else None
         self.norm: nn.Module = RMSNorm(dim, config.norm_eps) if config.norm == "rms" else nn.Identity()
+        self.query = Query(config, dim, std) if config.query else None
         self.direction = None if config.writes_branch else build_direction(config, dim, std)
         self.gate = Gate(config, dim, std, config.gate_init) if config.has_gate else None
         self.erase_gate = Gate(config, dim, std, config.erase_init) if config.has_erase_gate else None
@@ -106,7 +108,7 @@ class DeltaResidual(nn.Module):
     def input_map(self) -> InputMap:
         """How this residual reads the state for its branch."""
         needs_x_in = self.config.uses_target and self.config.target in ("scaled_sigmoid", "linear_input")
-        return InputMap(self.compression_part(), self.norm, needs_x_in)
+        return InputMap(self.compression_part(), self.norm, needs_x_in, self.query)
 
     def open(
         self, state: Float[Tensor, "..."], norm: nn.Module | None = None
@@ -207,10 +209,8 @@ class DeltaResidual(nn.Module):
         after = StreamState(state_VD, saved)
         if following is None:
             return after
-        if weights is not None and c_D is not None:
-            return following.opened(after, weights, c_D)
         with standing_in(saved, state_VD):
-            return following(after)
+            return following(after) if weights is None or c_D is None else following.opened(after, weights, c_D)
 
     def _reference(self, state_VD: Tensor, step: "Step") -> "tuple[Tensor, Remakes]":
         """X' and what makes X' of X and X of X'."""

@@ -54,6 +54,7 @@ class ResidualOptions(TypedDict, total=False):
     compression_causal: bool
     compression_init: config.CompressionInit
     compression_sharing: config.CompressionSharing
+    query: bool
     norm: config.Norm
     norm_eps: float
 
