@@ -17,7 +17,8 @@ from deepdelta.lab.analysis.results import StudyResults, load_results
 from deepdelta.lab.analysis.scaling import Law, Scaling, fit, scaling
 from deepdelta.lab.experiments.config import Extrapolate, StudyConfig, load_study
 from deepdelta.lab.experiments.search import SearchResults
-from deepdelta.lab.views.study import scaling_table, search_table
+from deepdelta.lab.measure.cost import Cost
+from deepdelta.lab.views.study import scaling_table, search_table, trend_table
 from deepdelta.training import RunDirectory
 from report_samples import anew
 from report_samples import study as sample
@@ -131,6 +132,64 @@ def test_estimates_are_means_over_laws_of_single_seeds_with_students_interval() 
         reach = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
         assert estimate.mean == pytest.approx(np.mean(values), rel=1e-9) and estimate.interval is not None
         assert (estimate.interval.low, estimate.interval.high) == pytest.approx(reach, rel=1e-9)
+
+
+def test_the_slope_of_a_difference_is_that_of_scipys_line_for_every_seed() -> None:
+    studies = at_sizes(0.13, 0.01)
+    found = scaling(studies, "grow", Extrapolate(flops=1e15), command="")
+    (trend,) = found.trends
+    assert (trend.condition, trend.reference, trend.seeds) == ("delta", "additive", tuple(range(6)))
+    by_size = [next(one for one in own.contrasts if one.condition == "delta").differences for own in studies.values()]
+    slopes = [stats.linregress(np.log(found.fits[0].flops), [at[seed] for at in by_size]).slope for seed in range(6)]
+    reach = stats.t.interval(0.95, 5, np.mean(slopes), stats.sem(slopes))
+    assert trend.slope.mean == pytest.approx(np.mean(slopes), rel=1e-9) and trend.slope.interval is not None
+    assert (trend.slope.interval.low, trend.slope.interval.high) == pytest.approx(reach, rel=1e-9)
+    assert trend.differences == pytest.approx([np.mean(list(at.values())) for at in by_size])
+    (row,) = trend_table(found).rows
+    assert row[:3] == ("delta", "additive", f"{trend.differences[0]:+.4f}")
+    assert row[-1].startswith(f"{trend.slope.mean:+.4f}\n({trend.slope.interval.low:+.4f}")
+
+
+def test_effective_speed_is_the_baseline_s_compute_for_the_same_loss_times_the_speed() -> None:
+    """Losses of the baseline on a line in ln C: what a difference is worth is read off it by hand."""
+    draw, studies = np.random.default_rng(0), {}
+    cost = Cost(
+        tokens_per_second=1.0,
+        speed_ratio=0.8,
+        speed_ratio_low=0.7,
+        speed_ratio_high=0.9,
+        rounds=3,
+        peak_bytes=1,
+        peak_ratio=1.0,
+    )
+    for steps, change in ((400, 0.05), (1600, 0.05), (6400, -0.05)):
+        plain = 2.0 - 0.1 * math.log(steps) + draw.normal(0, 1e-3, 6)
+        base = sample({"additive": list(plain), "delta": list(plain - change)})
+        conditions = [
+            dataclasses.replace(
+                one,
+                flops_per_token=1e6,
+                cost=cost,
+                runs=tuple(dataclasses.replace(run, steps=steps) for run in one.runs),
+            )
+            for one in base.conditions
+        ]
+        studies[f"s{steps}"] = anew(base, conditions=tuple(conditions))
+
+    def speeds() -> tuple[float | None, ...]:
+        (trend,) = scaling(studies, "ladder", Extrapolate(flops=1e15), command="").trends
+        return trend.effective_speed
+
+    worth = [0.8 * math.exp(sign * 0.05 / 0.1) for sign in (1, 1, -1)]
+    assert speeds() == pytest.approx(worth, rel=0.02)
+    plain, other = studies["s6400"].conditions
+    better = tuple(dataclasses.replace(run, validation_loss=0.1) for run in other.runs)
+    studies["s6400"] = anew(studies["s6400"], conditions=(plain, dataclasses.replace(other, runs=better)))
+    assert speeds()[2] is None
+    found = scaling(studies, "ladder", Extrapolate(flops=1e15), command="")
+    assert trend_table(found).rows[0][-2].split("\n")[1:] == ["1.31x", "beyond"]
+    (grown,) = scaling(at_sizes(0.13, 0.01), "grow", Extrapolate(flops=1e15), command="").trends
+    assert set(grown.effective_speed) == {None}, "its sizes differ in more than the steps"
 
 
 def test_no_gap_is_found_where_there_is_none() -> None:

@@ -1,4 +1,5 @@
-"""Loss against compute: a power law per condition over the sizes of a study, and the gap it foretells."""
+"""Loss against compute: a power law per condition over the sizes of a study, the gap it foretells, and how differences
+change from size to size."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from deepdelta.errors import UserError
 from deepdelta.lab.analysis.comparison import Estimate
-from deepdelta.lab.analysis.results import Extrapolate, Measurements
+from deepdelta.lab.analysis.results import Extrapolate, Measurements, StudyResults
 from deepdelta.lab.analysis.statistics import estimate, load_scipy
 from deepdelta.lab.analysis.stored import Stored
 from deepdelta.provenance import now, provenance
@@ -53,6 +54,27 @@ class ScalingResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trend:
+    """How a difference changes with compute: its slope over ln C, C the baseline's training FLOPs, in nats.
+
+    Fields:
+        differences: condition minus reference, mean over `seeds` at each size.
+        slope: by a line of least squares for every seed; negative: the condition gains on the reference.
+        effective_speed: per size, the compute with which the baseline has the condition's mean loss, over what it has
+            there, times the condition's speed as a share of the baseline's. Interpolated in ln C; None beyond the
+            baseline's losses, where the reference is another, speed was not measured, or sizes differ in more than
+            the number of steps.
+    """
+
+    condition: str
+    reference: str
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]
+    slope: Estimate
+    effective_speed: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scaling(Stored):
     """All fits of a study; `target` is the compute in FLOPs that they are carried to. Times are ISO 8601."""
 
@@ -62,6 +84,7 @@ class Scaling(Stored):
     sizes: tuple[str, ...]
     target: float
     fits: tuple[ScalingResult, ...]
+    trends: tuple[Trend, ...] = ()
 
 
 def fit(flops: Sequence[float] | Array, losses: Sequence[float] | Array, *, floor: bool) -> Law:
@@ -103,7 +126,7 @@ def fit(flops: Sequence[float] | Array, losses: Sequence[float] | Array, *, floo
     return Law(scale=math.exp(best[0]), exponent=float(best[1]), floor=float(best[2]), unit=unit)
 
 
-def scaling(studies: Mapping[str, Measurements], name: str, extrapolate: Extrapolate, *, command: str) -> Scaling:
+def scaling(studies: Mapping[str, StudyResults], name: str, extrapolate: Extrapolate, *, command: str) -> Scaling:
     """Fits per condition over the sizes, on the seeds that it and the baseline finished at every size.
 
     Every seed is fitted by itself, and so is the baseline's run of the same seed: what is estimated is a mean over
@@ -158,7 +181,54 @@ def scaling(studies: Mapping[str, Measurements], name: str, extrapolate: Extrapo
         sizes=tuple(studies),
         target=extrapolate.flops,
         fits=tuple(fits),
+        trends=_trends(results),
     )
+
+
+def _trends(results: Sequence[StudyResults]) -> tuple[Trend, ...]:
+    """Of every contrast at the first budget, on the seeds that it has at all sizes."""
+    x = np.log([_flops(one, one.baseline) for one in results])
+    by_size = [
+        {(one.condition, one.reference): one.differences for one in own.contrasts if one.budget == own.budgets[0]}
+        for own in results
+    ]
+    found = []
+    for pair in by_size[0]:
+        seeds = tuple(seed for seed in results[0].seeds if all(seed in size.get(pair, {}) for size in by_size))
+        if not seeds or len(set(x.tolist())) < 2:
+            continue
+        values = [[size[pair][seed] for size in by_size] for seed in seeds]
+        slopes = [float(np.polyfit(x, of_seed, 1)[0]) for of_seed in values]
+        means = tuple(float(mean) for mean in np.mean(values, axis=0))
+        found.append(
+            Trend(
+                condition=pair[0],
+                reference=pair[1],
+                seeds=seeds,
+                differences=means,
+                slope=estimate(slopes),
+                effective_speed=tuple(_effective_speed(results, *pair, seeds, place) for place in range(len(results))),
+            )
+        )
+    return tuple(found)
+
+
+def _effective_speed(
+    results: Sequence[StudyResults], name: str, reference: str, seeds: Sequence[int], place: int
+) -> float | None:
+    baseline = results[0].baseline
+    lengths_alone = len({one.condition(baseline).flops_per_token for one in results}) == 1
+    cost = results[place].condition(name).cost
+    if reference != baseline or not lengths_alone or cost is None:
+        return None
+    flops, losses = _points(results, baseline, seeds)
+    order = np.argsort(flops)
+    x, ladder = np.log(flops)[order], np.mean(losses, axis=1)[order]
+    loss = float(np.mean(_points(results, name, seeds)[1][place]))
+    if (np.diff(ladder) >= 0).any() or not ladder[-1] <= loss <= ladder[0]:
+        return None
+    as_good = float(np.interp(loss, ladder[::-1], x[::-1]))
+    return math.exp(as_good - math.log(flops[place])) * cost.speed_ratio
 
 
 def _points(results: Sequence[Measurements], name: str, seeds: Sequence[int]) -> tuple[list[float], list[list[float]]]:

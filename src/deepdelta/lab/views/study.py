@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 from rich.table import Table
 
 from deepdelta.lab.analysis.comparison import MINIMUM_SEEDS, Estimate
 from deepdelta.lab.analysis.results import BudgetName, ConditionResult, Contrast, StudyResults, Tuned
-from deepdelta.lab.analysis.scaling import Scaling, ScalingResult
+from deepdelta.lab.analysis.scaling import Scaling, ScalingResult, Trend
 from deepdelta.lab.experiments.search import Ranked, RungResult, SearchResults
 from deepdelta.lab.views.tables import (
     ABSENT,
@@ -143,7 +144,8 @@ def scaling_markdown(found: Scaling, studies: Mapping[str, StudyResults]) -> str
     pages = [
         study_markdown(results).replace("\n### ", "\n#### ").replace("# ", "## ", 1) for results in studies.values()
     ]
-    laws = markdown_page(f"Sizes {found.name}", (found.facts(found.finished),), (scaling_table(found),))
+    tables = (scaling_table(found), *([trend_table(found)] if found.trends else []))
+    laws = markdown_page(f"Sizes {found.name}", (found.facts(found.finished),), tables)
     return "\n".join([laws, *pages])
 
 
@@ -172,6 +174,40 @@ def tuning_table(tuned: Mapping[str, Tuned], notes_of_study: Sequence[str] = ())
 
     rows = tuple((name, rate_text(tune), *(loss(tune, rate) for rate in grid)) for name, tune in tuned.items())
     return TextTable(title="Choice of the learning rate", columns=columns, rows=rows, notes=(*notes, *notes_of_study))
+
+
+def trend_table(found: Scaling) -> TextTable:
+    """How the differences of a study change from size to size."""
+    columns = [
+        Column("condition", "What is compared.", lambda one: one.condition),
+        Column("to", "With what: the baseline, or its control.", lambda one: one.reference, words=True),
+        *(
+            Column(size, "Difference there, mean over seeds, in nats; negative: lower loss.", partial(_at_size, place))
+            for place, size in enumerate(found.sizes)
+        ),
+        Column("effective speed", SPEED, _speeds),
+        Column(
+            "slope", "In nats per factor e of compute, with its 95 % t-interval.", lambda one: _estimate(one.slope, "+")
+        ),
+    ]
+    note = "Slopes are lines of least squares over ln C for every seed, C the baseline's training FLOPs."
+    return table_of(found.trends, columns, title="Differences by size", notes=(note,))
+
+
+SPEED = (
+    "By size, the baseline's compute for the same loss over what it has there, interpolated in ln C, times the speed "
+    "ratio; beyond: of its losses."
+)
+
+
+def _speeds(one: Trend) -> str:
+    if all(speed is None for speed in one.effective_speed):
+        return ABSENT
+    return "\n".join("beyond" if speed is None else f"{speed:.2f}x" for speed in one.effective_speed)
+
+
+def _at_size(place: int, one: Trend) -> str:
+    return f"{one.differences[place]:+.4f}"
 
 
 def scaling_table(found: Scaling) -> TextTable:
