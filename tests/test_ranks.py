@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import deepdelta
 from deepdelta import GPT, GPTConfig, load
-from deepdelta.config import merged
 from deepdelta.exporting import export
 from deepdelta.models import language_model
 from deepdelta.training import RunDirectory, Trained, parts, ranks, train
@@ -27,28 +26,10 @@ from deepdelta.training.parallel import recompute
 from deepdelta.training.parts import Piece
 from deepdelta.training.ranks import Ranks
 from deepdelta.training.trainer import Trainer
-from rank_runs import Case, by_ranks, host, meeting, run_cases
-from tiny_runs import rows, settings, tensors, text_file
+from rank_runs import Case, assert_close, by_ranks, halves, host, meeting, run_cases, small, text_and_documents
+from tiny_runs import rows
 
-SMALL: dict[str, Any] = {
-    "model": {"context": 8, "layers": 2, "heads": 4, "dim": 8, "mlp_dim": 20, "embedding_std": 0.1},
-    "batch_size": 4,
-    "accumulate": 2,
-    "steps": 6,
-    "lr": 5e-4,
-    "schedule": "constant",
-    "eval_every": 4,
-    "eval_tokens": 40,
-    "final_eval_tokens": 100,
-    "checkpoint_every": 3,
-}
 NAN_STEPS = (2, 4)
-
-
-def small(source: Path, preset: str = "ddl", **changes: Any) -> dict[str, Any]:
-    """A short run as plain data; `residual` goes over the preset."""
-    plain = merged(SMALL, {"model": {"residual": {"preset": preset} | changes.pop("residual", {})}})
-    return settings(source, **merged(plain, changes))
 
 
 def variants(source: Path) -> dict[str, dict[str, Any]]:
@@ -65,26 +46,6 @@ def variants(source: Path) -> dict[str, dict[str, Any]]:
         "tensor-fused": small(source, "paper-tc", parallel="tensor", backend="fused", recompute=True),
         "skips": small(source, parallel="fsdp"),
     }
-
-
-def assert_close(run: Path, expected: Path) -> None:
-    """Losses, norms and weights within rounding; Adam's first steps divide by gradients that may be next to nothing, so
-    that rounding moves such a weight by the rate, which is small here for that."""
-    # A run that was extended has been validated where it had ended before.
-    made = [row for row in rows(run) if "validation_loss" not in row or row["step"] != 3]
-    for row, other in zip(made, rows(expected), strict=True):
-        norms = [one.pop("gradient_norm", 0.0) for one in (row, other)]
-        assert norms[0] == pytest.approx(norms[1], rel=3e-4), f"{row} instead of {other}"
-        assert row == pytest.approx(other, rel=2e-5), f"{row} instead of {other}"
-    ours, theirs = tensors(run), tensors(expected)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
-
-
-def halves(name: str, plain: dict[str, Any]) -> tuple[Case, Case]:
-    """A run up to its third step, and to its end by other ranks."""
-    return (name, plain | {"steps": 3}, {}), (name, plain, {"inexact_resume": True})
 
 
 @contextmanager
@@ -169,12 +130,7 @@ class Short(NamedTuple):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "documents").mkdir()
-    text = text_file(folder / "text.txt").read_text()
-    for number in range(0, len(text), 37):
-        (folder / "documents" / f"{number}.txt").write_text(text[number : number + 5 + number % 31] + str(number))
-    return folder / "text.txt"
+    return text_and_documents(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -367,67 +323,3 @@ def test_recompute_keeps_less(preset: str, unchecked: None) -> None:
     assert kept[1] < 0.5 * kept[0]
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6)
-
-
-PRESETS = {
-    "default": ("ddl", {}),
-    "delta": ("paper-cc", {}),
-    "delta-token": ("paper-tc", {}),
-    "write-only": ("paper-cc", {"rule": "write_only"}),
-}
-
-
-# One value channel has nothing to expand.
-ONE_CHANNEL = {"expansion": "repeat", "value_channels": 1}
-
-
-def matrix(source: Path) -> dict[str, dict[str, Any]]:
-    return {
-        f"{name}-{channels}-{backend}": small(
-            source, preset, residual=changes | (ONE_CHANNEL if channels == 1 else {}), backend=backend, steps=2
-        )
-        for name, (preset, changes) in PRESETS.items()
-        for channels in (1, 4)
-        for backend in ("reference", "fused")
-    }
-
-
-SHARED = {
-    # Of one process the ways differ in nothing but the group.
-    1: {"fsdp": "4-fused"},
-    2: {"ddp": "reference", "fsdp": "", "tensor": "fused"},
-    # tests/test_tensor_parallel.py has gradients of four.
-    4: {"ddp": "fused", "fsdp": "reference", "tensor": "4-fused"},
-}
-"""By number of processes and way of sharing, how the names of the cases end that are trained so."""
-
-
-@pytest.mark.scale
-def test_every_number_trains_as_one(source: Path, tmp_path: Path) -> None:
-    """Each case in one way with two and with four processes, and by FSDP with two."""
-    cases = matrix(source)
-    assert not run_cases(tmp_path / "one", [(name, plain, {}) for name, plain in cases.items()])
-    for size, ways in SHARED.items():
-        pairs = [(name, way) for way, end in ways.items() for name in cases if name.endswith(end)]
-        shared: list[Case] = [(f"{name}-{way}", cases[name] | {"parallel": way}, {}) for name, way in pairs]
-        assert by_ranks(size, tmp_path / f"{size}", run_cases, shared) == [{}] * size
-        for name, way in pairs:
-            assert_close(tmp_path / f"{size}" / f"{name}-{way}", tmp_path / "one" / name)
-
-
-@pytest.mark.scale
-def test_saved_by_some_resumed_by_others(source: Path, tmp_path: Path) -> None:
-    every = [(a, b) for a in (1, 2, 4) for b in (1, 2, 4) if a != b]
-    plain = {way: small(source, parallel=way, average="ema") for way in ("ddp", "fsdp", "tensor")}
-    pairs = {
-        f"{way}-{a}-{b}": (way, (a, b))
-        for way in plain
-        for a, b in (every if way == "fsdp" else [(1, 4), (4, 2), (2, 1)])
-    }
-    assert not run_cases(tmp_path / "one", [*((way, settings, {}) for way, settings in plain.items())])
-    for part in range(2):
-        for size in (1, 2, 4):
-            cases = [halves(name, plain[way])[part] for name, (way, sizes) in pairs.items() if sizes[part] == size]
-            assert by_ranks(size, tmp_path / "shared", run_cases, cases) == [{}] * size
-    for name, (way, _) in pairs.items():
-        assert_close(tmp_path / "shared" / name, tmp_path / "one" / way)
