@@ -12,9 +12,11 @@ import argparse
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +97,11 @@ def many_runs(folder: Path, seeds: int) -> dict[str, Any]:
     study_from(STUDY + other, folder, *replacements)
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     with start("study", folder / "study.toml", "--out", folder / "out", cwd=folder) as process:
-        peak = 0
-        while process.poll() is None:
-            try:
-                peak = max(peak, psutil.Process(process.pid).memory_info().rss)
-            except psutil.NoSuchProcess:
-                break
-            time.sleep(1)
-        printed = process.communicate()[0]
+        peak, printed = 0, None
+        while printed is None:
+            peak = max(peak, psutil.Process(process.pid).memory_info().rss)
+            with suppress(subprocess.TimeoutExpired):  # read all along: a full pipe would stop the study
+                printed = process.communicate(timeout=1)[0]
     assert process.returncode == 0, printed[-2000:]
     records = recorded(folder / "out")
     assert len(records) == 2 * seeds

@@ -207,7 +207,7 @@ def test_conditions_share_the_recipe():
     [
         ({"group": "S4"}, "group: Input should be 'Z2', 'S3', 'D4' or 'A5', got 'S4'"),
         ({"length": 0}, "length must be at least 1, got 0"),
-        ({"rank": 3}, "rank must be 1 or 2, .* got 3"),
+        ({"rank": 5}, "rank must lie in \\[1, 4\\], got 5"),
         ({"gate_range": "0-1"}, "gate_range is what condition gate-0-2 of task words sets itself"),
         ({"noise": -0.1}, "noise must be at least 0, got -0.1"),
         ({"lr": 0.0}, "lr must be greater than 0"),
