@@ -5,7 +5,8 @@
 - 10,000 checkpoints of a tiny run in one process: memory, open files and threads stay what they were;
 - a study of 300 tiny runs: a record of each, no process and no file left that does not belong there.
 
-About 60 minutes on two free cores. `--short` is a fiftieth of it, and says so in its results.
+About 60 minutes on two free cores. `--short` is a fiftieth of it, and says so in its results; `--only` makes some parts
+anew, and leaves the others of OUT as they are.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from deepdelta.files import HELD, PARTIAL, write_json
+from deepdelta.files import HELD, PARTIAL, read_object, write_json
 from deepdelta.provenance import now, provenance
 from deepdelta.training import trainer
 from deepdelta.training.loop import train
@@ -113,23 +114,29 @@ def many_runs(folder: Path, seeds: int) -> dict[str, Any]:
     return {"runs": len(records), "peak_bytes_of_the_study": peak, "processes_left": 0, "weights_left": 0}
 
 
+PARTS = (checkpoints, many_runs, killed_runs, killed_studies)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=[work.__name__ for work in PARTS])
     given = parser.parse_args()
     sizes = {"killed_runs": 200, "killed_studies": 30, "checkpoints": 10_000, "many_runs": 150}
     if given.short:
         sizes = {"killed_runs": 4, "killed_studies": 3, "checkpoints": 200, "many_runs": 3}
     os.environ["OMP_NUM_THREADS"] = "1"
-    results: dict[str, Any] = {"short": given.short, "date": now(), **provenance(" ".join(sys.argv))}
+    results: dict[str, Any] = read_object(given.out / "soak.json", "run all parts") if given.only else {}
+    parts = [work for work in PARTS if not given.only or work.__name__ in given.only]
     with tempfile.TemporaryDirectory() as place:
         os.environ["DEEPDELTA_CACHE"] = place
-        for work in (checkpoints, many_runs, killed_runs, killed_studies):
+        for work in parts:
             name = work.__name__
             folder, began = Path(place) / name, time.monotonic()
             folder.mkdir()
-            results[name] = work(folder, sizes[name]) | {"seconds": round(time.monotonic() - began)}
+            found = work(folder, sizes[name]) | {"seconds": round(time.monotonic() - began)}
+            results[name] = found | {"short": given.short, "date": now(), **provenance(" ".join(sys.argv))}
             print(name, results[name], flush=True)
             write_json(given.out / "soak.json", results)
 

@@ -76,6 +76,16 @@ def test_the_last_and_the_best_are_kept(finished: Path, source: Path, tmp_path: 
     assert not (ended / "checkpoints").exists() and RunDirectory(ended).step() == 20
 
 
+def test_a_kill_between_a_checkpoint_and_its_name_among_those_before_it(source: Path, tmp_path: Path) -> None:
+    """The same are kept as if it had not been."""
+    run = tmp_path / "run"
+    quietly(kept(source, steps=12), run)
+    earlier(run)[0].unlink()
+    assert (RunDirectory(run).step(), steps(run)) == (12, [8, 4])
+    quietly(kept(source), run)
+    assert steps(run) == [20, 16, 12]
+
+
 def test_the_best_is_evaluated_on_request(finished: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for name in ("checkpoint.safetensors", "best.safetensors", "checkpoints/step-000000000012.safetensors"):

@@ -156,6 +156,8 @@ class Trainer:
                 f"{self.run.path} is at step {self.step} already; steps={self.config.steps} must not be fewer."
             )
         ranks.shared(lambda: run.cut_metrics(self.step))
+        # A kill may have come between the checkpoint and its name among those that are kept.
+        ranks.shared(lambda: run.keep_checkpoints(self.step, self.config.keep_last))
         if self.average is not None:
             begin_anew(self.average, self.config, self.step)
         self.skipped, self.in_a_row, self.best = ranks.shared(self._recorded)
