@@ -30,6 +30,7 @@ EXTENSIONS: dict[str, tuple[Any, ...]] = {
     "compression_causal": (False, True),
     "compression_sharing": get_args(settings.CompressionSharing),
     "norm": get_args(settings.Norm),
+    "query": (False, True),
 }
 """Finer choices within the parts."""
 

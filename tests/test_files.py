@@ -91,6 +91,41 @@ def test_what_a_killed_writer_leaves_is_removed_at_the_next_write_and_nothing_el
     assert listing(tmp_path) == sorted([*kept, "other.txt"])
 
 
+@pytest.mark.parametrize("holds", [[], ["lock"]])
+def test_so_is_what_one_leaves_that_was_killed_before_it_held_its_lock(tmp_path: Path, holds: list[str]) -> None:
+    left = tmp_path / f".{'a' * 16}.deepdelta-partial"
+    left.mkdir()
+    for name in holds:
+        (left / name).touch()
+    write_text(tmp_path / "file.txt", "new")
+    assert listing(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize("moment", ["open", "flock"])
+def test_a_writer_that_is_taken_for_killed_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Another process looks at the folder after it was made and before its lock is, or is held."""
+    owner, real = (Path, Path.open) if moment == "open" else (files.fcntl, files.fcntl.flock)
+    looked = []
+
+    def meanwhile(*arguments: object, **options: object) -> object:
+        folders = [path for path in tmp_path.iterdir() if path.name.endswith(".deepdelta-partial")]
+        if not looked and folders:
+            looked.append(folders[0])
+            files.remove_abandoned(tmp_path)
+            assert not folders[0].exists()
+        return real(*arguments, **options)  # type: ignore[operator]
+
+    monkeypatch.setattr(owner, moment, meanwhile)
+    with atomic_path(tmp_path / "file.txt") as temporary:
+        temporary.write_bytes(b"new")
+        assert temporary.parent not in looked
+    monkeypatch.undo()
+    assert len(looked) == 1 and (tmp_path / "file.txt").read_text() == "new"
+    assert listing(tmp_path) == ["file.txt"]
+
+
 def test_what_holds_no_object_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "file.json"
     with pytest.raises(UserError, match=r"file.json cannot be read: No such file or directory. Mend it."):

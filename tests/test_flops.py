@@ -44,6 +44,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "gate_hidden_bias": (False, True),
     "compression_causal": (False, True),
     "plain_start": (False, True),
+    "query": (False, True),
 }
 
 
@@ -115,6 +116,7 @@ def has_constant_coefficient(config: ResidualConfig) -> bool:
 def test_the_grid_covers_every_choice_of_every_rule() -> None:
     assert len(configurations()) > 60
     names = {field.name for field in fields(ResidualConfig)}
+    assert {name for name, kind in get_type_hints(ResidualConfig).items() if kind is bool} < CHOICES.keys()
     for name, values in CHOICES.items():
         assert name in names
         for value in values:

@@ -14,7 +14,7 @@ from deepdelta.config import from_plain
 from deepdelta.lab import runner
 from deepdelta.lab.analysis.comparison import Estimate
 from deepdelta.lab.analysis.results import StudyResults, load_results
-from deepdelta.lab.analysis.scaling import Law, Scaling, fit, scaling
+from deepdelta.lab.analysis.scaling import EffectiveSpeed, Law, Scaling, fit, scaling
 from deepdelta.lab.experiments.config import Extrapolate, StudyConfig, load_study
 from deepdelta.lab.experiments.search import SearchResults
 from deepdelta.lab.measure.cost import Cost
@@ -176,20 +176,38 @@ def test_effective_speed_is_the_baseline_s_compute_for_the_same_loss_times_the_s
         ]
         studies[f"s{steps}"] = anew(base, conditions=tuple(conditions))
 
-    def speeds() -> tuple[float | None, ...]:
+    def speeds() -> tuple[EffectiveSpeed, ...]:
         (trend,) = scaling(studies, "ladder", Extrapolate(flops=1e15), command="").trends
-        return trend.effective_speed
+        assert all(trend.effective_speed)
+        return trend.effective_speed  # type: ignore[return-value]
 
     worth = [0.8 * math.exp(sign * 0.05 / 0.1) for sign in (1, 1, -1)]
-    assert speeds() == pytest.approx(worth, rel=0.02)
+    assert [one.ratio for one in speeds()] == pytest.approx(worth, rel=0.02) and {one.bound for one in speeds()} == {
+        None
+    }
     plain, other = studies["s6400"].conditions
     better = tuple(dataclasses.replace(run, validation_loss=0.1) for run in other.runs)
-    studies["s6400"] = anew(studies["s6400"], conditions=(plain, dataclasses.replace(other, runs=better)))
-    assert speeds()[2] is None
+    ended = studies["s6400"]
+    studies["s6400"] = anew(ended, conditions=(plain, dataclasses.replace(other, runs=better)))
+    assert speeds()[2] == EffectiveSpeed(ratio=pytest.approx(0.8), bound="above")
     found = scaling(studies, "ladder", Extrapolate(flops=1e15), command="")
-    assert trend_table(found).rows[0][-2].split("\n")[1:] == ["1.31x", "beyond"]
+    assert trend_table(found).rows[0][-2].split("\n")[1:] == ["1.31x", "> 0.80x"]
+    worse = tuple(dataclasses.replace(run, validation_loss=9.0) for run in other.runs)
+    studies["s6400"] = anew(ended, conditions=(plain, dataclasses.replace(other, runs=worse)))
+    assert speeds()[2] == EffectiveSpeed(ratio=pytest.approx(0.8 / 16), bound="below")
+    # Without its cost at one size, at other budgets, where more than the steps differs.
+    studies["s6400"] = anew(ended, conditions=(plain, dataclasses.replace(other, cost=None)))
+    found = scaling(studies, "ladder", Extrapolate(flops=1e15), command="")
+    assert trend_table(found).rows[0][-2].split("\n")[2] == "-"
+    studies["s6400"] = ended
+    for budget in ("flops", "time"):
+        others = {name: anew(one, budgets=(budget,)) for name, one in studies.items()}
+        assert set(scaling(others, "ladder", Extrapolate(flops=1e15), command="").trends[0].effective_speed) == {None}
+    wider = anew(ended, budget=dataclasses.replace(ended.budget, tokens_per_step=1))
+    mixed = scaling(studies | {"s6400": wider}, "ladder", Extrapolate(flops=1e15), command="")
     (grown,) = scaling(at_sizes(0.13, 0.01), "grow", Extrapolate(flops=1e15), command="").trends
-    assert set(grown.effective_speed) == {None}, "its sizes differ in more than the steps"
+    for trend in (mixed.trends[0], grown):
+        assert set(trend.effective_speed) == {None}
 
 
 def test_no_gap_is_found_where_there_is_none() -> None:

@@ -1,5 +1,6 @@
 """Registers along depth: what is asked, what the machines compute, which rate is taken, and that they learn."""
 
+import math
 from typing import Any
 
 import pytest
@@ -99,8 +100,27 @@ def test_a_rate_that_diverges_is_passed_over(monkeypatch: pytest.MonkeyPatch) ->
     settings = SMALL | {"steps": 2}
     found = TASK.run(TASK.settings_of("gru", settings | {"rates": [2.0, 1e-2, 3.0]}), 0, nothing)
     assert found["lr"] == 1e-2
-    with pytest.raises(Diverged):
+    with pytest.raises(Diverged, match="no training loss stayed finite"):
         TASK.run(TASK.settings_of("gru", settings | {"rates": [2.0, 3.0]}), 0, nothing)
+
+    def overflow(model: nn.Module, loss_of: Any, recipe: Any, progress: Any) -> None:
+        """At the last step, after which nobody looks."""
+        real(model, loss_of, recipe, progress)
+        if recipe.lr > 1:
+            nn.init.constant_(next(model.parameters()), math.nan)
+
+    monkeypatch.setattr(registers, "fit", overflow)
+    assert TASK.run(TASK.settings_of("gru", settings | {"rates": [2.0, 1e-2]}), 0, nothing)["lr"] == 1e-2
+
+
+def test_the_sizes_that_the_summaries_name() -> None:
+    sizes = {
+        name: sum(parameter.numel() for parameter in Machine(TASK.settings_of(name), 0).parameters())
+        for name in ("additive", "additive-wide", "delta-4", "gru-wide")
+    }
+    assert sizes == {"additive": 4720, "additive-wide": 18304, "delta-4": 11073, "gru-wide": 34880}
+    assert "18,304 parameters (additive 4,720, delta-4 11,073)" in TASK.conditions["additive-wide"].summary
+    assert "34,880" in TASK.conditions["gru-wide"].summary
 
 
 def test_chance_and_what_is_learned() -> None:

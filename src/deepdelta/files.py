@@ -90,26 +90,38 @@ def _sync(path: Path) -> None:
 @contextmanager
 def _workplace(beside: Path) -> Iterator[Path]:
     """A new folder in `beside`, gone when the block ends. Its lock is held as long as its writer lives."""
-    folder = beside / f".{secrets.token_hex(8)}"
-    folder.mkdir()
-    try:
-        with (folder / LOCK).open("w") as lock:
-            with suppress(OSError):  # a file system without locks, on which nobody removes what others left
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            # It takes the name that others look for only now that it is locked.
-            folder = folder.rename(folder.with_name(folder.name + PARTIAL))
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    while True:
+        folder = beside / f".{secrets.token_hex(8)}{PARTIAL}"
+        folder.mkdir()
+        try:
+            try:
+                lock = (folder / LOCK).open("w")
+            except FileNotFoundError:  # taken for one that was left, as it had no lock yet
+                continue
+            with lock:
+                with suppress(OSError):  # a file system without locks, on which nobody removes what others left
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if not (folder / LOCK).exists():  # likewise, as its lock was not held yet
+                    continue
+                yield folder
+                return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_abandoned(folder: Path) -> None:
     """Delete what killed writers left in `folder`, and nothing that a living one writes."""
     for left in folder.glob(f".{'[0-9a-f]' * 16}{PARTIAL}"):
-        # An error: its lock is held, or gone with its writer, or the file system has none.
-        with suppress(OSError), (left / LOCK).open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
+        # An error: its lock is held, or the file system has none, or it is no folder of ours.
+        with suppress(OSError):
+            try:
+                lock = (left / LOCK).open("r+")
+            except FileNotFoundError:
+                left.rmdir()  # empty, since the lock comes first
+                continue
+            with lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
 
 
 def write_text(target: Path, text: str) -> None:

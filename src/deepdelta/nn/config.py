@@ -53,7 +53,7 @@ class ResidualConfig(Settings):
     """unit: h / sqrt(|h|^2 + eps^2); operator: A = I - beta h h^T / (h^T h + eps); bounded: h / sqrt(|h|^2 + D);
     free: h / sqrt(D)."""
     direction_eps: Epsilon = 1e-5
-    """eps of `unit` and `operator`; the derivative at h = 0 is 1 / eps."""
+    """eps of `unit` and `operator`, and of `query`; the derivative at h = 0 is 1 / eps."""
     target: Target = "linear"
     """linear: W c; affine: v0 (1 + W c), v0 learned; scaled_sigmoid: scale * sigmoid(W x_in + b); linear_input:
     W x_in + b; constant; magnitude: |h| (1 + W c); branch: W h (v1, where F supplies the target)."""

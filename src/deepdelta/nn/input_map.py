@@ -45,7 +45,7 @@ class InputWeights(NamedTuple):
 
 @dataclass
 class InputMap:
-    """The compression and the norm before a branch, or before the head.
+    """The compression, the norm and, where it has one, the query before a branch; the first two before the head.
 
     No tuple: accelerate, which moves the tensors in what its modules are called with, would look into it.
     """

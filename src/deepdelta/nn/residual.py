@@ -6,6 +6,7 @@ needs one. x_in is the compressed state, c its norm, h = F(c) the branch output.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -86,7 +87,8 @@ class DeltaResidual(nn.Module):
         self._shared_compression = None if compression is None else (compression,)
         self.compression = build_compression(config, dim, std) if compression is None else None
         self.norm: nn.Module = RMSNorm(dim, config.norm_eps) if config.norm == "rms" else nn.Identity()
-        self.query = Query(config, dim, std) if config.query else None
+        # Its maps have names that no branch has: tools choose layers by their names.
+        self.ask = Query(config, dim, std) if config.query else None
         self.direction = None if config.writes_branch else build_direction(config, dim, std)
         self.gate = Gate(config, dim, std, config.gate_init) if config.has_gate else None
         self.erase_gate = Gate(config, dim, std, config.erase_init) if config.has_erase_gate else None
@@ -108,7 +110,7 @@ class DeltaResidual(nn.Module):
     def input_map(self) -> InputMap:
         """How this residual reads the state for its branch."""
         needs_x_in = self.config.uses_target and self.config.target in ("scaled_sigmoid", "linear_input")
-        return InputMap(self.compression_part(), self.norm, needs_x_in, self.query)
+        return InputMap(self.compression_part(), self.norm, needs_x_in, self.ask)
 
     def open(
         self, state: Float[Tensor, "..."], norm: nn.Module | None = None
@@ -173,9 +175,9 @@ class DeltaResidual(nn.Module):
         # Of the tensor as it came: its view has a node of its own.
         memory = self.runtime.memory
         saved = memory.saved(state_VD, attached(state) if memory.on else None)
+        reading = input_map if norm is None else replace(input_map, norm=norm)
         with standing_in(saved, state_VD):
-            given = input_map(StreamState(state_VD, saved))
-            return given if norm is None else given._replace(c=norm(given.c))
+            return reading(StreamState(state_VD, saved))
 
     def branch_input(self, given: StreamState) -> Tensor:
         """c as the branch sees it."""

@@ -13,7 +13,7 @@ def retrofit_gpt(model: nn.Module, job: Job) -> None:
     """Convert a GPT of rule 'additive' at V = 1; it stays a GPT in all that it can do.
 
     Raises:
-        UserError: it has delta residuals already, or convolutions before its branches.
+        UserError: it has delta residuals already, or convolutions or queries before its branches.
     """
     assert isinstance(model, GPT)
     plain = model.config.residual
@@ -27,6 +27,8 @@ def retrofit_gpt(model: nn.Module, job: Job) -> None:
             f"retrofit takes a GPT with compression='channel', got '{plain.compression}': delta residuals would take "
             "the place of its convolutions."
         )
+    if plain.query:
+        raise UserError("retrofit takes a GPT with query=False: delta residuals would take the place of its queries.")
     stream = job.stream(
         model.config.dim, init_factor=model.config.init_factor, norm=plain.norm, norm_eps=plain.norm_eps
     )

@@ -4,6 +4,7 @@ change from size to size."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,16 +55,28 @@ class ScalingResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EffectiveSpeed:
+    """What a condition's loss is worth: the compute with which the baseline has it, over what it has at that size,
+    interpolated in ln C, times the condition's speed as a share of the baseline's.
+
+    Fields:
+        bound: the loss is lower than all of the baseline's (the true ratio is above the one given, by the largest size)
+            or higher (below it, by the smallest).
+    """
+
+    ratio: float
+    bound: Literal["above", "below"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trend:
     """How a difference changes with compute: its slope over ln C, C the baseline's training FLOPs, in nats.
 
     Fields:
         differences: condition minus reference, mean over `seeds` at each size.
         slope: by a line of least squares for every seed; negative: the condition gains on the reference.
-        effective_speed: per size, the compute with which the baseline has the condition's mean loss, over what it has
-            there, times the condition's speed as a share of the baseline's. Interpolated in ln C; None beyond the
-            baseline's losses, where the reference is another, speed was not measured, or sizes differ in more than
-            the number of steps.
+        effective_speed: per size; None where the reference is another, speed was not measured, runs do not have the
+            same tokens, sizes differ in more than how many these are, or the baseline does not gain by them.
     """
 
     condition: str
@@ -71,7 +84,7 @@ class Trend:
     seeds: tuple[int, ...]
     differences: tuple[float, ...]
     slope: Estimate
-    effective_speed: tuple[float | None, ...]
+    effective_speed: tuple[EffectiveSpeed | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,20 +228,21 @@ def _trends(results: Sequence[StudyResults]) -> tuple[Trend, ...]:
 
 def _effective_speed(
     results: Sequence[StudyResults], name: str, reference: str, seeds: Sequence[int], place: int
-) -> float | None:
+) -> EffectiveSpeed | None:
     baseline = results[0].baseline
-    lengths_alone = len({one.condition(baseline).flops_per_token for one in results}) == 1
+    alike = {(one.condition(baseline).flops_per_token, one.budget.tokens_per_step, one.budgets[0]) for one in results}
     cost = results[place].condition(name).cost
-    if reference != baseline or not lengths_alone or cost is None:
+    if reference != baseline or len(alike) > 1 or results[0].budgets[0] != "tokens" or cost is None:
         return None
     flops, losses = _points(results, baseline, seeds)
     order = np.argsort(flops)
     x, ladder = np.log(flops)[order], np.mean(losses, axis=1)[order]
     loss = float(np.mean(_points(results, name, seeds)[1][place]))
-    if (np.diff(ladder) >= 0).any() or not ladder[-1] <= loss <= ladder[0]:
+    if (np.diff(ladder) >= 0).any():
         return None
-    as_good = float(np.interp(loss, ladder[::-1], x[::-1]))
-    return math.exp(as_good - math.log(flops[place])) * cost.speed_ratio
+    as_good = float(np.interp(loss, ladder[::-1], x[::-1]))  # at the ends what is beyond them
+    bound: Literal["above", "below"] | None = "above" if loss < ladder[-1] else "below" if loss > ladder[0] else None
+    return EffectiveSpeed(ratio=math.exp(as_good - math.log(flops[place])) * cost.speed_ratio, bound=bound)
 
 
 def _points(results: Sequence[Measurements], name: str, seeds: Sequence[int]) -> tuple[list[float], list[list[float]]]:

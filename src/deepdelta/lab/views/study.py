@@ -9,7 +9,7 @@ from rich.table import Table
 
 from deepdelta.lab.analysis.comparison import MINIMUM_SEEDS, Estimate
 from deepdelta.lab.analysis.results import BudgetName, ConditionResult, Contrast, StudyResults, Tuned
-from deepdelta.lab.analysis.scaling import Scaling, ScalingResult, Trend
+from deepdelta.lab.analysis.scaling import EffectiveSpeed, Scaling, ScalingResult, Trend
 from deepdelta.lab.experiments.search import Ranked, RungResult, SearchResults
 from deepdelta.lab.views.tables import (
     ABSENT,
@@ -195,15 +195,18 @@ def trend_table(found: Scaling) -> TextTable:
 
 
 SPEED = (
-    "By size, the baseline's compute for the same loss over what it has there, interpolated in ln C, times the speed "
-    "ratio; beyond: of its losses."
+    "What the loss is worth, by size: the compute with which the baseline has it, over what it has there, times the "
+    "speed ratio. A bound where the loss is beyond the baseline's."
 )
 
 
 def _speeds(one: Trend) -> str:
-    if all(speed is None for speed in one.effective_speed):
-        return ABSENT
-    return "\n".join("beyond" if speed is None else f"{speed:.2f}x" for speed in one.effective_speed)
+    def say(speed: EffectiveSpeed | None) -> str:
+        return (
+            ABSENT if speed is None else {None: "", "above": "> ", "below": "< "}[speed.bound] + f"{speed.ratio:.2f}x"
+        )
+
+    return "\n".join(map(say, one.effective_speed)) if any(one.effective_speed) else ABSENT
 
 
 def _at_size(place: int, one: Trend) -> str:

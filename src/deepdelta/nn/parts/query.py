@@ -3,6 +3,8 @@
 Shapes: V value channels, D compute width; c the branch's input after the norm.
 """
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor
 
@@ -22,17 +24,42 @@ class Query(Initialised):
     def __init__(self, config: ResidualConfig, dim: int, std: float) -> None:
         super().__init__()
         self.eps = config.direction_eps
-        self.key = Linear(dim, dim, std=std, precise=True)
+        self.question = Linear(dim, dim, std=std, precise=True)
         self.answer = Linear(config.value_channels, dim, std=0.0)
 
     def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
         raise AssertionError("its maps start themselves")
 
     def forward(self, state_VD: Tensor, c_D: Tensor) -> Tensor:
-        key_D = self.key(c_D)
-        q_D = key_D / (key_D.square().sum(-1, keepdim=True) + self.eps**2).sqrt()
+        asked_D = self.question(c_D)
+        q_D = asked_D / (asked_D.square().sum(-1, keepdim=True) + self.eps**2).sqrt()
+        narrow = accumulation_dtype(state_VD.dtype) != state_VD.dtype
         with without_autocast(state_VD.device):
-            wide_VD = state_VD.to(accumulation_dtype(state_VD.dtype))
-            said_V = torch.matmul(wide_VD, q_D.to(wide_VD.dtype).unsqueeze(-1)).squeeze(-1)
+            said_V: Tensor = (_WideRead.apply if narrow else _read)(state_VD, q_D)
         answer_D: Tensor = self.answer(said_V.to(c_D.dtype))
         return answer_D
+
+
+def _read(state_VD: Tensor, q_D: Tensor) -> Tensor:
+    return torch.matmul(state_VD, q_D.to(state_VD.dtype).unsqueeze(-1)).squeeze(-1)
+
+
+class _WideRead(torch.autograd.Function):
+    """X q in fp32 of a narrower state, which is kept for the backward pass as it is: a wide copy would take twice its
+    room, and memory plans could not put anything in its place."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(state_VD: Tensor, q_D: Tensor) -> Tensor:
+        return _read(state_VD.to(q_D.dtype), q_D)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_V: Tensor) -> tuple[Tensor, Tensor]:
+        state_VD, q_D = ctx.saved_tensors
+        of_q_D = torch.matmul(grad_V.unsqueeze(-2), state_VD.to(q_D.dtype)).squeeze(-2)
+        return (grad_V.unsqueeze(-1) * q_D.unsqueeze(-2)).to(state_VD.dtype), of_q_D
