@@ -28,6 +28,8 @@ from deepdelta.planning import (
 from deepdelta.training import TrainConfig
 from deepdelta.training.config import run_settings
 from deepdelta.training.optimizer import build_optimizer
+from deepdelta.training.parallel import check_parallel
+from deepdelta.training.ranks import Ranks
 from deepdelta.training.recipes import PUBLISHED, RECIPES, recipe
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +65,22 @@ def test_parameters_optimiser_and_operations_are_those_of_a_made_model(preset: s
     state = [tensor for one in optimizer.state.values() for tensor in one.values()]
     assert found.optimizer_bytes == sum(tensor.numel() * tensor.element_size() for tensor in state)
     assert found.flops_per_token == 3 * training_flops_per_token(config.model).matrix_forward
+
+
+@pytest.mark.parametrize("name, gpus, gpu", [("small", 1, "h100"), ("medium", 8, "h100"), ("7b", 8, "h100")])
+def test_the_command_that_trains_so(capsys: pytest.CaptureFixture[str], name: str, gpus: int, gpu: str) -> None:
+    main(["plan", "--recipe", name, "--preset", "code-cc", "--gpus", str(gpus), "--gpu", gpu])
+    line = capsys.readouterr().out.splitlines()[-1]
+    start, _, options = line.partition("deepdelta train RUN ")
+    assert start == ("" if gpus == 1 else f"torchrun --standalone --nproc-per-node {gpus} -m ")
+    config = parse(["train", "RUN", *options.split()]).settings
+    planned = run_settings(recipe(name), {"preset": "code-cc"}, where="")
+    assert config.tokens_per_step == planned.tokens_per_step
+    check_parallel(config, Ranks(0, gpus, object()))
+    layout = outlook(planned, GPUS[gpu], gpus).layout
+    assert config.batch_size == layout.batch_size * gpus and config.accumulate == layout.accumulate
+    assert config.recompute == (layout.name == "FSDP, checkpointed layers")
+    assert config.parallel == ("ddp" if layout.name == "DDP" else "fsdp")
 
 
 @pytest.mark.parametrize("preset", ["additive", "paper-cc"])

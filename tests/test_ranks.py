@@ -294,6 +294,22 @@ def test_one_rank_alone(short: Short, source: Path, tmp_path: Path) -> None:
     assert RunDirectory(tmp_path / "fsdp").environment()["parallel"] == "fsdp"
 
 
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf"), 1e18])
+def test_no_time_to_wait(source: Path, tmp_path: Path, timeout: float) -> None:
+    (said,) = run_cases(tmp_path, [("run", variants(source)["ddp"], {"timeout": timeout})]).values()
+    assert (
+        said.startswith("UserError: timeout must lie in (0, 1,000,000] seconds, got")
+        and not (tmp_path / "run").exists()
+    )
+
+
+def test_a_rank_that_is_no_number(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "x")
+    (said,) = run_cases(tmp_path, [("run", variants(source)["ddp"], {})]).values()
+    assert "RANK must be a whole number, as torchrun sets it, got 'x'" in said and not (tmp_path / "run").exists()
+
+
 def test_ranks_that_do_not_meet(source: Path, tmp_path: Path) -> None:
     store = host()
     with meeting(0, 2, store.port):

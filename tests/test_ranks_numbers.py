@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from rank_runs import Case, assert_close, by_ranks, halves, run_cases, small, text_and_documents
+from tiny_runs import rows
 
 pytestmark = pytest.mark.scale
 
@@ -75,3 +76,18 @@ def test_saved_by_some_resumed_by_others(source: Path, tmp_path: Path) -> None:
             assert by_ranks(size, tmp_path / "shared", run_cases, cases) == [{}] * size
     for name, (way, _) in pairs.items():
         assert_close(tmp_path / "shared" / name, tmp_path / "one" / way)
+
+
+def test_compiled_and_in_bf16(source: Path, tmp_path: Path) -> None:
+    """As one process: compiled within rounding, in bf16 as far as its digits go."""
+    half = {"precision": "bf16", "recompute": True}
+    cases = {"compiled": small(source, compile=True, steps=2), "half": small(source, **half, steps=3)}
+    assert not run_cases(tmp_path / "one", [(name, plain, {}) for name, plain in cases.items()])
+    pairs = [("compiled", "ddp"), ("compiled", "fsdp"), ("half", "fsdp")]
+    shared: list[Case] = [(f"{name}-{way}", cases[name] | {"parallel": way}, {}) for name, way in pairs]
+    assert by_ranks(2, tmp_path / "two", run_cases, shared) == [{}] * 2
+    for way in ("ddp", "fsdp"):
+        assert_close(tmp_path / "two" / f"compiled-{way}", tmp_path / "one" / "compiled")
+    for row, other in zip(rows(tmp_path / "two" / "half-fsdp"), rows(tmp_path / "one" / "half"), strict=True):
+        for name in {"loss", "validation_loss"} & other.keys():
+            assert row[name] == pytest.approx(other[name], rel=2e-3), (row, other)

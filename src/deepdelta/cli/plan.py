@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from deepdelta.planning import COMPUTE, CONVOLUTION, GPUS, MEMORY, USABLE, gpu_named, outlook
+from deepdelta.planning import COMPUTE, CONVOLUTION, GPUS, MEMORY, USABLE, Layout, gpu_named, outlook
 from deepdelta.training.config import run_settings
 from deepdelta.training.recipes import PUBLISHED, recipe
 
@@ -56,5 +56,19 @@ Assumed of a {self.gpu}: {gpu.peak / 1e12:,.0f} TFLOP/s of bf16, {gpu.bandwidth 
 Time: {COMPUTE:.0%} of the first for products, {MEMORY:.0%} of the second for the bytes of all other operators one by one,
 {CONVOLUTION:.0%} of it for convolutions; communication hidden. The three shares are fitted on the 11 speeds that the authors
 published, and give them within -10 % and +18 %. Activations as plain PyTorch holds them: +4 to +5 % against our peaks.
-No speed of a GPU has been measured here (docs/planning.md). `deepdelta train` uses one device."""  # noqa: E501
+No speed of a GPU has been measured here (docs/planning.md).
+It trains with:
+{self.command(layout)}"""  # noqa: E501
         )
+
+    def command(self, layout: Layout) -> str:
+        """What trains so."""
+        start = f"torchrun --standalone --nproc-per-node {self.gpus} -m deepdelta" if self.gpus > 1 else "deepdelta"
+        # The micro-batches of a command are those of all processes.
+        options = [f"--recipe {self.recipe} --preset {self.preset}", f"--batch-size {layout.batch_size * self.gpus}"]
+        options.append(f"--accumulate {layout.accumulate}")
+        if self.gpus > 1:
+            options.append(f"--parallel {'ddp' if layout.name == 'DDP' else 'fsdp'}")
+        if layout.name == "FSDP, checkpointed layers":
+            options.append("--recompute")
+        return f"{start} train RUN {' '.join(options)}"

@@ -151,8 +151,8 @@ class Stored:
     def __init__(self, file: Path, reader: int = 0, readers: int = 1) -> None:
         run = file.parent.parent if file.parent.name == EARLIER else file.parent
         if not file.exists():
-            raise UserError(f"{run} holds no {file.name}; restore it, or delete the directory and train anew.")
-        self.file, mend = file, f"restore a copy, or delete {run} and train anew"
+            raise UserError(f"{run} holds no {file.name}; restore it, or {_otherwise(file, run)}.")
+        self.file, mend = file, f"restore a copy, or {_otherwise(file, run)}"
         tensors, metadata = load_tensors(file, mend, verify=reader == 0)
         if not {"step", "seconds"} <= metadata.keys():
             raise UserError(f"{file} must be a checkpoint, but has no step; {mend}.")
@@ -190,6 +190,14 @@ class Stored:
     def whole(self, name: str) -> Tensor:
         shape = self.shapes[name]
         return self.block(name, (0,) * len(shape), shape)
+
+
+def _otherwise(file: Path, run: Path) -> str:
+    """What there is to do without a good copy of the checkpoint `file`."""
+    others = [one for one in sorted((run / EARLIER).glob("*")) if not (file.exists() and one.samefile(file))]
+    if not others:
+        return f"delete {run} and train anew"
+    return f"go on from the one before it, {EARLIER}/{others[-1].name}, by the command that trained it"
 
 
 def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 TIMEOUT = 600.0
 """Seconds that ranks wait for each other."""
+LONGEST = 1e6
+"""Of these, what may be asked for: eleven days."""
 ANSWER = 10.0
 """Seconds within which a rank that lives has noticed that another has stopped."""
 
@@ -167,7 +169,11 @@ def starts_first() -> bool:
 
 
 def _started_together() -> bool:
-    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    """Raises UserError where the numbers of the processes are none."""
+    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    if wrong := [name for name, value in given.items() if not value.isdecimal()]:
+        raise UserError(f"{wrong[0]} must be a whole number, as torchrun sets it, got '{given[wrong[0]]}'; unset it.")
+    return len(given) == 2
 
 
 @contextmanager
@@ -177,6 +183,8 @@ def together(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     Raises:
         UserError: they do not meet within `timeout` seconds, or one of them ends before the others.
     """
+    if not 0 < timeout <= LONGEST:
+        raise UserError(f"timeout must lie in (0, {LONGEST:,.0f}] seconds, got {timeout:g}.")
     if not _started_together():
         yield ALONE
         return
