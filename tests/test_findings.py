@@ -32,6 +32,7 @@ CODE = ("", "-tinyshakespeare")
 
 # Compared after looking, which is why they stand in no study: the condition and what it is compared with.
 AFTERWARDS = [
+    *(("operators", "plain-start", rival) for rival in ("hyper-connections", "mhc")),
     ("headline", "delta-token-random", "additive-convolution"),
     ("headline-tinyshakespeare", "delta-token-random", "additive-convolution"),
     ("larger", "delta-token-random", "normed-convolution"),
@@ -52,6 +53,8 @@ ERASE = [
     ("larger", "delta-token-random", "write-only-token-random"),
     ("code-form", "code-cc", "code-cc-write-only"),
     ("code-form-tinyshakespeare", "code-cc", "code-cc-write-only"),
+    ("operators", "plain-start", "plain-start-write-only"),
+    ("operators", "code-low-gate", "code-low-gate-write-only"),
 ]
 
 
@@ -122,7 +125,7 @@ def test_every_interval_belongs_to_a_committed_comparison(page: str) -> None:
 def test_the_erase() -> None:
     _, spread, runs = pooled()
     page = SENTENCES["docs/findings.md"]
-    assert f"eleven comparisons, {runs} pairs of runs" in page
+    assert f"thirteen comparisons, {runs} pairs of runs" in page
     assert f"(Q = {spread:.1f} on {len(ERASE) - 1} degrees of freedom)" in page
 
 
