@@ -94,6 +94,7 @@ def compilations(net: nn.Module, counter: Any, compiled: Any) -> list[int]:
     ids=["fused", "delta", "V = 1", "two_gate"],
 )
 def test_as_many_compilations_as_a_plain_net(settings: dict[str, Any], backend: Any) -> None:
+    torch.manual_seed(0)  # of some starts the steps lead to no finite number
     counts = []
     for net in (Plain(), Delta(**settings)):
         torch._dynamo.reset()

@@ -137,7 +137,9 @@ def test_a_part_that_is_damaged_is_named_and_the_one_before_used(
         write(tmp_path, tensors_of(step), 3, step, last=2)
     part = tmp_path / "parts" / "checkpoint-000000000002-1-of-3.safetensors"
     damage(part)
-    with pytest.raises(UserError, match=rf"{part.name} (is|has been|holds).*; restore a copy, or go on from the one before it"):
+    with pytest.raises(
+        UserError, match=rf"{part.name} (is|has been|holds).*; restore a copy, or go on from the one before it"
+    ):
         read_checkpoint(tmp_path / "checkpoint.safetensors")
     store, said = dist.HashStore(), list[str]()
 

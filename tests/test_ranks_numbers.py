@@ -8,7 +8,7 @@ import pytest
 from rank_runs import Case, assert_close, by_ranks, halves, run_cases, small, text_and_documents
 from tiny_runs import rows
 
-pytestmark = pytest.mark.scale
+pytestmark = [pytest.mark.scale, pytest.mark.usefixtures("unchecked_file")]
 
 
 @pytest.fixture
@@ -78,6 +78,9 @@ def test_saved_by_some_resumed_by_others(source: Path, tmp_path: Path) -> None:
         assert_close(tmp_path / "shared" / name, tmp_path / "one" / way)
 
 
+# torch's own, as it imports its compiler.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_compiled_and_in_bf16(source: Path, tmp_path: Path) -> None:
     """As one process: compiled within rounding, in bf16 as far as its digits go."""
     half = {"precision": "bf16", "recompute": True}
