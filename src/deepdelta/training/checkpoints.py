@@ -1,6 +1,5 @@
 """A run's checkpoints: the last one, those before it and the best; each in files of its own (`parts`)."""
 
-import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -55,7 +54,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
     Raises:
         UserError: there is none, or it is not as it was written.
     """
-    stored = Stored(file)
+    stored = Stored(file, otherwise=_otherwise(file))
     held = sum(part.values.nbytes for pieces in stored.pieces.values() for part in pieces)
     check_memory(held, f"what {file} and its parts hold")
     kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "average": {}}
@@ -103,6 +102,19 @@ def earlier(run: Path) -> list[Path]:
     return sorted((run / EARLIER).glob("step-*.safetensors"), reverse=True)
 
 
+def before_last(run: Path) -> list[Path]:
+    """Those of them that are not the last checkpoint under its second name, the last first."""
+    last = run / CHECKPOINT
+    return [file for file in earlier(run) if not (last.exists() and file.samefile(last))]
+
+
+def _otherwise(file: Path) -> str | None:
+    """What there is to do without a good copy of a run's last checkpoint, where there is one before it."""
+    if file.name != CHECKPOINT or not (there := before_last(file.parent)):
+        return None
+    return f"go on from the one before it, {EARLIER}/{there[0].name}, by the command that trained it"
+
+
 def kept(run: Path) -> list[Path]:
     """All checkpoints of a run: the last, the best, averaged weights and those in EARLIER."""
     there = [run / name for name in (CHECKPOINT, BEST, AVERAGE)]
@@ -120,13 +132,10 @@ def last_good(run: Path, say: Callable[[str], None], ranks: Ranks = ALONE, reade
     """
     last, first_problem = run / CHECKPOINT, None
 
-    def names() -> list[str]:
-        return [str(last), *(str(one) for one in earlier(run) if not (last.exists() and os.path.samefile(one, last)))]
-
-    for file in map(Path, ranks.shared(names)):
+    for file in map(Path, ranks.shared(lambda: [str(last), *map(str, before_last(run))])):
         stored, problem = None, None
         try:
-            stored = Stored(file, ranks.rank, readers) if ranks.rank < readers else None
+            stored = Stored(file, ranks.rank, readers, _otherwise(file)) if ranks.rank < readers else None
         except UserError as error:
             problem = str(error)
         found = next(filter(None, ranks.gathered(problem)), None)

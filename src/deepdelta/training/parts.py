@@ -143,16 +143,18 @@ class Stored:
     Args:
         file: the first of its files.
         reader, readers: of so many processes that read it, each holds its share of the files against their checksums.
+        otherwise: what there is to do without a good copy, for messages; by default to train anew.
 
     Raises:
         UserError: there is none, or it is not as it was written; naming the file.
     """
 
-    def __init__(self, file: Path, reader: int = 0, readers: int = 1) -> None:
+    def __init__(self, file: Path, reader: int = 0, readers: int = 1, otherwise: str | None = None) -> None:
         run = file.parent.parent if file.parent.name == EARLIER else file.parent
+        otherwise = otherwise or f"delete {run} and train anew"
         if not file.exists():
-            raise UserError(f"{run} holds no {file.name}; restore it, or {_otherwise(file, run)}.")
-        self.file, mend = file, f"restore a copy, or {_otherwise(file, run)}"
+            raise UserError(f"{run} holds no {file.name}; restore it, or {otherwise}.")
+        self.file, mend = file, f"restore a copy, or {otherwise}"
         tensors, metadata = load_tensors(file, mend, verify=reader == 0)
         if not {"step", "seconds"} <= metadata.keys():
             raise UserError(f"{file} must be a checkpoint, but has no step; {mend}.")
@@ -190,14 +192,6 @@ class Stored:
     def whole(self, name: str) -> Tensor:
         shape = self.shapes[name]
         return self.block(name, (0,) * len(shape), shape)
-
-
-def _otherwise(file: Path, run: Path) -> str:
-    """What there is to do without a good copy of the checkpoint `file`."""
-    others = [one for one in sorted((run / EARLIER).glob("*")) if not (file.exists() and one.samefile(file))]
-    if not others:
-        return f"delete {run} and train anew"
-    return f"go on from the one before it, {EARLIER}/{others[-1].name}, by the command that trained it"
 
 
 def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
