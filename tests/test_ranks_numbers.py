@@ -80,7 +80,6 @@ def test_saved_by_some_resumed_by_others(source: Path, tmp_path: Path) -> None:
 
 # torch's own, as it imports its compiler.
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_compiled_and_in_bf16(source: Path, tmp_path: Path) -> None:
     """As one process: compiled within rounding, in bf16 as far as its digits go."""
     half = {"precision": "bf16", "recompute": True}

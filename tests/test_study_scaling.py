@@ -17,7 +17,6 @@ from deepdelta.lab.analysis.results import StudyResults, load_results
 from deepdelta.lab.analysis.scaling import EffectiveSpeed, Law, Scaling, fit, scaling
 from deepdelta.lab.experiments.config import Extrapolate, StudyConfig, load_study
 from deepdelta.lab.experiments.search import SearchResults
-from deepdelta.lab.measure.cost import Cost
 from deepdelta.lab.views.study import scaling_table, search_table, trend_table
 from deepdelta.training import RunDirectory
 from report_samples import anew
@@ -153,15 +152,6 @@ def test_the_slope_of_a_difference_is_that_of_scipys_line_for_every_seed() -> No
 def test_effective_speed_is_the_baseline_s_compute_for_the_same_loss_times_the_speed() -> None:
     """Losses of the baseline on a line in ln C: what a difference is worth is read off it by hand."""
     draw, studies = np.random.default_rng(0), {}
-    cost = Cost(
-        tokens_per_second=1.0,
-        speed_ratio=0.8,
-        speed_ratio_low=0.7,
-        speed_ratio_high=0.9,
-        rounds=3,
-        peak_bytes=1,
-        peak_ratio=1.0,
-    )
     for steps, change in ((400, 0.05), (1600, 0.05), (6400, -0.05)):
         plain = 2.0 - 0.1 * math.log(steps) + draw.normal(0, 1e-3, 6)
         base = sample({"additive": list(plain), "delta": list(plain - change)})
@@ -169,7 +159,7 @@ def test_effective_speed_is_the_baseline_s_compute_for_the_same_loss_times_the_s
             dataclasses.replace(
                 one,
                 flops_per_token=1e6,
-                cost=cost,
+                cost=dataclasses.replace(one.cost, speed_ratio=0.8),
                 runs=tuple(dataclasses.replace(run, steps=steps) for run in one.runs),
             )
             for one in base.conditions

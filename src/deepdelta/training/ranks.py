@@ -169,7 +169,7 @@ def starts_first() -> bool:
 
 
 def _started_together() -> bool:
-    """Raises UserError where the numbers of the processes are none."""
+    """Whether torchrun's numbers are set; UserError where they are none."""
     given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
     if wrong := [name for name, value in given.items() if not value.isdecimal()]:
         raise UserError(f"{wrong[0]} must be a whole number, as torchrun sets it, got '{given[wrong[0]]}'; unset it.")

@@ -103,7 +103,6 @@ class Trainer:
         config = self.config
         validation_loss = self._recorded_validation()
         if self.step >= config.steps and validation_loss is not None:
-            self.ranks.shared(lambda: self.run.keep_checkpoints(self.step, config.keep_last))
             self.say(f"{self.run.path} has all its {config.steps} steps; give more --steps to extend it.")
             return Trained(self.step, True, validation_loss)
         console = None if self.ranks.first else Console(file=io.StringIO())

@@ -208,10 +208,10 @@ def _trends(results: Sequence[StudyResults]) -> tuple[Trend, ...]:
     found = []
     for pair in by_size[0]:
         seeds = tuple(seed for seed in results[0].seeds if all(seed in size.get(pair, {}) for size in by_size))
-        if not seeds or len(set(x.tolist())) < 2:
+        if not seeds:
             continue
         values = [[size[pair][seed] for size in by_size] for seed in seeds]
-        slopes = [float(np.polyfit(x, of_seed, 1)[0]) for of_seed in values]
+        slopes = np.polyfit(x, np.transpose(values), 1)[0].tolist()
         means = tuple(float(mean) for mean in np.mean(values, axis=0))
         found.append(
             Trend(

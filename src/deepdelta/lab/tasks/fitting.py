@@ -51,6 +51,16 @@ CONDITIONS = {
 """The plain residual, and the delta rule beside its control that does not erase, with one value channel and with 4."""
 
 
+NORMED = Variant(
+    summary="h is added after a norm whose weight starts at 1/4",
+    changes={"out_norm": 0.25, "residual": {"rule": "additive", "value_channels": 1}},
+)
+DEFAULT_4 = Variant(
+    summary="the default at V = 4",
+    changes={"residual": {"rule": "additive_erase", "plain_start": True, "value_channels": 4}},
+)
+
+
 def stream_of(residual: ResidualConfig, dim: int, seed: int, **options: Any) -> DeltaStream:
     """A stream with the settings of a task's `residual`; `options` go before them."""
     return DeltaStream(dim, seed=seed, **{**vars(residual), **options})

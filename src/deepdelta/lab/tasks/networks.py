@@ -133,10 +133,7 @@ CONDITIONS = {
         summary="x + F(x), no norm at all",
         changes={"residual": {"rule": "additive", "value_channels": 1, "norm": "none"}},
     ),
-    "normed": Variant(
-        summary="h is added after a norm whose weight starts at 1/4",
-        changes={"out_norm": 0.25, "residual": {"rule": "additive", "value_channels": 1}},
-    ),
+    "normed": fitting.NORMED,
     "default-1": Variant(
         summary="the default at V = 1: an erase that starts closed",
         changes={"residual": {"rule": "additive_erase", "plain_start": True, "value_channels": 1}},
@@ -153,11 +150,7 @@ CONDITIONS = {
             }
         },
     ),
-    "default-4": Variant(
-        summary="the default at V = 4",
-        changes={"residual": {"rule": "additive_erase", "plain_start": True, "value_channels": 4}},
-        control="default-4-write-only",
-    ),
+    "default-4": replace(fitting.DEFAULT_4, control="default-4-write-only"),
     "write-only-4": Variant(
         summary="a gated linear target is written, nothing is erased, V = 4",
         changes={"residual": {"rule": "write_only", "value_channels": 4}},

@@ -194,19 +194,13 @@ TASK = Task(
     settings=RegistersSettings(),
     conditions=fitting.CONDITIONS
     | {
-        "normed": Variant(
-            summary="h is added after a norm whose weight starts at 1/4",
-            changes={"out_norm": 0.25, "residual": {"rule": "additive", "value_channels": 1}},
-        ),
+        "normed": fitting.NORMED,
         "additive-wide": Variant(
             summary="x + F(norm(x)) at width 64: a state as large as that of V = 4, 18,304 parameters (additive 4,720, "
             "delta-4 11,073)",
             changes=WIDE,
         ),
-        "default-4": Variant(
-            summary="the default at V = 4: an erase that starts closed",
-            changes={"residual": {"rule": "additive_erase", "plain_start": True, "value_channels": 4}},
-        ),
+        "default-4": fitting.DEFAULT_4,
         "gru": Variant(
             summary="a GRU: gates for every number of the state",
             changes={"cell": "gru", "residual": {"rule": "additive", "value_channels": 1}},

@@ -6,14 +6,15 @@ Shapes: V value channels, D compute width; c the branch's input after the norm.
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor, nn
 
 from deepdelta.nn.config import ResidualConfig
-from deepdelta.nn.linear import Initialised, Linear
+from deepdelta.nn.linear import Linear
+from deepdelta.nn.parts.target import size
 from deepdelta.ops import accumulation_dtype, without_autocast
 
 
-class Query(Initialised):
+class Query(nn.Module):
     """W_r (X q), (..., D), with q = W_q c / sqrt(|W_q c|^2 + eps^2); X q has one number per value channel.
 
     W_r starts at 0, so nothing is added at the start; W_q is drawn. q and X q are made in fp32 or wider.
@@ -27,12 +28,9 @@ class Query(Initialised):
         self.question = Linear(dim, dim, std=std, precise=True)
         self.answer = Linear(config.value_channels, dim, std=0.0)
 
-    def start(self, name: str, parameter: Tensor, generator: Generator) -> None:
-        raise AssertionError("its maps start themselves")
-
     def forward(self, state_VD: Tensor, c_D: Tensor) -> Tensor:
         asked_D = self.question(c_D)
-        q_D = asked_D / (asked_D.square().sum(-1, keepdim=True) + self.eps**2).sqrt()
+        q_D = asked_D / size(asked_D, self.eps)
         narrow = accumulation_dtype(state_VD.dtype) != state_VD.dtype
         with without_autocast(state_VD.device):
             said_V: Tensor = (_WideRead.apply if narrow else _read)(state_VD, q_D)
