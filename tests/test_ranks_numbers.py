@@ -61,6 +61,19 @@ def test_every_number_trains_as_one(source: Path, tmp_path: Path) -> None:
             assert_close(tmp_path / f"{size}" / f"{name}-{way}", tmp_path / "one" / name)
 
 
+def test_layers_that_are_repeated_are_shared_too(source: Path, tmp_path: Path) -> None:
+    plain = {
+        "drawn": small(source, "plain-start", model={"repeats": 3}, draw_repeats=True),
+        "again": small(source, "paper-tc", model={"repeats": 2}, recompute=True),
+    }
+    assert not run_cases(tmp_path / "one", [(name, settings, {}) for name, settings in plain.items()])
+    pairs = [(name, way) for name in plain for way in ("ddp", "fsdp")]
+    shared: list[Case] = [(f"{name}-{way}", plain[name] | {"parallel": way}, {}) for name, way in pairs]
+    assert by_ranks(2, tmp_path / "two", run_cases, shared) == [{}] * 2
+    for name, way in pairs:
+        assert_close(tmp_path / "two" / f"{name}-{way}", tmp_path / "one" / name)
+
+
 def test_saved_by_some_resumed_by_others(source: Path, tmp_path: Path) -> None:
     every = [(a, b) for a in (1, 2, 4) for b in (1, 2, 4) if a != b]
     plain = {way: small(source, parallel=way, average="ema") for way in ("ddp", "fsdp", "tensor")}

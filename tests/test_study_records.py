@@ -226,7 +226,7 @@ def test_records_differ_in_every_setting_that_decides_numbers() -> None:
     }
     same |= {"checkpoint_every": 7, "keep_last": 2, "keep_best": True, "async_save": False}
     other: dict[str, Any] = {
-        "model": {"dim": 64, "residual": {"rule": "write_only"}},
+        "model": {"dim": 64, "repeats": 2, "residual": {"rule": "write_only"}},
         "data": {"validation_fraction": 0.2, "held_out": "train_tail"},
         "precision": "fp32",
         "backend": "reference",
@@ -234,6 +234,7 @@ def test_records_differ_in_every_setting_that_decides_numbers() -> None:
         "parallel": "fsdp",
         "recompute": True,
         "compile": True,
+        "draw_repeats": True,
         "betas": [0.8, 0.9],
         "final_eval_tokens": 10,
         "schedule": "cosine",
@@ -248,10 +249,10 @@ def test_records_differ_in_every_setting_that_decides_numbers() -> None:
         return json.dumps(canonical(from_plain(TrainConfig, merged(to_plain(base), changes))))
 
     assert of(same) == of({})
-    # These are settings of an average and of Muon, which must then be there.
-    numbers |= {"ema_decay": None, "average_steps": None, "momentum": None}
+    # These are settings of an average, of Muon and of a looped GPT, which must then be there.
+    numbers |= {"ema_decay": None, "average_steps": None, "momentum": None, "draw_repeats": None}
     parted = [{"average": "ema", "ema_decay": 0.5}, {"average": "last"}, {"average": "last", "average_steps": 9}]
-    parted += [{"optimizer": "muon", "momentum": 0.5}]
+    parted += [{"optimizer": "muon", "momentum": 0.5}, {"model": {"repeats": 2}, "draw_repeats": True}]
     parts = [{key: {name: value}} for key in ("model", "data") for name, value in other[key].items()]
     flat = [{key: value} for key, value in (other | numbers).items() if key not in ("model", "data")]
     flat = [changes for changes in flat if None not in changes.values()] + parted

@@ -158,7 +158,7 @@ def fitting(model: GPTConfig, gpu: Gpu, gpus: int, sequences: int, parameters: i
     layer, embedding = layer_parameters(model)
     state_bytes = 4 * model.residual.value_channels * model.dim
     logits = held_outside_layers(model)
-    checkpointed = model.layers * state_bytes + (held - logits) / model.layers + logits
+    checkpointed = model.depth * state_bytes + (held - logits) / model.depth + logits
     sharded = 16 * parameters / gpus + 4 * (2 * layer + embedding)
     options: list[tuple[Name, float, float]] = [
         ("DDP", 18 * parameters, held),

@@ -80,6 +80,8 @@ class Evaluate:
     """Of --tasks: a folder with copies of data set repositories, each under its name on the Hugging Face hub."""
     tokens: int | None = None
     """Evaluate on about so many tokens, in whole windows evenly spread over the split; all of it by default."""
+    repeats: int | None = None
+    """Of a looped GPT: repeat its layers so often; as often as in training (model.repeats) by default."""
     checkpoint: str = CHECKPOINT
     """Which of the run's: best.safetensors where keep_best was set."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -106,6 +108,8 @@ class Evaluate:
 
         if self.tokens is not None:
             raise UserError("--tokens belongs to the loss, and --tasks have a --limit.")
+        if self.repeats is not None:
+            raise UserError("--repeats belongs to the loss; --tasks repeat the layers as often as in training.")
         use_threads(self.threads, self.run)
         results = evaluate_tasks(
             self.run,
@@ -138,6 +142,7 @@ class Evaluate:
                 model,
                 corpus,
                 batch_size=self.batch_size,
+                repeats=self.repeats,
                 device=chosen.device,
                 tokens=self.tokens,
                 progress=lambda done, batches: reporter.update(done * total // batches, ""),

@@ -28,9 +28,9 @@ class CacheMemory(NamedTuple):
     """What a cache holds, in bytes."""
 
     keys_values: int
-    """2 layers B H context E numbers, as in a model without value channels."""
+    """2 depth B H context E numbers, as in a model without value channels."""
     histories: int
-    """B (K - 1) D numbers for an embedding convolution, B (K - 1) V D for each of 2 layers + 1 token compressions."""
+    """B (K - 1) D numbers for an embedding convolution, B (K - 1) V D for each of 2 depth + 1 token compressions."""
     folded_weights: int
     """V D numbers per distinct compression along value channels, V D K per one over tokens."""
 
@@ -42,9 +42,10 @@ class DecodingCache:
         logits = cache.decode(prompt)[:, -1]  # the whole prompt at once, or in pieces
         logits = cache.decode(next_token)[:, -1]  # one at a time, or several
 
-    Kept are the keys and values of every layer, preallocated for the model's context, and the last K - 1 inputs of
-    every convolution over tokens: the embeddings for an embedding convolution, and for token compression the states
-    before each of the 2 layers + 1 readings (also where two sublayers share one compression: their states differ).
+    Kept are the keys and values of every layer, of a looped GPT in every repetition, preallocated for the model's
+    context, and the last K - 1 inputs of every convolution over tokens: the embeddings for an embedding convolution,
+    and for token compression the states before each of the 2 depth + 1 readings (also where two sublayers share one
+    compression: their states differ).
     Of the state X of an earlier token nothing else is kept.
 
     The compressions' weights are folded when the cache is made: make a new cache after the model's weights, dtype,
@@ -79,7 +80,7 @@ class DecodingCache:
         weight, config = model.embedding.weight, model.config
         self._padding_B = torch.tensor(padding, device=weight.device) if padding and any(padding) else None
         memory = (batch, config.heads, self.context, config.head_width)
-        self.layers = [KeyValues(weight.new_zeros(memory), weight.new_zeros(memory)) for _ in model.layers]
+        self.layers = [KeyValues(weight.new_zeros(memory), weight.new_zeros(memory)) for _ in range(config.depth)]
         self.expansion_history: History | None = None
         """The last embeddings, (B, K - 1, D), for an embedding convolution."""
         residual = config.residual
@@ -88,7 +89,7 @@ class DecodingCache:
         self.compression_histories: list[History] = []
         """For token compression the last states before every sublayer and before the readout, (B, K - 1, V, D)."""
         self._folded: dict[nn.Module, Tensor] = {}
-        residuals = model.residuals()
+        residuals = model.residuals(repeated=True)
         maps = [*(one.input_map() for one in residuals), model.head()]
         self._input_maps = [replace(one, compression=self._decoding(one.compression)) for one in maps]
         first, *others = self._input_maps

@@ -43,7 +43,8 @@ class Decoder(nn.Module):
         logits, kept = decoder(prompts, attention_mask, decoder.nothing(batch=2))
         logits, kept = decoder(next_ids, torch.ones(2, 1, dtype=torch.int64), kept)
 
-    `kept` holds tensors by name, each with the batch in front: `mask` (B, P); per layer `layers.0.key` and
+    `kept` holds tensors by name, each with the batch in front: `mask` (B, P); per layer, of a looped GPT
+    in every repetition, `layers.0.key` and
     `layers.0.value` (B, H, P, E); where there are convolutions over tokens their last inputs, `expansion` (B, K - 1, D)
     and `compressions.0` and so on (B, K - 1, V, D).
     """
@@ -58,12 +59,12 @@ class Decoder(nn.Module):
         """What is kept before the first token."""
         config, zeros = self.model.config, self.model.embedding.weight.new_zeros
         residual, kept = config.residual, {MASK: zeros(batch, 0, dtype=torch.int64)}
-        for i in range(config.layers):
+        for i in range(config.depth):
             for name in ("key", "value"):
                 kept[f"layers.{i}.{name}"] = zeros(batch, config.heads, 0, config.head_width)
         if self.expands:
             kept[EXPANSION] = zeros(batch, residual.expansion_kernel - 1, config.dim)
-        for i in range(2 * config.layers + 1 if self.compresses else 0):
+        for i in range(2 * config.depth + 1 if self.compresses else 0):
             size = residual.compression_kernel - 1, residual.value_channels, config.dim
             kept[f"compressions.{i}"] = zeros(batch, *size)
         return kept
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
                 padding mean nothing.
             kept: `nothing(batch)`, or what the last call gave.
         """
-        model, residuals = self.model, self.model.residuals()
+        model, residuals = self.model, self.model.residuals(repeated=True)
         after = {MASK: torch.cat((kept[MASK], attention_mask), 1)}
         slots = self._slots(attention_mask, kept[MASK], after[MASK].bool())
         seen_BT = attention_mask.bool()
@@ -101,7 +102,7 @@ class Decoder(nn.Module):
         maps = [reading(i, one.input_map()) for i, one in enumerate(residuals)]
         given = [
             ((partial(remember, i), slots), {"attention": maps[2 * i], "mlp": maps[2 * i + 1]})
-            for i in range(len(model.layers))
+            for i in range(model.config.depth)
         ]
         extend = windows[EXPANSION].extend if self.expands else None
         c_BTD = model.read(model.embedding(input_ids), given, reading(len(residuals), model.head()), extend)

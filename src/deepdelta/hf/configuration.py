@@ -16,6 +16,7 @@ NAMES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
     "num_hidden_layers": "layers",
+    "num_repeats": "repeats",
     "num_attention_heads": "heads",
     "head_dim": "head_dim",
     "hidden_size": "dim",
@@ -36,6 +37,8 @@ class DeepDeltaConfig(BaseConfig):
     """Sizes and settings of a `DeepDeltaModel`, as `GPTConfig` has them.
 
     Args:
+        num_hidden_layers: that a token goes through, since each of them has its own layer in transformers' caches: of
+            a looped model `num_repeats` times the layers that have weights.
         residual: the settings of `ResidualConfig` as a plain dictionary, a `preset` among them; None: the GPT's own.
         seed: what new parameters are drawn from, with their names; None: from a number that torch's generator gives,
             so that `transformers.set_seed` decides.
@@ -51,6 +54,7 @@ class DeepDeltaConfig(BaseConfig):
     vocab_size: int = 256
     max_position_embeddings: int = 256
     num_hidden_layers: int = 4
+    num_repeats: int | None = None
     num_attention_heads: int = 4
     head_dim: int | None = None
     hidden_size: int = 128
@@ -91,6 +95,13 @@ class DeepDeltaConfig(BaseConfig):
     def gpt(self) -> GPTConfig:
         """The same as the GPT's configuration."""
         sizes = {theirs: getattr(self, ours) for ours, theirs in NAMES.items()}
+        if self.num_repeats:
+            sizes["layers"], rest = divmod(self.num_hidden_layers, self.num_repeats)
+            if rest:
+                raise UserError(
+                    "num_hidden_layers counts every repetition, so it must be a multiple of num_repeats, got "
+                    f"{self.num_hidden_layers} and {self.num_repeats}."
+                )
         return from_plain(GPTConfig, sizes | {"residual": self.residual}, where="DeepDeltaConfig as GPTConfig")
 
     @classmethod
@@ -103,6 +114,7 @@ class DeepDeltaConfig(BaseConfig):
         if config.rival is not None:
             raise UserError(f"only models with delta residuals have a transformers class, got rival='{config.rival}'.")
         sizes = {ours: getattr(config, theirs) for ours, theirs in NAMES.items()}
+        sizes["num_hidden_layers"] = config.depth
         return cls(**sizes, residual=to_plain(config.residual), **more)
 
     @property

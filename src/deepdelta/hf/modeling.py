@@ -138,7 +138,7 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
         if cache is None and use_cache and not checkpointing:
             cache = DynamicCache(config=self.config)
         if cache is not None:
-            cache = remembering(cache, len(self.gpt.layers))
+            cache = remembering(cache, self.gpt.config.depth)
         wants = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         seen: list[Tensor] | None = [] if wants else None
         run = Pass(self.gpt, x_BTD, attention_mask, position_ids, cache, seen)
@@ -196,8 +196,8 @@ class Pass:
         """The same, keeping of each layer its state alone."""
         extend = self._extend("expansion", 0)
         state_BTVD = self.gpt.stream.expansion(self.x_BTD, *(() if extend is None else (extend,)))
-        given: list[Given] = [((), {})] * len(self.gpt.layers) if self.slots is None else self._given()
-        for layer, (memory, maps) in zip(self.gpt.layers, given, strict=True):
+        given = None if self.slots is None else self._given()
+        for layer, (memory, maps) in self.gpt.applied(self.x_BTD, given):
             state_BTVD = checkpoint(partial(layer, **maps), state_BTVD, *memory)
         head = self._head()
         return head.norm(head.compression(state_BTVD))  # type: ignore[no-any-return]
@@ -239,7 +239,7 @@ class Pass:
 
     def _given(self) -> list[Given]:
         given: list[Given] = []
-        residuals = self.gpt.residuals()
+        residuals = self.gpt.residuals(repeated=True)
         options = update_options(self.before, self.before + self.x_BTD.shape[1], self.x_BTD.device)
         for i, (attention, mlp) in enumerate(zip(residuals[::2], residuals[1::2], strict=True)):
             remember = None if self.cache is None else partial(self.cache.update, layer_idx=i, **options)
@@ -251,7 +251,7 @@ class Pass:
         return given
 
     def _head(self) -> InputMap:
-        return self._reading(self.gpt.head(), "readout", len(self.gpt.layers) - 1, None)
+        return self._reading(self.gpt.head(), "readout", self.gpt.config.depth - 1, None)
 
     def _reading(self, own: InputMap, name: str, layer: int, seen: list[Tensor] | None) -> InputMap:
         """The input map with the histories of its compression, and noting what it makes of the state."""
@@ -360,7 +360,7 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
             """As transformers 4.57 does it, but for caches that it would take for others, and positions of a prefill
             in pieces, where it forgets about padding."""
             if past_key_values is not None:
-                past_key_values = remembering(past_key_values, len(self.model.gpt.layers))
+                past_key_values = remembering(past_key_values, self.model.gpt.config.depth)
             if position_ids is not None and position_ids.shape[0] == input_ids.shape[0] > 1:
                 kwargs["position_ids"] = position_ids
             return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)

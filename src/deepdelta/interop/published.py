@@ -344,8 +344,9 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _check_published(config: GPTConfig) -> None:
-    if config.out_norm is not None:
-        raise UserError(f"the published code has no out_norm={config.out_norm} (only None).")
+    for name in ("out_norm", "repeats"):
+        if (value := getattr(config, name)) is not None:
+            raise UserError(f"the published code has no {name}={value} (only None).")
     if config.mlp_width != replace(config, mlp_dim=None).mlp_width:
         raise UserError(f"the published code has no mlp_dim={config.mlp_dim} (only None, floor(8/3 dim)).")
     residual = config.residual

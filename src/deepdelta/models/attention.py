@@ -100,7 +100,8 @@ class KeyValues(NamedTuple):
 class Attention(Initialised):
     """Multi-head causal attention without biases; q and k are normed per head after the rotation.
 
-    `out_norm` is where the weight of a norm of the result starts; None: the result is as it is.
+    `out_norm` is where the weight of a norm of the result starts; None: the result is as it is. What is `told` is added
+    to the input, as a looped GPT does.
     """
 
     def __init__(
@@ -131,8 +132,13 @@ class Attention(Initialised):
         parameter.normal_(0.0, self.out_std if name == "out.weight" else self.std, generator=generator)
 
     def forward(
-        self, c_BTD: Float[Tensor, "B T D"], remember: Remember | None = None, slots: Slots | None = None
+        self,
+        c_BTD: Float[Tensor, "B T D"],
+        remember: Remember | None = None,
+        slots: Slots | None = None,
+        told: Float[Tensor, "B T D"] | None = None,
     ) -> Float[Tensor, "B T D"]:
+        c_BTD = c_BTD if told is None else c_BTD + told
         heads = (*c_BTD.shape[:2], self.heads, self.head_dim)
         rotary, angles = self._rotary[0], None if slots is None else slots.angles
         q_BHTE = self.query_norm(rotary(self.query(c_BTD).view(heads), angles)).transpose(1, 2)

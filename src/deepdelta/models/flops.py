@@ -104,6 +104,8 @@ def training_flops_per_token(config: GPTConfig) -> Flops:
         "rewrite": rewrite(residual, width) * 2,
     }
     once = {
+        # The norm of the embeddings, and what it gives added in every repetition.
+        "injection": Work() if config.repeats is None else norm + Work(elementwise=width) * config.repeats,
         "expansion": expansion(residual, width),
         "readout": compression(residual, width),
         "final norm": norm,
@@ -111,7 +113,7 @@ def training_flops_per_token(config: GPTConfig) -> Flops:
         # log-softmax, and the sum over tokens.
         "loss": Work(elementwise=SOFTMAX * config.vocab_size + 1),
     }
-    return Flops({name: work * config.layers for name, work in per_block.items()} | once)
+    return Flops({name: work * config.depth for name, work in per_block.items()} | once)
 
 
 @cache

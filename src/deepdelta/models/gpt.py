@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, V value channels, D model width.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from annotated_types import Ge, Gt, Interval, Le
@@ -48,6 +48,8 @@ Rival = Literal[
     "mv-split",
 ]
 """Residuals of others that the same GPT can be built with."""
+DEEP: tuple[Rival, ...] = ("attention", "block-attention")
+"""Those that keep what every sublayer gave."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,9 @@ class GPTConfig(Settings):
     context: Size = 256
     """Tokens the model can see."""
     layers: Size = 4
+    repeats: Size | None = None
+    """A looped GPT: how often the layers are applied one after another, with the same weights. The first attention of
+    every repetition sees c + RMSNorm(x), x the embeddings. None: once, and without that."""
     heads: Size = 4
     head_dim: Size | None = None
     """Width of a head; None: dim / heads."""
@@ -79,7 +84,7 @@ class GPTConfig(Settings):
     """Embeddings start N(0, embedding_std^2); None: 1 / sqrt(dim). The reference has 0.02, too little for the plain
     residual at widths far below its 768."""
     init_factor: Spread = 0.5
-    """Matrices start N(0, (init_factor / sqrt(dim))^2), output projections further / sqrt(layers)."""
+    """Matrices start N(0, (init_factor / sqrt(dim))^2), output projections further / sqrt(depth)."""
     residual: ResidualConfig = field(default_factory=lambda: PRESETS["ddl"])
     rival: Rival | None = None
     """Another residual in place of `residual`, which then has no effect: see `models.rivals`."""
@@ -92,6 +97,18 @@ class GPTConfig(Settings):
             raise UserError(
                 f"dim must be a multiple of heads, got dim={self.dim}, heads={self.heads}; or set head_dim."
             )
+        if self.repeats is not None and self.rival in DEEP:
+            raise UserError(
+                f"rival '{self.rival}' reads the outputs of all sublayers before, each by weights of its own, so its "
+                "layers cannot be repeated: leave repeats out, or choose another."
+            )
+        if self.depth > LARGEST:
+            raise UserError(f"layers times repeats must be at most {LARGEST:,}, got {self.depth:,}.")
+
+    @property
+    def depth(self) -> int:
+        """Layers that a token goes through, those that are repeated as often as they are."""
+        return self.layers * (self.repeats or 1)
 
     @property
     def head_width(self) -> int:
@@ -107,8 +124,8 @@ class GPTConfig(Settings):
 
 
 Given = tuple[tuple[Any, ...], dict[str, InputMap]]
-"""What a layer is called with beside the state: its attention's `remember` and `slots`, and input maps by the names of
-its residuals."""
+"""What a layer is called with beside the state: its attention's `remember`, `slots` and `told`, and input maps by the
+names of its residuals."""
 
 
 class GPTOutput(NamedTuple):
@@ -185,10 +202,28 @@ class Embedding(nn.Embedding, Initialised):
         return f"{self.num_embeddings}, {self.embedding_dim}, std={self.std:.4g}"
 
 
+def applications(config: GPTConfig, repeats: int | None) -> int:
+    """How often the layers are applied: `repeats`, or what the configuration says.
+
+    Raises:
+        UserError: repeats below 1, or where the layers are not repeated.
+    """
+    if repeats is None:
+        return config.repeats or 1
+    if config.repeats is None:
+        raise UserError(
+            f"repeats={repeats} is for a looped GPT, and this one's layers are applied once: build it with "
+            "GPTConfig(repeats=...)."
+        )
+    if repeats < 1:
+        raise UserError(f"repeats must be at least 1, got {repeats}.")
+    return repeats
+
+
 def layer_branches(config: GPTConfig, rotary: Rotary) -> tuple[nn.Module, nn.Module]:
     """The attention and the MLP of one layer."""
     std = config.init_factor / math.sqrt(config.dim)
-    out_std = std / math.sqrt(config.layers)
+    out_std = std / math.sqrt(config.depth)
     attention = Attention(
         config.dim,
         config.heads,
@@ -225,7 +260,7 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embedding -> expand -> layers -> reduce -> norm -> tied head.
+    """Embedding -> expand -> layers, repeated where the configuration says so -> reduce -> norm -> tied head.
 
     Args:
         config: sizes and residual settings; `vocab_size` must be set.
@@ -244,11 +279,14 @@ class GPT(nn.Module):
         self.rotary = Rotary(config.head_width, config.context, config.rope_base, config.rope_fraction)
         self.layers = nn.ModuleList(Layer(config, self.stream, self.rotary) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
+        self.injection: RMSNorm | None = None if config.repeats is None else RMSNorm(config.dim)
+        """What each repetition of a looped GPT sees of the embeddings."""
         initialise(self, seed)
 
-    def residuals(self) -> list[DeltaResidual]:
-        """Every residual in the order of application."""
-        return [residual for layer in self.layers for residual in (layer.attention, layer.mlp)]
+    def residuals(self, *, repeated: bool = False) -> list[DeltaResidual]:
+        """Every residual in the order of application, once, or as often as it is applied."""
+        once = [cast(DeltaResidual, one) for layer in self.layers for one in (layer.attention, layer.mlp)]
+        return once * applications(self.config, None) if repeated else once
 
     def head(self) -> InputMap:
         """How the head reads the state."""
@@ -260,44 +298,68 @@ class GPT(nn.Module):
         given: Sequence[Given] | None = None,
         head: InputMap | None = None,
         extend: Callable[[Tensor], Tensor] | None = None,
+        *,
+        repeats: int | None = None,
     ) -> Float[Tensor, "B T D"]:
         """What the head sees of embedded tokens: their state through every residual, read by `head`.
 
-        `given` (of each layer), `head` and `extend` (what sets the embeddings before into an embedding convolution)
-        are those of cached decoding.
+        `given` (of each layer as often as it is applied), `head` and `extend` (what sets the embeddings before into an
+        embedding convolution) are those of cached decoding.
         """
         state = self.stream.expand(x) if extend is None else self.stream.expansion(x, extend)
-        return advance(state, self.links(given), head or self.head()).read()
+        return advance(state, self.links(self.applied(x, given, repeats)), head or self.head()).read()
 
-    def links(self, given: Sequence[Given] | None = None) -> list[Link]:
+    def applied(
+        self, x: Float[Tensor, "B T D"], given: Sequence[Given] | None = None, repeats: int | None = None
+    ) -> list[tuple[nn.Module, Given]]:
+        """The layers in the order in which the tokens embedded as x go through them, with what each is called with."""
+        times, layers = applications(self.config, repeats), list(self.layers)
+        made = list(given or [((), {})] * (len(layers) * times))
+        if self.injection is not None:
+            told = self.injection(x)
+            for first in range(0, len(made), len(layers)):
+                memory, maps = made[first]
+                made[first] = (*(memory or (None, None)), told), maps
+        return list(zip(layers * times, made, strict=True))
+
+    def links(self, applied: Sequence[tuple[nn.Module, Given]]) -> list[Link]:
         """The residuals as a chain; a layer with hooks, in a wrapper (checkpoints, torch.compile) or sharded, whose
-        parameters are whole only while it runs, is one link. What is `given` to each layer is cached decoding's."""
+        parameters are whole only while it runs, is one link."""
         links: list[Link] = []
-        for layer, (memory, maps) in zip(self.layers, given or [((), {})] * len(self.layers), strict=True):
+        for layer, (memory, maps) in applied:
             links += layer.links(*memory, **maps) if plain(layer, Layer) else [Link(layer, memory, maps)]
         return links
 
     def extra_repr(self) -> str:
-        apart = {link.module for link in self.links() if not plain(link.module, DeltaResidual)}
+        links = self.links([(layer, ((), {})) for layer in self.layers])
+        apart = {link.module for link in links if not plain(link.module, DeltaResidual)}
         names = [f"{name} ({type(module).__name__})" for name, module in self.named_modules() if module in apart]
         if not names:
             return "each residual opens the next"
         return f"replaced, wrapped, sharded or with hooks, and so opening their own state: {', '.join(names)}"
 
     def forward(
-        self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"] | None = None, *, loss_alone: bool = False
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"] | None = None,
+        *,
+        loss_alone: bool = False,
+        repeats: int | None = None,
     ) -> GPTOutput:
         """Logits for every position, and where labels (the next tokens) are given their `label_loss`; on request the
         loss without the logits (`head_loss`).
 
+        Args:
+            repeats: of a looped GPT, another number than the configuration's.
+
         Raises:
-            UserError: more tokens than the model's context.
+            UserError: more tokens than the model's context; repeats below 1, or of a GPT that is not looped.
         """
         if input_ids.shape[1] > self.config.context:
             raise UserError(
                 f"the model's context is {self.config.context} tokens, got {input_ids.shape[1]}; cut the input."
             )
-        c_BTD = self.read(self.embedding(input_ids))
+        c_BTD = self.read(self.embedding(input_ids), repeats=repeats)
         if loss_alone and labels is not None:
             return GPTOutput(None, head_loss(c_BTD, self.embedding.weight, labels))
         logits = F.linear(c_BTD, self.embedding.weight)

@@ -11,9 +11,9 @@ import importlib
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +22,16 @@ from torch.nn import functional as F
 
 from deepdelta.errors import UserError
 from deepdelta.models.attention import Rotary
-from deepdelta.models.gpt import Embedding, GPTConfig, GPTOutput, Rival, head_loss, label_loss, layer_branches
+from deepdelta.models.gpt import (
+    Embedding,
+    GPTConfig,
+    GPTOutput,
+    Rival,
+    applications,
+    head_loss,
+    label_loss,
+    layer_branches,
+)
 from deepdelta.nn import RMSNorm, initialise
 from deepdelta.nn.linear import Initialised, Linear
 from deepdelta.releases import check_tested
@@ -71,7 +80,8 @@ def rival_problem(rival: Rival) -> str | None:
 
 
 class RivalGPT(nn.Module):
-    """Embedding -> streams -> layers -> one vector -> norm -> tied head, joined by a rival's residuals.
+    """Embedding -> streams -> layers, repeated where the configuration says so -> one vector -> norm -> tied head,
+    joined by a rival's residuals.
 
     Args:
         config: `rival` says which; `residual` has no effect.
@@ -98,17 +108,25 @@ class RivalGPT(nn.Module):
             torch.manual_seed(seed)
             self.body: nn.Module = _body(config.rival, branches, config.dim)
         self.norm = RMSNorm(config.dim)
+        self.injection: RMSNorm | None = None if config.repeats is None else RMSNorm(config.dim)
         initialise(self, seed)
 
     def forward(
-        self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"] | None = None, *, loss_alone: bool = False
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"] | None = None,
+        *,
+        loss_alone: bool = False,
+        repeats: int | None = None,
     ) -> GPTOutput:
         """As `GPT.forward`."""
         if input_ids.shape[1] > self.config.context:
             raise UserError(
                 f"the model's context is {self.config.context} tokens, got {input_ids.shape[1]}; cut the input."
             )
-        c_BTD = self.norm(self.body(self.embedding(input_ids)))
+        x_BTD = self.embedding(input_ids)
+        told = None if self.injection is None else self.injection(x_BTD)
+        c_BTD = self.norm(self.body(x_BTD, applications(self.config, repeats), told))
         if loss_alone and labels is not None:
             return GPTOutput(None, head_loss(c_BTD, self.embedding.weight, labels))
         logits = F.linear(c_BTD, self.embedding.weight)
@@ -123,8 +141,36 @@ def _body(rival: Rival, branches: list[nn.Module], dim: int) -> nn.Module:
     package = PACKAGES[rival]
     if package.name == "x-transformers":
         return XTransformersBody(rival, package, branches, dim)
-    expand, wrapped, reduce = streamed(package, (nn.Sequential(RMSNorm(dim), branch) for branch in branches), dim)
-    return nn.Sequential(expand, *wrapped, reduce)
+    expand, wrapped, reduce = streamed(package, (Normed(RMSNorm(dim), branch) for branch in branches), dim)
+    return Streamed(expand, *wrapped, reduce)
+
+
+class Normed(nn.Sequential):
+    """F(norm(x)), and what F is called with beside it."""
+
+    def forward(self, x: Float[Tensor, "... D"], **given: Tensor) -> Float[Tensor, "... D"]:  # type: ignore[override]
+        norm, branch = self
+        return cast(Tensor, branch(norm(x), **given))
+
+
+def order(sublayers: int, repeats: int, told: Tensor | None) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The sublayers in the order in which a looped GPT applies them; its first is `told` the embeddings."""
+    for index in range(sublayers * repeats):
+        place = index % sublayers
+        yield place, {} if place or told is None else {"told": told}
+
+
+class Streamed(nn.Sequential):
+    """The branches, each after a norm, within the hyper-connections of a package: what expands, them, what reduces."""
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], repeats: int = 1, told: Tensor | None = None
+    ) -> Float[Tensor, "B T D"]:
+        expand, *wrapped, reduce = self
+        x = expand(x)
+        for place, given in order(len(wrapped), repeats, told):
+            x = wrapped[place](x, **given)
+        return cast(Tensor, reduce(x))
 
 
 def streamed(package: Package, branches: Iterable[nn.Module], dim: int) -> tuple[nn.Module, list[nn.Module], nn.Module]:
@@ -155,17 +201,20 @@ class XTransformersBody(nn.Module):
         if self.streams > 1:
             self.stream_embedding = nn.Parameter(torch.zeros(self.streams, dim))
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    def forward(
+        self, x: Float[Tensor, "B T D"], repeats: int = 1, told: Tensor | None = None
+    ) -> Float[Tensor, "B T D"]:
         if self.streams > 1:
             x = (x[:, None] + self.stream_embedding[:, None]).flatten(0, 1)
         seen: list[Tensor] = []
         pools = list(self.pools)
-        for index, (norm, branch, join) in enumerate(zip(self.norms, self.branches, self.joins, strict=True)):
+        for place, given in order(len(self.branches), repeats, told):
+            norm, branch, join = self.norms[place], self.branches[place], self.joins[place]
             x_in, kept, known = join.prepare(x)  # type: ignore[operator]
             if pools:
                 seen.append(x_in)
-                x_in = pools[index](x_in, seen)
-            x = join(branch(norm(x_in)), kept, **known)
+                x_in = pools[place](x_in, seen)
+            x = join(branch(norm(x_in), **given), kept, **known)
         return x.view(-1, self.streams, *x.shape[1:]).sum(1) if self.streams > 1 else x
 
 
@@ -184,14 +233,16 @@ class IdentityHyperConnections(nn.Module):
 
     def __init__(self, branches: list[nn.Module], dim: int, *, retains: bool = False) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(nn.Sequential(RMSNorm(dim), branch) for branch in branches)
+        self.branches = nn.ModuleList(Normed(RMSNorm(dim), branch) for branch in branches)
         self.weights = nn.ModuleList(_StreamWeights(dim, index, retains) for index in range(len(branches)))
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    def forward(
+        self, x: Float[Tensor, "B T D"], repeats: int = 1, told: Tensor | None = None
+    ) -> Float[Tensor, "B T D"]:
         x_BTSD = x[..., None, :].expand(*x.shape[:-1], STREAMS, x.shape[-1])
-        for branch, weights in zip(self.branches, self.weights, strict=True):
-            read_BTS, write_BTS, *retained = weights(x_BTSD)
-            h_BTD = branch((read_BTS[..., None] * x_BTSD).sum(-2))
+        for place, given in order(len(self.branches), repeats, told):
+            read_BTS, write_BTS, *retained = self.weights[place](x_BTSD)
+            h_BTD = self.branches[place]((read_BTS[..., None] * x_BTSD).sum(-2), **given)
             for kept_BTS in retained:
                 x_BTSD = kept_BTS[..., None] * x_BTSD
             x_BTSD = x_BTSD + write_BTS[..., None] * h_BTD[..., None, :]
@@ -235,15 +286,17 @@ class BlockAttentionResiduals(nn.Module):
     def __init__(self, branches: list[nn.Module], dim: int) -> None:
         super().__init__()
         self.size = math.ceil(len(branches) / BLOCKS)
-        self.branches = nn.ModuleList(nn.Sequential(RMSNorm(dim), branch) for branch in branches)
+        self.branches = nn.ModuleList(Normed(RMSNorm(dim), branch) for branch in branches)
         self.queries = nn.ParameterList(nn.Parameter(torch.zeros(dim)) for _ in range(len(branches) + 1))
         self.norms = nn.ModuleList(RMSNorm(dim) for _ in range(len(branches) + 1))
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    def forward(
+        self, x: Float[Tensor, "B T D"], repeats: int = 1, told: Tensor | None = None
+    ) -> Float[Tensor, "B T D"]:
         sources = [x]
-        for index, branch in enumerate(self.branches):
-            h_BTD = branch(self._read(index, sources))
-            if index % self.size:
+        for place, given in order(len(self.branches), repeats, told):
+            h_BTD = self.branches[place](self._read(place, sources), **given)
+            if place % self.size:
                 sources[-1] = sources[-1] + h_BTD
             else:
                 sources.append(h_BTD)

@@ -101,11 +101,18 @@ class TrainConfig(Settings):
     heads and some of the MLP's hidden features, the rest of the model, and the whole batch."""
     threads: Threads | None = None
     """CPU threads; None keeps torch's choice."""
+    draw_repeats: bool = False
+    """Of a looped GPT: each step repeats the layers between once and `model.repeats` times, drawn from the seed and the
+    step, all numbers alike; validations repeat them `model.repeats` times."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cooldown and self.schedule != "constant":
             raise UserError(f"cooldown must be 0 where the schedule is not 'constant', got {self.cooldown}.")
+        if self.draw_repeats and self.model.repeats is None:
+            raise UserError("draw_repeats is for a looped GPT: set model.repeats, the most that is drawn.")
+        if self.draw_repeats and self.compile:
+            raise UserError("draw_repeats and compile do not go together: every number would be compiled anew.")
         for name, owner, needed in (
             ("ema_decay", "average", "ema"),
             ("average_steps", "average", "last"),

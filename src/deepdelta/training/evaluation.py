@@ -55,6 +55,7 @@ def evaluate(
     autocast: bool = False,
     tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    repeats: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
     """The model's loss on the validation split, or on about `tokens` of its tokens.
@@ -64,8 +65,12 @@ def evaluate(
     start of a window are predicted with little context. Sums are kept in fp64. Of several ranks each takes its rows of
     every batch.
 
+    Args:
+        repeats: of a looped GPT, another number of repetitions than its configuration's.
+
     Raises:
-        UserError: a batch_size below 1, or one past memory; the corpus has changed since it was loaded.
+        UserError: a batch_size below 1, or one past memory; repeats of a model that is not looped, or below 1; the
+            corpus has changed since it was loaded.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
@@ -94,9 +99,9 @@ def evaluate(
         counted = int((labels != -1).sum())
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             if logits_at_once(labels.numel(), vocabulary) < labels.numel() * vocabulary:
-                total += model(inputs, labels, loss_alone=True).loss.double().item() * counted
+                total += model(inputs, labels, loss_alone=True, repeats=repeats).loss.double().item() * counted
             else:
-                logits = model(inputs).logits
+                logits = model(inputs, repeats=repeats).logits
                 losses = F.cross_entropy(
                     logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1, reduction="none"
                 )

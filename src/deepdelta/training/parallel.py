@@ -62,6 +62,10 @@ def _check_split(config: TrainConfig, size: int) -> None:
                 f"parallel='tensor' needs model.{name} to be a multiple of the number of processes, got {number} and "
                 f"{size} processes."
             )
+    if model.repeats is not None:
+        raise UserError(
+            "parallel='tensor' does not know looped GPTs: leave model.repeats out, or take parallel='fsdp'."
+        )
     if config.compile:
         raise UserError("parallel='tensor' does not go with compile: leave it out, or take parallel='fsdp'.")
 

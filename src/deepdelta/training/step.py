@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.random import Generator, Philox
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,17 +29,36 @@ def step_batch(config: TrainConfig, corpus: Corpus, step: int) -> tuple[Tensor, 
     )
 
 
+def step_repeats(config: TrainConfig, step: int) -> int | None:
+    """How often the step after `step` repeats a looped GPT's layers, a pure function of (seed, step); None: as often as
+    the model's configuration says."""
+    if not config.draw_repeats:
+        return None
+    assert config.model.repeats is not None
+    # Of the same key as the batch, from another place: no number serves both.
+    numbers = Generator(Philox(key=np.array([config.seed, step], np.uint64), counter=np.array([0, 0, 0, 1], np.uint64)))
+    return int(numbers.integers(1, config.model.repeats, endpoint=True))
+
+
 def micro_losses(
-    forward: nn.Module, inputs: Tensor, labels: Tensor, accumulate: int, chosen: Device, ranks: Ranks = ALONE
+    forward: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    accumulate: int,
+    chosen: Device,
+    ranks: Ranks = ALONE,
+    repeats: int | None = None,
 ) -> Iterator[Tensor]:
     """The share of each of `accumulate` micro-batches in the loss of a step, one after the other; of several ranks the
     mean of their shares is that of the micro-batch.
+
+    `repeats` is how often a looped GPT repeats its layers in this step, where that is drawn.
 
     Every label that counts weighs the same in the step's loss, however many each rank has of a micro-batch.
 
     Each is to be taken backward before the next is asked for, so that one micro-batch's activations live at a time.
     """
-    counted = (labels != IGNORED).sum()
+    counted, options = (labels != IGNORED).sum(), {} if repeats is None else {"repeats": repeats}
     pairs = zip(inputs.chunk(accumulate), labels.chunk(accumulate), strict=True)
     for number, (part, part_labels) in enumerate(pairs, start=1):
         part, part_labels = ranks.rows(part), ranks.rows(part_labels)
@@ -45,7 +66,8 @@ def micro_losses(
         parts = counted / ((part_labels != IGNORED).sum() * ranks.sharing)
         with synchronising(forward, number == accumulate):
             with torch.autocast(chosen.device.type, dtype=torch.bfloat16, enabled=chosen.precision == "bf16"):
-                loss = forward(part.to(chosen.device), part_labels.to(chosen.device), loss_alone=True).loss / parts
+                given = part.to(chosen.device), part_labels.to(chosen.device)
+                loss = forward(*given, loss_alone=True, **options).loss / parts
             yield loss
 
 

@@ -37,7 +37,7 @@ from deepdelta.training.prefetch import Prefetched
 from deepdelta.training.ranks import ALONE, Ranks
 from deepdelta.training.rundir import RunDirectory
 from deepdelta.training.saving import Saver
-from deepdelta.training.step import Made, micro_losses, step_batch, training_step
+from deepdelta.training.step import Made, micro_losses, step_batch, step_repeats, training_step
 
 Say = Callable[[str], None]
 
@@ -254,7 +254,8 @@ class Trainer:
         """The share of each micro-batch in the loss of the step after `step`."""
         config = self.config
         inputs, labels = self.batches(step)
-        return micro_losses(forward, inputs, labels, config.accumulate, self.chosen, self.ranks)
+        repeats = step_repeats(config, step)
+        return micro_losses(forward, inputs, labels, config.accumulate, self.chosen, self.ranks, repeats)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         self.corpus.check_mapped()

@@ -11,6 +11,7 @@ SUMMARIES = {
     "recall": "multi-query associative recall with overwrites, small causal transformers",
     "digits": "images, a small vision transformer and a small ResNet",
     "dynamics": "pendulum, Lotka-Volterra and bouncing ball, a deep residual MLP that predicts the next state",
+    "loops": "a byte GPT of two layers, repeated up to 6 times in training and 32 times when it is tested",
     "networks": "an MLP, a CNN and an encoder with PyTorch's own starts on scikit-learn's digits, at three rates each",
     "registers": "symbols written to registers along depth, one tied layer per instruction, each asked for at the end",
     "tabular": "regression on scikit-learn's diabetes table, a residual MLP",
