@@ -112,5 +112,5 @@ def test_a_rate_at_which_it_diverges_is_out(source: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(loops, "fit", failing)
     settings = TASK.settings_of("additive", {**SMALL, "source": str(source), "rates": [1e-3, 1e-2]})
     assert TASK.run(settings, 0, nothing)["lr"] == 1e-3
-    with pytest.raises(Diverged, match="no training loss stayed finite at the rates"):
+    with pytest.raises(Diverged, match="no loss stayed finite at the rates"):
         TASK.run(settings, 0, nothing)

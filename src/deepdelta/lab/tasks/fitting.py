@@ -2,11 +2,11 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ConfigDict
@@ -22,6 +22,7 @@ from deepdelta.training.config import Positive
 from deepdelta.training.optimizer import build_optimizer, learning_rate
 from deepdelta.training.step import training_step
 
+T = TypeVar("T")
 CLIP = 1.0
 """Largest gradient norm."""
 
@@ -66,9 +67,39 @@ def stream_of(residual: ResidualConfig, dim: int, seed: int, **options: Any) -> 
     return DeltaStream(dim, seed=seed, **{**vars(residual), **options})
 
 
+def with_norm(branch: nn.Sequential, norm: nn.Module, start: float | None) -> nn.Sequential:
+    """The branch with a norm of its output whose weight begins at `start`; without a start as it is."""
+    if start is not None:
+        nn.init.constant_(norm.weight, start)  # type: ignore[arg-type]
+        branch.append(norm)
+    return branch
+
+
 def part_of(progress: Progress, number: int, count: int) -> Progress:
     """The progress of part `number` of `count` equal parts of a run."""
     return lambda done, total: progress(number * total + done, count * total)
+
+
+def at_best_rate(
+    rates: Sequence[float], trained: Callable[[float, Progress], T], loss: Callable[[T], float], progress: Progress
+) -> tuple[T, float]:
+    """What is trained at the rate with the lowest loss on data that no result rests on, and that rate.
+
+    Raises:
+        Diverged: at every rate, training or that loss.
+    """
+    best: tuple[float, T, float] | None = None
+    for number, rate in enumerate(rates):
+        try:
+            made = trained(rate, part_of(progress, number, len(rates)))
+        except Diverged:
+            continue
+        found = loss(made)
+        if math.isfinite(found) and (best is None or found < best[0]):
+            best = found, made, rate
+    if best is None:
+        raise Diverged(f"no loss stayed finite at the rates {tuple(rates)}: lower them.")
+    return best[1:]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from deepdelta.config import Count, Distinct
 from deepdelta.data import Corpus, DataConfig, load_corpus
 from deepdelta.lab.experiments.config import as_large_as
 from deepdelta.lab.tasks import fitting
-from deepdelta.lab.tasks.fitting import AdamW, Diverged, fit, part_of
+from deepdelta.lab.tasks.fitting import AdamW, at_best_rate, fit
 from deepdelta.lab.tasks.task import Progress, Task, Variant
 from deepdelta.models import GPTConfig, LanguageModel, Rival, language_model
 from deepdelta.models.gpt import Size
@@ -100,26 +100,22 @@ def run(settings: LoopsSettings, seed: int, progress: Progress) -> dict[str, flo
             repeats=repeats,
         ).loss
 
-    best: tuple[float, float, LanguageModel] | None = None
-    for number, rate in enumerate(settings.rates):
+    def trained(rate: float, progress: Progress) -> LanguageModel:
         model = language_model(config.model, seed)
 
-        def loss(step: int, model: LanguageModel = model) -> Tensor:
+        def loss(step: int) -> Tensor:
             inputs, labels = step_batch(config, trained_on, step)
             made: Tensor = model(inputs, labels, loss_alone=True, repeats=step_repeats(config, step)).loss
             return made
 
-        try:
-            fit(model, loss, replace(settings, lr=rate), part_of(progress, number, len(settings.rates)))
-        except Diverged:
-            continue
-        found = loss_of(model, trained_on, settings.repeats)
-        if best is None or found < best[0]:
-            best = found, rate, model
-    if best is None:
-        raise Diverged(f"no training loss stayed finite at the rates {settings.rates}: lower them.")
-    losses = {f"loss_{repeats}": loss_of(best[2], tested_on, repeats) for repeats in settings.asked}
-    return {"loss": losses[f"loss_{settings.asked[-1]}"], **losses, "lr": best[1]}
+        fit(model, loss, replace(settings, lr=rate), progress)
+        return model
+
+    model, rate = at_best_rate(
+        settings.rates, trained, lambda one: loss_of(one, trained_on, settings.repeats), progress
+    )
+    losses = {f"loss_{repeats}": loss_of(model, tested_on, repeats) for repeats in settings.asked}
+    return {"loss": losses[f"loss_{settings.asked[-1]}"], **losses, "lr": rate}
 
 
 CODE = {"preset": "code-cc-repeat"}

@@ -18,7 +18,7 @@ from deepdelta.config import Count, Distinct
 from deepdelta.errors import UserError, nearest
 from deepdelta.lab.layers import ChannelNorm, SelfAttention
 from deepdelta.lab.tasks import fitting
-from deepdelta.lab.tasks.fitting import AdamW, part_of, seeded, stream_of
+from deepdelta.lab.tasks.fitting import AdamW, part_of, seeded, stream_of, with_norm
 from deepdelta.lab.tasks.images import load_images, split_images
 from deepdelta.lab.tasks.task import Progress, Task, Variant
 from deepdelta.lab.tasks.vision import fit_images
@@ -94,11 +94,7 @@ def _branch(kind: str, index: int, dim: int, out_norm: float | None) -> nn.Modul
         layers = [SelfAttention(dim, 4)]
     else:
         layers = [nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim)]
-    if out_norm is not None:
-        norm = ChannelNorm(dim) if kind == "cnn" else nn.RMSNorm(dim)
-        nn.init.constant_(norm.weight, out_norm)
-        layers.append(norm)
-    return nn.Sequential(*layers)
+    return with_norm(nn.Sequential(*layers), ChannelNorm(dim) if kind == "cnn" else nn.RMSNorm(dim), out_norm)
 
 
 def run(settings: NetworksSettings, seed: int, progress: Progress) -> dict[str, float]:

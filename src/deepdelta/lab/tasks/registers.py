@@ -7,7 +7,6 @@ it.
 Shapes: B programs, T instructions, R registers, S symbols, V value channels, D width.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from deepdelta.config import Count, Distinct
 from deepdelta.lab.tasks import fitting
-from deepdelta.lab.tasks.fitting import AdamW, Diverged, fit, part_of, seeded, stream_of
+from deepdelta.lab.tasks.fitting import AdamW, at_best_rate, fit, seeded, stream_of, with_norm
 from deepdelta.lab.tasks.task import Progress, Task, Variant
 from deepdelta.nn import ResidualConfig
 from deepdelta.training.config import Positive
@@ -77,11 +76,8 @@ class Machine(nn.Module):
         channels = 1
         if self.cell is None:
             branch = nn.Sequential(nn.Linear(dim, settings.hidden), nn.GELU(), nn.Linear(settings.hidden, dim))
-            if settings.out_norm is not None:
-                norm = nn.RMSNorm(dim)
-                nn.init.constant_(norm.weight, settings.out_norm)
-                branch.append(norm)
             self.stream = stream_of(settings.residual, dim, seed, norm="none")
+            branch = with_norm(branch, nn.RMSNorm(dim), settings.out_norm)
             self.residual = self.stream.wrap(branch, norm=Instructed(dim))
             channels = settings.residual.value_channels
         self.readout = nn.Linear(channels * dim, registers * symbols)
@@ -143,6 +139,7 @@ def run(settings: RegistersSettings, seed: int, progress: Progress) -> dict[str,
         return F.cross_entropy(machine(*program).flatten(0, 1), right.flatten(), ignore_index=NEVER)
 
     def trained(rate: float, progress: Progress) -> Machine:
+        begin(0)
         with seeded(seed):
             machine = Machine(settings, seed)
 
@@ -153,22 +150,14 @@ def run(settings: RegistersSettings, seed: int, progress: Progress) -> dict[str,
         fit(machine, loss, replace(settings, lr=rate), progress)
         return machine
 
-    best: tuple[float, float, Machine] | None = None
-    for number, rate in enumerate(settings.rates):
-        begin(0)
-        try:
-            machine = trained(rate, part_of(progress, number, len(settings.rates)))
-        except Diverged:
-            continue
+    @torch.no_grad()
+    def loss_as_trained(machine: Machine) -> float:
         begin(1)
-        with torch.no_grad():
-            loss = loss_of(machine, programs(settings.test_programs, settings.length)).item()
-        if math.isfinite(loss) and (best is None or loss < best[0]):
-            best = loss, rate, machine
-    if best is None:
-        raise Diverged(f"no training loss stayed finite at the rates {settings.rates}: lower them.")
+        return loss_of(machine, programs(settings.test_programs, settings.length)).item()
+
+    machine, rate = at_best_rate(settings.rates, trained, loss_as_trained, progress)
     begin(2)
-    return _tested(best[2], programs, loss_of, settings) | {"lr": best[1]}
+    return _tested(machine, programs, loss_of, settings) | {"lr": rate}
 
 
 @torch.no_grad()
