@@ -10,7 +10,7 @@ import torch
 
 from deepdelta import GPT
 from deepdelta.data import DataConfig, load_corpus
-from deepdelta.lab.tasks import load_task, loops
+from deepdelta.lab.tasks import load_task, texts
 from deepdelta.lab.tasks.fitting import Diverged
 from deepdelta.models import LanguageModel, parameter_count
 from tiny_runs import nats, text_file
@@ -35,13 +35,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[LanguageModel]:
     """The models that a run trains, in their order."""
     made: list[LanguageModel] = []
-    build = loops.language_model
+    build = texts.language_model
 
     def keep(*given: Any) -> LanguageModel:
         made.append(build(*given))
         return made[-1]
 
-    monkeypatch.setattr(loops, "language_model", keep)
+    monkeypatch.setattr(texts, "language_model", keep)
     return made
 
 
@@ -101,7 +101,7 @@ def test_a_condition_learns_the_text(source: Path) -> None:
 
 
 def test_a_rate_at_which_it_diverges_is_out(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit, rates = loops.fit, []
+    fit, rates = texts.fit, []
 
     def failing(model: torch.nn.Module, loss: Any, recipe: Any, progress: Any) -> None:
         rates.append(recipe.lr)
@@ -109,7 +109,7 @@ def test_a_rate_at_which_it_diverges_is_out(source: Path, monkeypatch: pytest.Mo
             raise Diverged("too fast")
         fit(model, loss, recipe, progress)
 
-    monkeypatch.setattr(loops, "fit", failing)
+    monkeypatch.setattr(texts, "fit", failing)
     settings = TASK.settings_of("additive", {**SMALL, "source": str(source), "rates": [1e-3, 1e-2]})
     assert TASK.run(settings, 0, nothing)["lr"] == 1e-3
     with pytest.raises(Diverged, match="no loss stayed finite at the rates"):

@@ -14,6 +14,8 @@ SUMMARIES = {
     "loops": "a byte GPT of two layers, repeated up to 6 times in training and 32 times when it is tested",
     "networks": "an MLP, a CNN and an encoder with PyTorch's own starts on scikit-learn's digits, at three rates each",
     "registers": "symbols written to registers along depth, one tied layer per instruction, each asked for at the end",
+    "rounding": "a byte GPT whose states are rounded to 8 and 4 bits between its sublayers once it is trained",
+    "landscape": "a small byte GPT at every rate, embedding scale and depth of a grid: how many of them train well",
     "tabular": "regression on scikit-learn's diabetes table, a residual MLP",
 }
 """What each task is; here, so that they can be listed without the packages that they need."""
