@@ -129,8 +129,9 @@ def _write(results: BenchResults, out: Path) -> None:
     results.save(out / "results.json")
     write_text(out / "table.md", tables.markdown(results))
     if not _undrawable():
-        write_text(out / "plot.svg", figures.svg(results))
-        write_page(out / "plot.html", figures.page(results), "")
+        picture = figures.svg(results)
+        write_text(out / "plot.svg", picture)
+        write_page(out / "plot.html", figures.page(results, picture), "")
 
 
 def _undrawable() -> list[str]:
