@@ -18,7 +18,7 @@ TRIED = [
     *((case, torch.float64) for case in CASES[::4]),
     *((case, torch.float32) for case in CASES[1::9]),
     *((case, torch.bfloat16) for case in CASES[2::9]),
-    *((case, torch.float16) for case in CASES[3::9]),
+    *((case, torch.float16) for case in (Case(), Case(vector="tiny"), CASES[21])),
 ]
 
 
