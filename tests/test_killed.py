@@ -122,11 +122,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kills", [("study", "run"), pytest.param(("both",), marks=pytest.mark.scale)], ids=str)
+@pytest.mark.scale
+@pytest.mark.parametrize("kills", [("study", "run"), ("both",)], ids=str)
 def test_a_study_killed_with_or_without_its_runs_ends_in_the_same_bits(
     whole: Path, tmp_path: Path, kills: tuple[str, ...]
 ) -> None:
-    """And no run keeps a core when its study is dead."""
+    """And no run keeps a core when its study is dead; the short form is in tests/test_study_runs.py."""
     out = tmp_path / "out"
     for who, steps in zip(kills, (range(1, 40), range(60, 100)), strict=False):
         kill_in_study(whole, out, who, random.Random(who), steps)

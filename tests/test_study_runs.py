@@ -39,6 +39,7 @@ from tiny_runs import (
     start,
     tensors,
     text_file,
+    trained_here,
     wait_for_step,
 )
 
@@ -301,9 +302,11 @@ def test_interrupted_it_continues_to_the_same_results(capsys: pytest.CaptureFixt
         assert results.condition(name).runs[0].validation_loss == rows(tmp_path / name)[-1]["validation_loss"]
 
 
-def test_the_runs_of_a_killed_study_save_their_step_and_end(tmp_path: Path) -> None:
-    """They would go on for days; and the killed study's lock on the folder is free."""
-    steps, out = 10**8, tmp_path / "out"
+def test_the_runs_of_a_killed_study_save_their_step_and_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Early, with the killed study's lock on the folder free; the same command ends in the bits of a whole run."""
+    steps, out = 200, tmp_path / "out"
     run = out / "runs" / "additive-seed0"
     file = study_file(tmp_path, "additive", steps=steps)
     with start("study", file, "--out", out, "--workers", "1", cwd=tmp_path) as process:
@@ -315,6 +318,11 @@ def test_the_runs_of_a_killed_study_save_their_step_and_end(tmp_path: Path) -> N
     assert (out / HELD).exists()
     with locked(out):
         pass
+    assert trained_here(monkeypatch) == []
+    results, _ = again(capsys, tmp_path, out)
+    quietly(load_study(str(file)).train_config("additive", 0), tmp_path / "whole")
+    assert_same_run(run, tmp_path / "whole")
+    assert results.condition("additive").runs[0].validation_loss == rows(run)[-1]["validation_loss"]
 
 
 def twin(copy: Path, folder: Path) -> TrainingRun:
