@@ -5,7 +5,7 @@
 # make test-hf  what transformers does with the models, at length (about a minute)
 # make test-hf-4  the same, and the first four retrofits, with transformers 4.57 in a venv of its own (.venv-hf4)
 # make test-home  evaluation, export, serving, tracking, in a venv of their own (.venv-home)
-# make test-scale  1, 2 and 4 processes train what one trains, and the long forms of other tests (about five minutes)
+# make test-scale  1, 2 and 4 processes train what one trains, and the long forms of other tests (about six minutes)
 # make figures   the pictures of docs/images, from real output (two small runs, Debian's chromium)
 # make docs    set up, then build the pages of docs/ as a site into build/site
 # make check   lint, format and types, without running anything
