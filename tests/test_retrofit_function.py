@@ -13,6 +13,7 @@ from deepdelta.nn import rewriting
 from deepdelta.ops.step import fused_step
 from retrofit_models import FAMILIES, IDS, encoder, gpt2, llama, made, open_gates, output, residuals
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
 NAMES = list(FAMILIES)
 
 
