@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.tiny_runs import MODEL, assert_same_run, config, quietly, text_file
 
 from damage import flip
 from deepdelta import load
@@ -21,6 +20,7 @@ from deepdelta.errors import UserError
 from deepdelta.models import GPT
 from deepdelta.training import RunDirectory, evaluate
 from deepdelta.training.trainer import Trainer
+from tiny_runs import MODEL, assert_same_run, config, quietly, text_file
 
 CHANGED = "must stay as it was when it was loaded, but was changed since"
 
