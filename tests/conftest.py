@@ -33,6 +33,18 @@ settings.register_profile(
 settings.load_profile("deepdelta")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that make something for all of their tests come first: a worker that has nothing left to do takes the last
+    tests of another, and would make it again for half of a file."""
+
+    def made(item: pytest.Item) -> bool:
+        known = getattr(item, "_fixtureinfo").name2fixturedefs.items()  # noqa: B009
+        return any(definitions[-1].scope == "module" for name, definitions in known if name != "unchecked_file")
+
+    files = {item.path for item in items if made(item)}
+    items.sort(key=lambda item: item.path not in files)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
     gc.freeze()

@@ -173,7 +173,7 @@ def test_a_replaced_gate_is_used(backend: str) -> None:
     with torch.no_grad():
         outer = expected.layers[0].mlp.gate.outer
         outer.weight.zero_()
-        outer.bias.fill_(torch.tensor(0.25).logit().item())
+        outer.bias.fill_(torch.tensor(0.25, dtype=torch.float64).logit().item())
     close(model(IDS).logits, expected(IDS).logits)
     close(decoded(model), expected(IDS).logits)
 
