@@ -1,5 +1,6 @@
 """The commands as typed: train, generate and evaluate on every kind of corpus, settings by file, preset and option."""
 
+import importlib.metadata
 import json
 import math
 import re
@@ -60,6 +61,10 @@ def test_help() -> None:
     shown = subprocess.run(command("--help"), env=ENVIRONMENT, capture_output=True, text=True)
     assert shown.returncode == 0 and not shown.stderr
     assert all(name in shown.stdout for name in COMMANDS)
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert out(capsys, "--version") == f"deepdelta {importlib.metadata.version('deep-delta-learning')}\n"
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from deepdelta import interruption
 from deepdelta.cli.options import COMMANDS, parse
 from deepdelta.errors import Told, UserError, printable
+from deepdelta.version import __version__
 
 __all__ = ["COMMANDS", "main"]
 
@@ -22,8 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal of ASCII shows what it can
     try:
-        command = parse(given)
-        command()
+        if given == ["--version"]:
+            print(f"deepdelta {__version__}")
+        else:
+            parse(given)()
         print(end="", flush=True)
     except BrokenPipeError:
         sys.exit(1)
