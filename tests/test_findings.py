@@ -242,6 +242,26 @@ def test_the_table_of_the_groups() -> None:
         assert f"| {name} | {' | '.join(cells)} |" in PAGES["docs/beyond-text.md"]
 
 
+def test_the_registers() -> None:
+    found = {one.name: one for one in task("registers").conditions}
+
+    def mean(condition: str, metric: str = "accuracy") -> float:
+        return statistics.fmean(run[metric] for run in found[condition].metrics.values())
+
+    told = (mean("delta-4"), mean("write-only-4"), mean("additive"))
+    for page in ("README.md", "docs/findings.md"):
+        text = " ".join(PAGES[page].split())
+        assert "with an erase ({:.3f}) and not without it ({:.3f}) or in x + F(x) ({:.3f})".format(*told) in text
+    page = " ".join(PAGES["docs/beyond-text.md"].split())
+    twin = mean("write-only-4", "accuracy_trained"), mean("write-only-4", "growth")
+    assert "only writes has {:.3f} at the trained depth, and a state {:.1f} times as large at 128".format(*twin) in page
+    wide = mean("additive-wide", "accuracy_trained"), mean("additive-wide")
+    assert "({:.3f}) and drifts: {:.3f} at 128".format(*wide) in page
+    assert f"**The default does not learn it**: {mean('default-4'):.3f}." in page
+    assert all(run["accuracy"] > 0.9995 for name in ("delta-4", "gru-wide") for run in found[name].metrics.values())
+    assert all(run["lr"] == 0.06 for name in ("delta", "gru") for run in found[name].metrics.values())
+
+
 def test_the_rollout_error_as_a_ratio() -> None:
     results = task("dynamics")
     logs = {one.name: [math.log(one.metrics[seed]["rollout"]) for seed in results.seeds] for one in results.conditions}
