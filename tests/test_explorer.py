@@ -213,7 +213,7 @@ def test_runs_are_explored_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.endswith(f"Next: read {one}/explore.html\n")
     beside = json.loads((tmp_path / "one" / "explore.json").read_text(encoding="utf-8"))
     assert [run["name"] for run in beside["runs"]] == [one, two]
-    assert "rule write_only, V = 4, 1 layers, width 16" in beside["runs"][1]["what"]
+    assert "rule write_only, V = 4, 1 layer, width 16" in beside["runs"][1]["what"]
     for words, message in [
         ([one], "give --prompt TEXT"),
         (["--prompt", "a"], "--prompt and --with belong to a run"),

@@ -3,6 +3,7 @@ exported and counted as what they are when written out."""
 
 import copy
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -255,8 +256,8 @@ def test_a_run_is_evaluated_at_other_numbers(source: Path, tmp_path: Path, capsy
     found = {}
     for repeats in (1, 4, 9):
         main(["evaluate", str(tmp_path / "run"), "--repeats", str(repeats)])
-        printed = re.search(r"loss +([0-9.]+) nats", capsys.readouterr().out)
-        assert printed
+        printed = re.search(r"loss +([0-9.]+) nats(?s:.*); the layers repeated (\d+) times", capsys.readouterr().out)
+        assert printed and int(printed[2]) == repeats
         loss = evaluate(model, corpus, batch_size=8, device=torch.device("cpu"), repeats=repeats).loss
         again = copy.copy(model)
         again.config = dataclasses.replace(model.config, repeats=repeats)
@@ -264,6 +265,32 @@ def test_a_run_is_evaluated_at_other_numbers(source: Path, tmp_path: Path, capsy
         assert float(printed[1]) == pytest.approx(loss, abs=6e-5)
         found[repeats] = loss
     assert len(set(found.values())) == 3
+
+
+def test_an_audit_knows_repetitions(source: Path, tmp_path: Path) -> None:
+    """The shortcut is that of all of them, and so are a residual's numbers."""
+    quietly(drawn(source, 3), tmp_path / "run")
+    main(["audit", str(tmp_path / "run"), "--tokens", "32", "--sample", "8"])
+    found = json.loads((tmp_path / "run" / "audit" / "audit.json").read_text())["findings"]
+    names = [f"layers.0.{part} ({time})" for time in range(1, 5) for part in ("attention", "mlp")]
+    assert [one["residual"] for one in found["shortcut"]["depth"]] == names and found["shortcut"]["factors"] == 8
+    assert [one["name"] for one in found["residuals"]] == ["layers.0.attention", "layers.0.mlp"]
+    # A snapshot of two sublayers before: in every repetition but the first.
+    snapshots = [
+        one for residual in found["residuals"] for one in residual["alternatives"] if one["name"] == "snapshot"
+    ]
+    assert len(snapshots) == 2
+    assert "0 mlp (4)" in (tmp_path / "run" / "audit" / "audit.html").read_text()
+    model = RunDirectory(tmp_path / "run").model()
+    assert "1 layer, repeated: 4; each residual opens the next" in repr(model)
+
+
+def test_an_evaluation_that_is_refused_leaves_the_model_as_it_was(source: Path) -> None:
+    corpus = load_corpus(config(source).data)
+    model = looped(PRESETS["additive"], None, vocab_size=256).train()
+    with pytest.raises(UserError, match="repeats=2 is for a looped GPT"):
+        evaluate(model, corpus, batch_size=2, device=torch.device("cpu"), repeats=2)
+    assert model.training
 
 
 def test_what_is_refused(source: Path) -> None:

@@ -261,3 +261,17 @@ def test_the_primary_contrast_is_one_that_the_study_makes(tmp_path: Path) -> Non
     )
     other = table.replace("refuted", 'reference = "delta"\nrefuted')
     refused("delta is compared with the baseline and its control, got 'delta'", tmp_path, ("\n[train]\nsteps", other))
+
+
+@pytest.mark.parametrize("budget", ["flops", "time"])
+def test_steps_of_different_work_are_compared_at_equal_tokens_alone(tmp_path: Path, budget: str) -> None:
+    looped = ("model = { dim = 16, heads = 2 }", "draw_repeats = true\nmodel = { dim = 16, heads = 2, repeats = 3 }")
+    short = ("changes = { lr = 0.5, model = { dim = 32 } }", "changes = { lr = 0.5 }")
+    assert study(tmp_path, looped, short).train_config("delta", 1).draw_repeats
+    refused(
+        "plain draws how often .* leave draw_repeats out, or compare at",
+        tmp_path,
+        looped,
+        short,
+        budgets=["tokens", budget],
+    )

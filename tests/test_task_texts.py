@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepdelta import GPT
+from deepdelta import GPT, UserError
 from deepdelta.data import DataConfig, load_corpus
 from deepdelta.lab.tasks import landscape, load_task, rounding, texts
 from deepdelta.lab.tasks.fitting import Diverged
@@ -154,14 +155,30 @@ def test_cells_near_the_best_of_their_depth_are_counted(source: Path, monkeypatc
     given = {"source": str(source), "rates": [1e-3, 1e-2], "scales": [0.1, 0.5], "depths": [1, 2]}
     steps: list[float] = []
     found = task.run(task.settings_of("additive", given), 0, lambda done, total: steps.append(done / total))
-    assert found == {
-        "share": 4 / 8, "share_d1": 2 / 4, "best_d1": 2.0, "scale_d1": 0.1, "lr_d1": 1e-3,
-        "share_d2": 2 / 4, "best_d2": 1.0, "scale_d2": 0.1, "lr_d2": 1e-2,
-    }  # fmt: skip
+    guess = math.log(256)
+    mean_1, mean_2 = (2.0 + 2.04 + 2.06 + guess) / 4, (3.0 + 1.0 + 1.05 + guess) / 4
+    assert found == pytest.approx({
+        "loss": (mean_1 + mean_2) / 2, "share": 1 / 2,
+        "loss_d1": mean_1, "share_d1": 2 / 4, "best_d1": 2.0, "scale_d1": 0.1, "lr_d1": 1e-3,
+        "loss_d2": mean_2, "share_d2": 2 / 4, "best_d2": 1.0, "scale_d2": 0.1, "lr_d2": 1e-2,
+    })  # fmt: skip
     assert steps == [(i + 1) / 8 for i in range(8)]
+    # Where nothing trained at one depth, that counts, as what a guess has; and so does what is worse than that.
     losses.update({key: None for key in losses if key[0] == 2})
-    with pytest.raises(Diverged, match="no cell of 2 layers stayed finite"):
-        task.run(task.settings_of("additive", given), 0, nothing)
+    losses[1, 0.5, 1e-3] = 17.0
+    found = task.run(task.settings_of("additive", given), 0, nothing)
+    assert found["loss_d2"] == guess and found["share_d2"] == 0 and "best_d2" not in found
+    assert found["loss_d1"] == pytest.approx((2.0 + 2.04 + 2 * guess) / 4)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "other"),
+    [("landscape", "layers", "depths"), ("landscape", "embedding_std", "scales"), ("loops", "lr", "rates"),
+     ("rounding", "lr", "rates"), ("registers", "lr", "rates"), ("networks", "lr", "rates")],
+)  # fmt: skip
+def test_settings_without_effect_are_refused(task: str, name: str, other: str) -> None:
+    with pytest.raises(UserError, match=f"{name} has no effect in task {task}, where {other} takes its place"):
+        load_task(task).settings_of("additive" if task != "networks" else "bare", {name: 3})
 
 
 def test_every_cell_is_a_model_of_its_own(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,8 +192,9 @@ def test_every_cell_is_a_model_of_its_own(source: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(texts, "language_model", keep)
     task = load_task("landscape")
+    given = {key: SMALL[key] for key in SMALL if key != "layers"} | {"steps": 2, "source": str(source)}
     small = dataclasses.replace(
-        task.settings_of("normed", {**SMALL, "steps": 2, "source": str(source)}),
+        task.settings_of("normed", given),
         rates=(1e-3, 1e-2), scales=(0.02, 0.5), depths=(1, 3),
     )  # fmt: skip
     found = task.run(small, 0, nothing)

@@ -29,7 +29,7 @@ class Plan:
         layout, model = found.layout, config.model
         batches = f"micro-batches of {layout.batch_size} x {model.context}, {layout.accumulate} a step"
         rows = {
-            "parameters": f"{found.parameters:,} ({model.layers} layers, d = {model.dim})",
+            "parameters": f"{found.parameters:,} ({model.stack}, d = {model.dim})",
             "layout": f"{layout.name}, {batches}",
             "state of a device": f"{layout.state / 1e9:,.2f} GB",
             "activations of a device": f"{layout.activations / 1e9:,.2f} GB",

@@ -154,8 +154,9 @@ class Evaluate:
             read = corpus.validation_bytes if whole else round(corpus.validation_bytes * result.tokens / total)
             note = "" if whole else ", for as many bytes per token as the whole split has"
             print(f"bits per byte   {result.bits_per_byte(read):.4f}{note}")
+        again = "" if self.repeats is None else f"; the layers repeated {self.repeats} times"
         part = "the whole validation split" if whole else f"of the {total:,} of the validation split"
-        print(f"on {result.tokens:,} tokens, {part}; contexts: {result.how}")
+        print(f"on {result.tokens:,} tokens, {part}; contexts: {result.how}{again}")
         following(("deepdelta", "audit", self.run))
 
 

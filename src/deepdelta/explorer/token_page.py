@@ -53,7 +53,7 @@ def explore_runs(runs: Sequence[Path], prompt: str, out: Path) -> Path:
             )
         config = RunDirectory(run).config().model
         rule, channels = config.residual.rule, config.residual.value_channels
-        what = f"rule {rule}, V = {channels}, {config.layers} layers, width {config.dim}"
+        what = f"rule {rule}, V = {channels}, {config.stack}, width {config.dim}"
         traces.append({"name": str(run), "what": what, **trace(model, tokenizer, prompt)})
     return _write(prompt, traces, out)
 

@@ -111,6 +111,12 @@ class GPTConfig(Settings):
         return self.layers * (self.repeats or 1)
 
     @property
+    def stack(self) -> str:
+        """The layers in plain English."""
+        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        return layers if self.repeats is None else f"{layers}, repeated: {self.repeats}"
+
+    @property
     def head_width(self) -> int:
         return self.head_dim or self.dim // self.heads
 
@@ -286,7 +292,7 @@ class GPT(nn.Module):
     def residuals(self, *, repeated: bool = False) -> list[DeltaResidual]:
         """Every residual in the order of application, once, or as often as it is applied."""
         once = [cast(DeltaResidual, one) for layer in self.layers for one in (layer.attention, layer.mlp)]
-        return once * applications(self.config, None) if repeated else once
+        return once * (self.config.repeats or 1) if repeated else once
 
     def head(self) -> InputMap:
         """How the head reads the state."""
@@ -334,9 +340,10 @@ class GPT(nn.Module):
         links = self.links([(layer, ((), {})) for layer in self.layers])
         apart = {link.module for link in links if not plain(link.module, DeltaResidual)}
         names = [f"{name} ({type(module).__name__})" for name, module in self.named_modules() if module in apart]
+        looped = f"{self.config.stack}; " if self.config.repeats else ""
         if not names:
-            return "each residual opens the next"
-        return f"replaced, wrapped, sharded or with hooks, and so opening their own state: {', '.join(names)}"
+            return f"{looped}each residual opens the next"
+        return f"{looped}replaced, wrapped, sharded or with hooks, and so opening their own state: {', '.join(names)}"
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from deepdelta.data import IGNORED, Corpus, spread, window_count, windows
 from deepdelta.errors import UserError
 from deepdelta.limits import check_memory
 from deepdelta.models import LanguageModel, logits_at_once
+from deepdelta.models.gpt import applications
 from deepdelta.training.ranks import ALONE, Ranks
 
 
@@ -72,6 +73,8 @@ def evaluate(
         UserError: a batch_size below 1, or one past memory; repeats of a model that is not looped, or below 1; the
             corpus has changed since it was loaded.
     """
+    # Also what is no GPT of ours is evaluated, if it is called as one.
+    options = {} if repeats is None else {"repeats": applications(model.config, repeats)}
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     context = model.config.context
@@ -99,9 +102,9 @@ def evaluate(
         counted = int((labels != -1).sum())
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             if logits_at_once(labels.numel(), vocabulary) < labels.numel() * vocabulary:
-                total += model(inputs, labels, loss_alone=True, repeats=repeats).loss.double().item() * counted
+                total += model(inputs, labels, loss_alone=True, **options).loss.double().item() * counted
             else:
-                logits = model(inputs, repeats=repeats).logits
+                logits = model(inputs, **options).logits
                 losses = F.cross_entropy(
                     logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1, reduction="none"
                 )

@@ -21,7 +21,7 @@ class Loaded(NamedTuple):
         config = self.model.config
         rows = [
             ("residual", f"{config.residual.rule}, V = {config.residual.value_channels}"),
-            ("model", f"{config.layers} layers of width {config.dim}, context {config.context}"),
+            ("model", f"{config.stack}, width {config.dim}, context {config.context}"),
             ("parameters", f"{sum(p.numel() for p in self.model.parameters()):,}"),
             ("tokenizer", "none" if self.tokenizer is None else f"{self.tokenizer.vocab_size:,} ids"),
         ]

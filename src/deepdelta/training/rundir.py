@@ -115,7 +115,7 @@ class RunDirectory:
         facts: list[tuple[str, object]] = [
             ("path", self.path),
             ("residual", model.rival or f"{model.residual.rule}, V = {model.residual.value_channels}"),
-            ("model", f"{model.layers} layers of width {model.dim}, {parameter_count(model):,} parameters"),
+            ("model", f"{model.stack}, width {model.dim}, {parameter_count(model):,} parameters"),
             ("steps", f"{len(losses):,} of {config.steps:,}"),
         ]
         facts += [("validation loss", f"{validations[-1]:.4f}")] if validations else []

@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, V value channels, D width, H blocks of it, E width of
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -42,16 +43,17 @@ class Alternatives:
     def watching(self, model: GPT) -> Iterator[None]:
         """Within it, every forward pass of `model` counts."""
         residuals = {name: part for name, part in model.named_modules() if isinstance(part, DeltaResidual)}
-        states, names, heads = dict[str, Tensor](), list(residuals), model.config.heads
+        states, heads = dict[str, Tensor](), model.config.heads
+        last: deque[Tensor] = deque(maxlen=LAYER)
         if model.config.dim % heads:
             heads = 1
 
         def before(name: str) -> Callable[..., None]:
             def note(module: nn.Module, args: tuple[Any, ...]) -> None:
                 states[name] = state_BTVD = args[0]
-                index = names.index(name)
-                if index >= LAYER:
-                    self._add(name, "snapshot", state_BTVD, states.pop(names[index - LAYER]))
+                if len(last) == LAYER:
+                    self._add(name, "snapshot", state_BTVD, last[0])
+                last.append(state_BTVD)
 
             return note
 
@@ -71,6 +73,7 @@ class Alternatives:
             return note
 
         with ExitStack() as hooks:
+            hooks.callback(model.register_forward_pre_hook(lambda module, args: last.clear()).remove)
             for name, residual in residuals.items():
                 branch = residual.wrapped()
                 hooks.callback(residual.register_forward_pre_hook(before(name)).remove)

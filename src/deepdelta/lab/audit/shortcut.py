@@ -5,8 +5,10 @@ With the writes left out, the sublayers multiply a token's state by A_L ... A_1,
 Shapes: S sampled tokens, G gates (1, or one per value channel), D width, L factors, R = min(D, L).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +46,7 @@ class Depth:
     """The product of the factors up to and including one residual's."""
 
     residual: str
+    """Its name; of a looped GPT with the number of the repetition, 'layers.0.mlp (2)'."""
     smallest_singular_value: float
     """Median over tokens."""
     effective_rank: float
@@ -89,15 +92,18 @@ def shortcut(factors: Sequence[Factor]) -> Shortcut:
     """The spectrum of the product of `factors`, listed in order of application; in fp64."""
     product: DeltaOperator | None = None
     depth: list[Depth] = []
+    runs = [name for name, _ in groupby(factor.residual for factor in factors)]
+    repeated, seen = len(set(runs)) < len(runs), Counter[str]()
     for i, factor in enumerate(factors):
         k_SGD = factor.direction.double().unsqueeze(-2).expand(-1, factor.erase.shape[-1], -1)
         one = DeltaOperator(k_SGD.contiguous(), factor.erase.double(), unbounded=True)
         product = one if product is None else DeltaOperator.compose([product, one])
         if i + 1 == len(factors) or factors[i + 1].residual != factor.residual:
+            seen[factor.residual] += 1
             smallest, rank = product.singular_values()[..., -1], product.effective_rank(0.1)
             depth.append(
                 Depth(
-                    residual=factor.residual,
+                    residual=f"{factor.residual} ({seen[factor.residual]})" if repeated else factor.residual,
                     smallest_singular_value=float(smallest.median()),
                     effective_rank=float(rank.double().mean()),
                 )

@@ -186,6 +186,8 @@ class Comparison(StudyConfig):
         return super().decided() | ({"steps": "budgets"} if set(self.budgets) - {"tokens"} else {})
 
     def check(self) -> None:
+        if set(self.budgets) - {"tokens"}:
+            self.check_work()
         if self.start is not None:
             self.check_start(self.start)
         if (one := self.primary) is not None:
@@ -204,6 +206,15 @@ class Comparison(StudyConfig):
                     f"a difference of {self.power.difference:g} nats with a paired spread of {self.power.pilot_sd:g} "
                     f"takes {needed} seeds, the study has {len(self.seeds)}: add seeds, or set exploratory = true, "
                     "which every table then says."
+                )
+
+    def check_work(self) -> None:
+        """Refuse steps whose work is not counted."""
+        for name in self.conditions:
+            if self.train_config(name, self.seeds[0]).draw_repeats:
+                raise UserError(
+                    f"{name} draws how often its layers are repeated, and FLOPs and times are those of the most "
+                    "repetitions: leave draw_repeats out, or compare at equal tokens alone."
                 )
 
     def check_start(self, start: dict[str, Any]) -> None:
@@ -237,6 +248,7 @@ class Sizes(Comparison):
 
     def check(self) -> None:
         super().check()
+        self.check_work()
         needed = 2 + self.extrapolate.floor
         if len(self.sizes) < needed or not self.extrapolate.flops > 0:
             raise UserError(

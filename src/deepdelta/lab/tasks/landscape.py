@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from deepdelta.models.gpt import Size, Spread
 from deepdelta.training.config import Positive
 
 NEAR = 0.05
-"""Nats per byte above the best cell within which a cell counts as good."""
+"""Nats per byte above the best cell of its depth in the same condition, up to which a cell counts as near it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,40 +36,38 @@ class LandscapeSettings(TextSettings):
 
 
 def run(settings: LandscapeSettings, seed: int, progress: Progress) -> dict[str, float]:
-    """Train every cell, and compare it with the best of its depth in the same condition.
+    """Train every cell, and test it on the validation part.
 
     Returns:
-        share: of all cells, those whose loss on the validation part is within NEAR of the best of their depth; one
-        that diverged is not. share_dD, best_dD, and lr_dD and scale_dD of the best: of the cells of D layers.
+        loss: the mean over all cells, none worse than a uniform guess, which is what a cell that diverged counts as.
+        loss_dD: of the cells of D layers; best_dD: the lowest of them, and lr_dD and scale_dD where it is; share_dD:
+        how many of them are within NEAR of it; share: the mean of these. Without a cell of D layers that stayed finite
+        its share is 0 and there is no best.
     """
     text = text_of(settings)
+    guess = math.log(text.trained.vocab_size)
     cells = list(itertools.product(settings.depths, settings.scales, settings.rates))
     losses: dict[int, dict[tuple[float, float], float]] = {depth: {} for depth in settings.depths}
     for number, (depth, scale, rate) in enumerate(cells):
         cell = replace(settings, layers=depth, embedding_std=scale)
-        try:
-            model = trained_at(cell, text, seed, rate, part_of(progress, number, len(cells)))
-        except Diverged:
-            continue
-        loss = loss_on(text.tested, model, cell)
-        if math.isfinite(loss):
-            losses[depth][scale, rate] = loss
-    per_depth = len(settings.scales) * len(settings.rates)
+        loss = math.inf
+        with suppress(Diverged):
+            loss = loss_on(text.tested, trained_at(cell, text, seed, rate, part_of(progress, number, len(cells))), cell)
+        losses[depth][scale, rate] = loss if math.isfinite(loss) else math.inf
     found: dict[str, float] = {}
-    good = 0
     for depth, own in losses.items():
-        if not own:
-            raise Diverged(f"no cell of {depth} layers stayed finite: lower the rates.")
-        best = min(own, key=own.__getitem__)
-        near = sum(loss <= own[best] + NEAR for loss in own.values())
-        good += near
-        found |= {
-            f"share_d{depth}": near / per_depth,
-            f"best_d{depth}": own[best],
-            f"scale_d{depth}": best[0],
-            f"lr_d{depth}": best[1],
-        }
-    return {"share": good / len(cells)} | found
+        found[f"loss_d{depth}"] = sum(min(loss, guess) for loss in own.values()) / len(own)
+        scale, rate = min(own, key=own.__getitem__)
+        best = own[scale, rate]
+        near = sum(loss <= best + NEAR for loss in own.values()) if math.isfinite(best) else 0
+        found[f"share_d{depth}"] = near / len(own)
+        if near:
+            found |= {f"best_d{depth}": best, f"scale_d{depth}": scale, f"lr_d{depth}": rate}
+    means = {
+        name: sum(found[f"{name}_d{depth}"] for depth in settings.depths) / len(settings.depths)
+        for name in ("loss", "share")
+    }
+    return means | found
 
 
 TASK = Task(
@@ -76,8 +75,9 @@ TASK = Task(
     conditions=TEXT_CONDITIONS
     | {"mhc": Variant(summary="manifold-constrained hyper-connections of four streams", changes={"rival": "mhc"})},
     baseline="additive",
-    primary="share",
-    unit=f"share of a grid of rates, embedding scales and depths within {NEAR} nats of the best",
-    higher_is_better=True,
+    primary="loss",
+    unit="nats per byte of held-out text, the mean over a grid of rates, embedding scales and depths",
+    higher_is_better=False,
+    replaced={"lr": "rates", "layers": "depths", "embedding_std": "scales"},
     run=run,
 )

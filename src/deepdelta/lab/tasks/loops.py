@@ -61,7 +61,8 @@ TASK = Task(
     },
     baseline="additive",
     primary="loss",
-    unit="nats per byte of held-out text, the layers repeated 32 times",
+    unit="nats per byte of held-out text, at the last number of repetitions in `asked`",
     higher_is_better=False,
     run=run,
+    replaced={"lr": "rates"},
 )

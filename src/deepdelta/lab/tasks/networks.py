@@ -164,4 +164,5 @@ TASK = Task(
     unit="ln of the test loss in nats per image",
     higher_is_better=False,
     run=run,
+    replaced={"lr": "rates"},
 )

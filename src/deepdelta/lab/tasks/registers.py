@@ -201,4 +201,5 @@ TASK = Task(
     unit="share of registers right after 4 times as many instructions as in training",
     higher_is_better=True,
     run=run,
+    replaced={"lr": "rates"},
 )

@@ -114,7 +114,8 @@ TASK = Task(
     conditions=TEXT_CONDITIONS,
     baseline="additive",
     primary="rise",
-    unit="nats per byte that the loss rises where states are rounded to int8 between sublayers",
+    unit="nats per byte that the loss rises where states are rounded between sublayers, to the first of `formats`",
     higher_is_better=False,
     run=run,
+    replaced={"lr": "rates"},
 )

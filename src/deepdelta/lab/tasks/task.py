@@ -44,6 +44,8 @@ class Task:
     unit: str
     higher_is_better: bool
     run: Callable[[Any, int, Progress], dict[str, float]]
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    """Settings that have no effect here, and the one that takes the place of each."""
 
     def settings_of(self, condition: str, overrides: Mapping[str, Any] | None = None) -> Any:
         """The settings of a condition, with some replaced in all conditions.
@@ -58,6 +60,10 @@ class Task:
         if both := sorted(_leaves(overrides or {}) & _leaves(changes)):
             raise UserError(
                 f"{both[0]} is what condition {condition} of task {self.name} sets itself, so it cannot be set for all."
+            )
+        for name in sorted(_leaves(overrides or {}) & set(self.replaced)):
+            raise UserError(
+                f"{name} has no effect in task {self.name}, where {self.replaced[name]} takes its place: set that."
             )
         plain = overlaid(to_plain(self.settings), merged(overrides or {}, changes))
         return from_plain(type(self.settings), plain, where=f"task {self.name}")

@@ -133,11 +133,11 @@ TEXT_CONDITIONS = {
         summary="h is added after a norm whose weight starts at 1/64", changes={**NORMED.changes, "out_norm": 0.015625}
     ),
     "default-write-only": Variant(
-        summary="the default without its erase: V = 4, h written by learned weights",
+        summary="the default of DeltaStream without its erase: V = 4, h written by learned weights",
         changes={"residual": {"preset": "plain-start", "gate": "constant", "erase_init": 0.0}},
     ),
     "default": Variant(
-        summary="the default: the same with an erase that starts closed",
+        summary="the default of DeltaStream: the same with an erase that starts closed",
         changes={"residual": {"preset": "plain-start"}},
         control="default-write-only",
     ),

@@ -138,7 +138,7 @@ def over_depth(findings: Findings, field: str, title: str) -> Any | None:
     """A number of the shortcut up to every sublayer."""
     if findings.shortcut is None:
         return None
-    made = row_figure(rows := rows_of(findings), title)
+    made = row_figure(rows := [escape(row_name(one.residual)) for one in findings.shortcut.depth], title)
     made.update_xaxes(rangemode="tozero")
     made.add_scatter(
         mode="lines+markers",
