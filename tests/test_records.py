@@ -182,7 +182,8 @@ def test_the_committed_comparisons_are_those_of_the_committed_records(file):
     if records[0].kind == "task":
         stored = load_stored(TaskResults, file.parent / "results.json", "deepdelta task")
         by_run = {(one.condition, one.seed): one for one in records}
-        again = collect(load_task(stored.task), stored.seeds, by_run, stored.command)
+        task = load_task(stored.task).only([one.name for one in stored.conditions])
+        again = collect(task, stored.seeds, by_run, stored.command)
         assert again.conditions == stored.conditions
         values = {(one.condition, one.seed): one.metrics.get(stored.primary) for one in records}
     else:

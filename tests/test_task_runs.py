@@ -361,3 +361,28 @@ def test_the_table_holds_every_measure_with_its_interval():
     assert loss[heading.index("delta-4")] == "0.3" and loss[heading.index("write-only-4")] == "-"
     more = next(line for line in lines if line[0] == "more")
     assert more[heading.index("delta")] == "1" and more[heading.index("additive")] == "-"
+
+
+def test_conditions_that_are_named_run_alone_with_the_baseline(ran: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    main(["task", "words", *SETS, "--seeds", "0", "1", "--conditions", "state-target", "--out", str(out)])
+    some = ["gate-0-1", "state-target"]
+    assert sorted(ran) == sorted(f"{name}-seed{seed}" for name in some for seed in (0, 1))
+    found = results_of(out)
+    assert [one.name for one in found.conditions] == some
+    assert [(one.condition, one.reference) for one in found.contrasts] == [("state-target", "gate-0-1")]
+    # What is there stays, and the others are added.
+    ran.clear()
+    results = run_task("words", (0, 1), out, overrides=TINY)
+    assert (
+        sorted(ran) == ["gate-0-2-seed0", "gate-0-2-seed1"] and [one.name for one in results.conditions] == CONDITIONS
+    )
+    with pytest.raises(UserError, match=r"task words has no condition 'gate-0-3'; did you mean 'gate-0-"):
+        run_task("words", (0, 1), out, overrides=TINY, conditions=["gate-0-3"])
+
+
+def test_a_control_that_is_left_out_is_not_compared_with() -> None:
+    task = load_task("registers").only(["delta-4"])
+    assert list(task.conditions) == ["additive", "delta-4"] and task.conditions["delta-4"].control is None
+    both = load_task("registers").only(["delta-4", "write-only-4"])
+    assert both.conditions["delta-4"].control == "write-only-4"

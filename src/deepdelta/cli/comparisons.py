@@ -77,8 +77,10 @@ class Task:
     """Run a task beyond text: every condition once per seed, paired comparisons, a table. Finished runs are kept."""
 
     name: Positional[Annotated[str | None, arg(metavar="NAME")]] = None
-    """words, recall, digits, dynamics or tabular; without one, the tasks are listed."""
+    """A task by its name; without one, the tasks are listed."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    conditions: tuple[str, ...] | None = None
+    """These alone, and the baseline; all by default."""
     set: Annotated[tuple[str, ...], UseAppendAction] = ()
     """A setting of all conditions as KEY=VALUE, any number of times: --set group=S3 --set residual.gate_init=0.5."""
     out: Path | None = None
@@ -98,7 +100,15 @@ class Task:
         out = self.out or default_folder(self.name, self.set)
         command = shlex.join(["deepdelta", *sys.argv[1:]])
         overrides = read_overrides(self.set)
-        run_task(self.name, self.seeds, out, overrides=overrides, workers=self.workers, command=command)
+        run_task(
+            self.name,
+            self.seeds,
+            out,
+            overrides=overrides,
+            conditions=self.conditions,
+            workers=self.workers,
+            command=command,
+        )
         to_read(out / "table.md")
 
 

@@ -87,6 +87,7 @@ def run_task(
     out: AnyPath,
     *,
     overrides: Mapping[str, Any] | None = None,
+    conditions: Sequence[str] | None = None,
     workers: int | None = None,
     command: str = "",
 ) -> TaskResults:
@@ -94,6 +95,7 @@ def run_task(
 
     Args:
         overrides: settings replaced in all conditions.
+        conditions: which of them, the baseline besides; None: all.
         workers: processes side by side; None: one per usable core.
 
     Raises:
@@ -102,6 +104,7 @@ def run_task(
         KeyboardInterrupt: interrupted; the same command continues with what is missing.
     """
     task = load_task(name)
+    task = task if conditions is None else task.only(conditions)
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f"seeds must be different numbers from 0 on, at least one, got {list(seeds)}.")
     places = Places(workers=workers).settled("cpu", 1)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deepdelta.config import Plain, from_plain, merged, to_plain
@@ -46,6 +46,19 @@ class Task:
     run: Callable[[Any, int, Progress], dict[str, float]]
     replaced: Mapping[str, str] = field(default_factory=dict)
     """Settings that have no effect here, and the one that takes the place of each."""
+
+    def only(self, conditions: Sequence[str]) -> "Task":
+        """The task with the baseline and these conditions alone; a control that is not among them is not compared with.
+
+        Raises:
+            UserError: no such condition.
+        """
+        for name in conditions:
+            if name not in self.conditions:
+                raise UserError(f"task {self.name} has no condition '{name}'; {nearest(name, self.conditions)}")
+        kept = {name: one for name, one in self.conditions.items() if name in (self.baseline, *conditions)}
+        lone = {name: one if one.control in kept else replace(one, control=None) for name, one in kept.items()}
+        return replace(self, conditions=lone)
 
     def settings_of(self, condition: str, overrides: Mapping[str, Any] | None = None) -> Any:
         """The settings of a condition, with some replaced in all conditions.
