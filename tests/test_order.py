@@ -35,7 +35,7 @@ lab.audit
 lab.experiments
 lab.views
 lab.tasks lab.bench lab.watching
-lab.runner
+lab.runner lab.preview
 cli
 __main__
 """

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
 from deepdelta.cli.shared import to_read
@@ -41,12 +42,19 @@ class Study:
     """Folders of the same study, from other machines say, whose records are taken over; equal ones count once."""
     self_contained: bool = False
     """The report holds the script that draws its pictures (5 MB), instead of plotly.min.js beside it."""
+    dry_run: bool = False
+    """Say what would run and what that takes, and run nothing."""
+    gpu: str | None = None
+    """Of a dry run: how many hours it takes on one a100, h100, h200 or b200."""
 
     def __call__(self) -> None:
         # Here, since it needs the packages of the extra `lab`, which the other commands do without.
         from deepdelta.lab.experiments.config import Search, load_study, study_questions
         from deepdelta.lab.experiments.places import Places
+        from deepdelta.lab.preview import preview
         from deepdelta.lab.runner import run
+        from deepdelta.lab.views.tables import render
+        from deepdelta.planning import gpu_named
 
         if self.study is None:
             print(f"Named studies:\n{listing(study_questions())}")
@@ -68,6 +76,12 @@ class Study:
         for warning in dict.fromkeys(config.train_config(name, 0).warning for name in config.conditions):
             if warning is not None:
                 show(warning)
+        if self.dry_run:
+            gpu = None if self.gpu is None else gpu_named(self.gpu)
+            Console().print(render(preview(config, out, gpu)))
+            return
+        if self.gpu is not None:
+            raise UserError("--gpu belongs to --dry-run; runs are made on the device of the study's settings.")
         run(config, out, places=places, merge=self.merge, command=command, self_contained=self.self_contained)
         to_read(out / "report.html", out / "table.md")
 

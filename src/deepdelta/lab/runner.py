@@ -156,7 +156,7 @@ def run_search(study: Search, out: AnyPath, *, places: Places = LOCAL, command: 
     left, rungs = study.candidates, list[RungResult]()
     for number in range(len(study.search.rungs)):
         planned = plan.rung(study, number, (study.baseline, *left), tuned)
-        with _running(plan, costs, _rungs(plan, study, number, left, tuned), places) as runner:
+        with _running(plan, costs, plan.rungs(study, number, left, tuned), places) as runner:
             records = runner.make(claim(planned.values()), f"rung {number + 1} of {len(study.search.rungs)}")
         rungs.append(rank(study, number, left, {key: records[run.name] for key, run in planned.items()}))
         left = tuple(one.condition for one in rungs[-1].ranking if one.kept)
@@ -210,7 +210,7 @@ def _tuned(plan: Plan, out: Path, places: Places) -> tuple[dict[str, Cost], dict
         return costs, {}
     study = plan.study
     if isinstance(study, Search):
-        later = _rungs(plan, study, 0, study.candidates, {})
+        later = plan.rungs(study, 0, study.candidates, {})
     else:
         later = list(plan.runs(study, costs).values()) if isinstance(study, Comparison) else []
     records = dict[str, RunRecord]()
@@ -226,17 +226,6 @@ def _tuned(plan: Plan, out: Path, places: Places) -> tuple[dict[str, Cost], dict
         tuning |= new
         claimed = claim(new.values())
     return costs, tuned
-
-
-def _rungs(
-    plan: Plan, study: Search, number: int, left: tuple[str, ...], tuned: Mapping[str, Tuned]
-) -> list[TrainingRun]:
-    """The runs from a rung on. Who goes on from it is not known yet: the first ones stand for as many as will."""
-    runs: list[TrainingRun] = []
-    for later, rung in enumerate(study.search.rungs[number:], number):
-        runs += plan.rung(study, later, (study.baseline, *left), tuned).values()
-        left = left[: rung.keep]
-    return runs
 
 
 @contextmanager

@@ -97,6 +97,14 @@ class Plan:
         }
         return at_rates(runs, tuned)
 
+    def rungs(self, study: Search, number: int, left: tuple[str, ...], tuned: Mapping[str, Tuned]) -> list[TrainingRun]:
+        """The runs from a rung on. Who goes on from it is not known yet: the first ones stand for as many as will."""
+        runs: list[TrainingRun] = []
+        for later, rung in enumerate(study.search.rungs[number:], number):
+            runs += self.rung(study, later, (study.baseline, *left), tuned).values()
+            left = left[: rung.keep]
+        return runs
+
     def choosing(self, label: str, condition: str, settings: TrainConfig) -> TrainingRun:
         """A run on the tail, which no result rests on."""
         settings = replace(settings, data=replace(settings.data, held_out="train_tail"))
