@@ -39,7 +39,7 @@ test-hf: .venv/test.stamp .venv/torchvision.stamp
 	$(BIN)/python -m pytest tests/test_hf_*.py -m "hf or not hf"
 
 test-hf-4: .venv-hf4/stamp
-	.venv-hf4/bin/python -m pytest tests/test_hf4.py tests/test_hf_model.py tests/test_hf_training.py -m "hf or hf4 or not hf"
+	.venv-hf4/bin/python -m pytest tests/test_hf4.py tests/test_hf_model.py tests/test_hf_files.py tests/test_hf_training.py -m "hf or hf4 or not hf"
 
 .venv-hf4/stamp: pyproject.toml constraints-hf4.txt
 	@echo "Installing into .venv-hf4 (some minutes the first time)"
