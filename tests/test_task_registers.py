@@ -8,7 +8,7 @@ import torch
 from torch import Generator, nn
 
 from deepdelta.lab.tasks import load_task, registers
-from deepdelta.lab.tasks.fitting import Diverged
+from deepdelta.lab.tasks.fitting import Diverged, at_best_rate
 from deepdelta.lab.tasks.registers import NEVER, Machine, answers
 from deepdelta.ops import delta_rewrite
 
@@ -83,9 +83,33 @@ def test_a_run_is_the_same_again_and_takes_the_best_of_its_rates(monkeypatch: py
     settings = TASK.settings_of("delta", SMALL | {"steps": 20, "rates": [1e-5, 1e-2]})
     found = TASK.run(settings, 1, lambda done, total: seen.append((done, total)))
     assert seen[-1] == (40, 40)
-    assert found["lr"] == 1e-2 and found == TASK.run(settings, 1, nothing) != TASK.run(settings, 2, nothing)
-    alone = TASK.settings_of("delta", SMALL | {"steps": 20, "rates": [1e-2]})
+    assert found["lr"] in (1e-2, 10.0) and found == TASK.run(settings, 1, nothing) != TASK.run(settings, 2, nothing)
+    alone = TASK.settings_of("delta", SMALL | {"steps": 20, "rates": [found["lr"]]})
     assert TASK.run(alone, 1, nothing) == found
+
+
+def test_rates_grow_where_the_best_is_at_an_end_of_them() -> None:
+    """By the ratio to its neighbour, at most twice; one that diverges there ends it; a single one stays alone."""
+
+    def taken(best: float, rates: tuple[float, ...], fails: float = 1e9) -> tuple[float, list[float]]:
+        tried: list[float] = []
+
+        def trained(rate: float, progress: Any) -> float:
+            tried.append(rate)
+            if rate >= fails:
+                raise Diverged("too high")
+            return rate
+
+        made, rate = at_best_rate(rates, trained, lambda rate: abs(math.log(rate / best)), nothing)
+        assert made == rate
+        return rate, tried
+
+    assert taken(1.0, (0.5, 1.0, 2.0)) == (1.0, [0.5, 1.0, 2.0])
+    assert taken(4.0, (0.5, 1.0, 2.0)) == (4.0, [0.5, 1.0, 2.0, 4.0, 8.0])
+    assert taken(99.0, (2.0, 0.5, 1.0)) == (8.0, [2.0, 0.5, 1.0, 4.0, 8.0])
+    assert taken(0.2, (0.5, 1.0, 2.0)) == (0.25, [0.5, 1.0, 2.0, 0.25, 0.125])
+    assert taken(99.0, (0.5, 1.0, 2.0), fails=4.0) == (2.0, [0.5, 1.0, 2.0, 4.0])
+    assert taken(99.0, (1.0,)) == (1.0, [1.0])
 
 
 def test_a_rate_that_diverges_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,7 +218,7 @@ def _tuned(plan: Plan, out: Path, places: Places) -> tuple[dict[str, Cost], dict
         with _running(plan, costs, (*tuning.values(), *later), places) as runner:
             records |= runner.make(claimed, "tuning")
         tuned = chosen(tune, tuning, records)
-        further = {name: rate for name, one in tuned.items() if (rate := beyond(one)) is not None}
+        further = {name: rate for name, one in tuned.items() if (rate := beyond(one.lr, one.grid)) is not None}
         if not further or extension == EXTENSIONS:
             break
         show("At the end of its grid, which grows by a step: " + ", ".join(f"{n} to {r:g}" for n, r in further.items()))

@@ -1,7 +1,7 @@
 """Learning rates chosen before the reported seeds run, on text and seeds that no result rests on."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from deepdelta.errors import UserError
 from deepdelta.lab.analysis.results import Tuned
@@ -38,13 +38,13 @@ def choose(tune: Tune, losses: Mapping[float, list[float | None]], condition: st
     )
 
 
-def beyond(tuned: Tuned) -> float | None:
-    """The rate that follows the best one where that is at an end of the grid, at its neighbour's ratio; else None."""
-    if not tuned.edge:
+def beyond(best: float, grid: Sequence[float]) -> float | None:
+    """The rate that follows the best one where that is at an end of the sorted grid, at its neighbour's ratio; else
+    None, and of a single rate."""
+    if len(grid) < 2 or best not in (grid[0], grid[-1]):
         return None
-    best = tuned.grid.index(tuned.lr)
-    neighbour = tuned.grid[1] if best == 0 else tuned.grid[-2]
-    return float(f"{tuned.lr * tuned.lr / neighbour:.3g}")
+    neighbour = grid[1] if best == grid[0] else grid[-2]
+    return float(f"{best * best / neighbour:.3g}")
 
 
 def chosen(

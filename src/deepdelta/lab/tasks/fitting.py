@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from deepdelta.config import Count, Settings
 from deepdelta.errors import UserError
+from deepdelta.lab.experiments.tuning import EXTENSIONS, beyond
 from deepdelta.lab.tasks.task import Progress, Variant
 from deepdelta.nn import DeltaStream, ResidualConfig
 from deepdelta.training import TrainConfig
@@ -85,18 +86,29 @@ def at_best_rate(
 ) -> tuple[T, float]:
     """What is trained at the rate with the lowest loss on data that no result rests on, and that rate.
 
+    Where it is at an end of the rates, they grow by a step there, at most `EXTENSIONS` times; one alone stays so.
+
     Raises:
         Diverged: at every rate, training or that loss.
     """
     best: tuple[float, T, float] | None = None
+    tried: list[float] = []
+
+    def attempt(rate: float, progress: Progress) -> None:
+        nonlocal best
+        tried.append(rate)
+        with suppress(Diverged):
+            made = trained(rate, progress)
+            found = loss(made)
+            if math.isfinite(found) and (best is None or found < best[0]):
+                best = found, made, rate
+
     for number, rate in enumerate(rates):
-        try:
-            made = trained(rate, part_of(progress, number, len(rates)))
-        except Diverged:
-            continue
-        found = loss(made)
-        if math.isfinite(found) and (best is None or found < best[0]):
-            best = found, made, rate
+        attempt(rate, part_of(progress, number, len(rates)))
+    for _ in range(EXTENSIONS):
+        further = None if best is None else beyond(best[2], sorted(tried))
+        if further is not None:
+            attempt(further, lambda done, total: None)
     if best is None:
         raise Diverged(f"no loss stayed finite at the rates {tuple(rates)}: lower them.")
     return best[1:]

@@ -48,7 +48,7 @@ class RegistersSettings(AdamW):
     """Instructions of the longest programs in training, drawn from 1 up; tested at four times as many."""
     rates: Annotated[tuple[Positive, ...], Distinct, Len(1)] = (6e-3, 2e-2, 6e-2)
     """The net is trained at each of these, in place of `lr`, and the one is tested whose loss on other programs of
-    `length` instructions is lowest."""
+    `length` instructions is lowest; where it is at an end of them, one further is tried, at most twice."""
     test_programs: Count = 512
     steps: Count = 1500
     batch_size: Count = 128

@@ -40,7 +40,7 @@ class TextSettings(AdamW):
     """Of a looped GPT: the most repetitions that a training step draws."""
     rates: Annotated[tuple[Positive, ...], Distinct, Len(1)] = (3e-3, 1e-2, 3e-2)
     """Each run is made at each of these, in place of `lr`, and the one with the lowest loss on the last tenth of the
-    training part counts."""
+    training part counts; where it is at an end of them, one further is tried, at most twice."""
     test_tokens: Count = 32768
     steps: Count = 400
     batch_size: Count = 8
