@@ -84,6 +84,8 @@ def comparisons() -> Iterator[Comparison]:
             yield from (one.comparison for one in study(name).contrasts)
             yield from (one.comparison for one in study(name).effects)
     yield from (paired(differences(*one)) for one in AFTERWARDS)
+    found = {one.name: one.metrics for one in task("registers").conditions}
+    yield paired([found["delta-4"][seed]["accuracy"] - found["additive-wide"][seed]["accuracy"] for seed in range(8)])
 
 
 def quoted(mean: float, low: float, high: float, digits: int) -> str:
@@ -248,18 +250,25 @@ def test_the_registers() -> None:
     def mean(condition: str, metric: str = "accuracy") -> float:
         return statistics.fmean(run[metric] for run in found[condition].metrics.values())
 
-    told = (mean("delta-4"), mean("write-only-4"), mean("additive"))
+    told = mean("delta-4"), mean("additive-wide"), mean("write-only-4"), mean("default-4")
     for page in ("README.md", "docs/findings.md"):
         text = " ".join(PAGES[page].split())
-        assert "with an erase ({:.3f}) and not without it ({:.3f}) or in x + F(x) ({:.3f})".format(*told) in text
+        said = "({:.3f} right), x + F(x) with as large a state {:.3f}, the same rule without its erase {:.3f}, the"
+        assert f"{said} default {{:.3f}}.".format(*told) in text
     page = " ".join(PAGES["docs/beyond-text.md"].split())
     twin = mean("write-only-4", "accuracy_trained"), mean("write-only-4", "growth")
-    assert "only writes has {:.3f} at the trained depth, and a state {:.1f} times as large at 128".format(*twin) in page
+    assert (
+        "only writes has {:.3f} at the trained depth, with a state {:.1f} times as large at 128".format(*twin) in page
+    )
     wide = mean("additive-wide", "accuracy_trained"), mean("additive-wide")
     assert "({:.3f}) and drifts: {:.3f} at 128".format(*wide) in page
-    assert f"**The default does not learn it**: {mean('default-4'):.3f}." in page
+    assert "not enough**: {:.3f} at the trained depth".format(mean("delta", "accuracy_trained")) in page
+    default = mean("default-4", "accuracy_trained"), mean("default-4")
+    assert "does not learn it**: {:.3f} at the trained depth, {:.3f} at 128.".format(*default) in page
+    rates = {name: [run["lr"] for run in found[name].metrics.values()] for name in found}
+    assert all(rate == 0.06 for name in ("delta", "gru") for rate in rates[name])
+    assert [rates[name].count(0.006) for name in ("additive-wide", "write-only-4")] == [6, 4]
     assert all(run["accuracy"] > 0.9995 for name in ("delta-4", "gru-wide") for run in found[name].metrics.values())
-    assert all(run["lr"] == 0.06 for name in ("delta", "gru") for run in found[name].metrics.values())
 
 
 def test_the_rollout_error_as_a_ratio() -> None:

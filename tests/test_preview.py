@@ -1,19 +1,21 @@
 """What a study would take, said before it runs: counted by hand, nothing made, nothing written."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
+from deepdelta import UserError
 from deepdelta.cli import main
 from deepdelta.lab.experiments.config import load_study
-from deepdelta.lab.experiments.records import FILE_NAME
-from deepdelta.lab.preview import preview
+from deepdelta.lab.preview import _hours, preview
+from deepdelta.lab.runner import run
 from deepdelta.models import parameter_count
 from deepdelta.models.flops import training_flops_per_token
 from deepdelta.planning import gpu_named, outlook
 from deepdelta.training import TrainConfig
-from tiny_runs import RUNS, record_anew, text_file
+from tiny_runs import RUNS, text_file, trained_here
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -85,44 +87,47 @@ def test_runs_tokens_and_flops_are_those_that_the_study_would_make(tmp_path: Pat
     for name, own in (("plain", 40), ("delta", steps)):
         tokens = (3 * own + 2 * 10) * 2 * 16
         assert found[name]["runs"] == "5" and found[name]["recorded"] == "0"
-        assert found[name]["tokens"] == f"{tokens / 1e6:,.1f} M"
+        assert found[name]["tokens"] == f"{tokens / 1e6:,.2f} M"
+        trained = 0.9 * (tmp_path / "text.txt").stat().st_size
+        assert float(found[name]["epochs"]) == pytest.approx(own * 32 / trained, rel=0.05)
         assert found[name]["FLOPs"] == f"{tokens * per_token[name]:.3g}"
         assert found[name]["parameters"] == f"{parameter_count(config(file, name).model):,}"
         speed = outlook(config(file, name), gpu_named("h100"), 1).tokens_per_second
-        assert found[name]["GPU hours"] == f"{tokens / speed / 3600:.2g}"
+        assert found[name]["GPU hours"] == "< 0.01" and tokens / speed < 36
     assert not (tmp_path / "out").exists()
 
 
-def test_what_has_a_record_is_counted(tmp_path: Path) -> None:
+def test_what_has_a_record_is_counted_and_other_settings_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, out = written(tmp_path), tmp_path / "out"
-    out.mkdir()
-    record = {
-        "name": "plain-seed1",
-        "kind": "training",
-        "experiment": "tiny",
-        "condition": "plain",
-        "seed": 1,
-        "settings": {},
-    }
-    record_anew(
-        out,
-        {
-            "plain-seed1": record
-            | {
-                "metrics": {},
-                "seconds": 0.0,
-                "commit": "x",
-                "versions": {},
-                "machine": "m",
-                "threads": 1,
-                "finished": "2026-01-01T00:00:00+00:00",
-            }
-        },
-    )
-    assert (out / FILE_NAME).exists()
+    trained_here(monkeypatch)
+    study = load_study(file, {"seeds": [1], "rewrite_tokens": 16, "cost_rounds": 1})
+    run(study, out, command="")
     found = rows(file, out)
-    assert (found["plain"]["recorded"], found["delta"]["recorded"]) == ("1", "0")
+    assert (found["plain"]["recorded"], found["delta"]["recorded"], found["plain"]["runs"]) == ("1", "1", "3")
     assert "GPU hours" not in found["plain"]
+    # At another rate, as if it had been tuned, it counts; of another length it is in the way, as it would be of a run.
+    (tmp_path / "tiny.toml").write_text(Path(file).read_text().replace("lr = 2e-3", "lr = 5e-3"))
+    assert rows(file, out)["plain"]["recorded"] == "1"
+    (tmp_path / "tiny.toml").write_text(Path(file).read_text().replace("steps = 40", "steps = 41"))
+    with pytest.raises(UserError, match=r"already holds this study with other settings of plain \(steps: 40 there"):
+        rows(file, out)
+    (tmp_path / "tiny.toml").write_text(Path(file).read_text().replace('name = "tiny"', 'name = "other"'))
+    with pytest.raises(UserError, match="already holds the study 'tiny'"):
+        rows(file, out)
+
+
+def test_of_equal_time_alone_only_the_baseline_is_known(tmp_path: Path) -> None:
+    found = rows(written(tmp_path, budgets="budgets = ['time']"), tmp_path / "out")
+    assert (found["plain"]["runs"], found["delta"]["runs"]) == ("3", "0")
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"), [(0.004, "< 0.01"), (0.2, "0.20"), (9.994, "9.99"), (380.4, "380"), (1234.0, "1,234")]
+)
+def test_hours(hours: float, text: str) -> None:
+    assert _hours(hours) == text
 
 
 def test_studies_over_sizes_and_searches(tmp_path: Path) -> None:
@@ -150,10 +155,13 @@ def test_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert ended.value.code == 2 and message in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_the_ladder_for_a_gpu_is_planned_without_one(tmp_path: Path) -> None:
-    """Its first rung within 25 minutes of one device by the roofline, with room for what that leaves out."""
-    source = text_file(tmp_path / "text.txt")
-    study = load_study("gpu-ladder", {"train": {"data": {"source": str(source), "tokenizer": "bytes"}, "steps": 1526}})
+def test_the_first_rung_for_a_gpu_takes_ten_minutes_by_the_roofline(tmp_path: Path) -> None:
+    """Of its whole vocabulary; with what that leaves out it is meant for 25."""
+    source = text_file(tmp_path / "text.txt", words=3000)
+    study = load_study(
+        "gpu-ladder", {"train": {"data": {"source": str(source), "tokenizer": "bytes"}, "model": {"vocab_size": 4096}}}
+    )
     table = preview(study, tmp_path / "out", gpu_named("h100"))
-    assert sum(float(row[-1]) for row in table.rows) * 60 < 12
     assert {int(row[2]) for row in table.rows} == {5}
+    total = re.search(r"FLOPs, ([0-9.]+) hours", " ".join(table.notes))
+    assert total and 0.01 < float(total[1]) < 10 / 60

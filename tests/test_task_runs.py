@@ -371,12 +371,16 @@ def test_conditions_that_are_named_run_alone_with_the_baseline(ran: list[str], t
     found = results_of(out)
     assert [one.name for one in found.conditions] == some
     assert [(one.condition, one.reference) for one in found.contrasts] == [("state-target", "gate-0-1")]
+    assert found.left_out == ("gate-0-2",) and "not chosen were gate-0-2" in (out / "table.md").read_text()
     # What is there stays, and the others are added.
     ran.clear()
     results = run_task("words", (0, 1), out, overrides=TINY)
     assert (
         sorted(ran) == ["gate-0-2-seed0", "gate-0-2-seed1"] and [one.name for one in results.conditions] == CONDITIONS
     )
+    assert results.left_out == () and "not chosen" not in (out / "table.md").read_text()
+    with pytest.raises(UserError, match="conditions must name at least one of task words"):
+        run_task("words", (0, 1), out, overrides=TINY, conditions=[])
     with pytest.raises(UserError, match=r"task words has no condition 'gate-0-3'; did you mean 'gate-0-"):
         run_task("words", (0, 1), out, overrides=TINY, conditions=["gate-0-3"])
 

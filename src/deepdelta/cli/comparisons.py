@@ -59,6 +59,11 @@ class Study:
         if self.study is None:
             print(f"Named studies:\n{listing(study_questions())}")
             return
+        if self.gpu is not None and not self.dry_run:
+            raise UserError("--gpu belongs to --dry-run; runs are made on the device of the study's settings.")
+        if self.dry_run and self.merge:
+            raise UserError("--dry-run counts the records of --out alone: leave --merge out.")
+        gpu = None if self.gpu is None else gpu_named(self.gpu)
         places = Places(workers=self.workers, devices=self.devices, on=self.on)
         common: dict[str, Any] = {} if self.source is None else {"data": {"source": self.source}}
         if self.threads is not None:
@@ -77,11 +82,8 @@ class Study:
             if warning is not None:
                 show(warning)
         if self.dry_run:
-            gpu = None if self.gpu is None else gpu_named(self.gpu)
             Console().print(render(preview(config, out, gpu)))
             return
-        if self.gpu is not None:
-            raise UserError("--gpu belongs to --dry-run; runs are made on the device of the study's settings.")
         run(config, out, places=places, merge=self.merge, command=command, self_contained=self.self_contained)
         to_read(out / "report.html", out / "table.md")
 
@@ -98,7 +100,8 @@ class Task:
     set: Annotated[tuple[str, ...], UseAppendAction] = ()
     """A setting of all conditions as KEY=VALUE, any number of times: --set group=S3 --set residual.gate_init=0.5."""
     out: Path | None = None
-    """Where records, results.json and table.md go; runs/task-NAME by default, the settings of --set added to it."""
+    """Where records, results.json and table.md go; runs/task-NAME by default, what --set and --conditions say added to
+    it."""
     workers: int | None = None
     """Runs side by side; one per core by default."""
 
@@ -111,7 +114,7 @@ class Task:
         if self.name is None:
             print(f"Tasks:\n{listing(SUMMARIES)}")
             return
-        out = self.out or default_folder(self.name, self.set)
+        out = self.out or default_folder(self.name, (*self.set, *(self.conditions or ())))
         command = shlex.join(["deepdelta", *sys.argv[1:]])
         overrides = read_overrides(self.set)
         run_task(

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from deepdelta.data import check_context, load_corpus, train_tail
 from deepdelta.device import choose_device
 from deepdelta.errors import UserError, require
 from deepdelta.files import AnyPath, locked, write_text
@@ -18,10 +16,10 @@ from deepdelta.lab.experiments.collection import collect
 from deepdelta.lab.experiments.config import Comparison, Search, Sizes, StudyConfig
 from deepdelta.lab.experiments.costs import measure
 from deepdelta.lab.experiments.places import LOCAL, Places
-from deepdelta.lab.experiments.plan import Plan, at_rates
+from deepdelta.lab.experiments.plan import Plan, at_rates, plan_of
 from deepdelta.lab.experiments.pool import Runner, running
 from deepdelta.lab.experiments.record import RunRecord
-from deepdelta.lab.experiments.records import RecordFile, take_over
+from deepdelta.lab.experiments.records import take_over
 from deepdelta.lab.experiments.search import RungResult, SearchResults, rank
 from deepdelta.lab.experiments.training_run import TrainingRun, claim, starts
 from deepdelta.lab.experiments.tuning import EXTENSIONS, beyond, chosen
@@ -182,22 +180,11 @@ def run_search(study: Search, out: AnyPath, *, places: Places = LOCAL, command: 
 
 def _plan(study: StudyConfig, out: Path) -> Plan:
     """Refuse what can be refused before there are files."""
-    if isinstance(study, Comparison) and study.primary is None:
-        show(
-            f"warning: study {study.name} has no table 'primary': without a comparison named beforehand, what would "
-            "refute it and a stop rule, what comes out best looks better than it is (docs/studies.md#comparisons)"
-        )
     require("studies", "lab", "scipy", "jinja2", "plotly", "matplotlib")
     settings = study.train_config(study.baseline, study.seeds[0])
-    corpus = load_corpus(replace(settings.data, held_out="validation"), progress=show)
-    tail, records = train_tail(corpus), RecordFile(out)
+    plan = plan_of(study, out)
     choose_device(settings.device, settings.precision)
-    for name in study.conditions:
-        for text in (corpus, tail) if study.tune or isinstance(study, Search) else (corpus,):
-            check_context(text, study.train_config(name, study.seeds[0]).model.context)
-    if (there := records.experiment) not in (None, study.name):
-        raise UserError(f"{out} already holds the study '{there}'; give another --out.")
-    return Plan(study, corpus, tail, records)
+    return plan
 
 
 def _tuned(plan: Plan, out: Path, places: Places) -> tuple[dict[str, Cost], dict[str, Tuned]]:

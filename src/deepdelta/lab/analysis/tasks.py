@@ -43,6 +43,10 @@ class TaskResults(Stored):
     finished: str
     conditions: tuple[ConditionMetrics, ...]
     contrasts: tuple[Contrast, ...]
+    refuted: str = ""
+    """What would refute the hope behind the task, as its file had it."""
+    left_out: tuple[str, ...] = ()
+    """Conditions of the task that were not chosen."""
 
 
 def means(metrics: Mapping[int, Metrics]) -> dict[str, Estimate]:

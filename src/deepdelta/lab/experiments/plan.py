@@ -5,15 +5,18 @@ started from.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeVar
 
-from deepdelta.data import Corpus
+from deepdelta.data import Corpus, check_context, load_corpus, train_tail
+from deepdelta.errors import UserError
 from deepdelta.lab.analysis.results import BudgetName, Tuned
 from deepdelta.lab.experiments.config import Comparison, Search, StudyConfig
 from deepdelta.lab.experiments.records import RecordFile
 from deepdelta.lab.experiments.training_run import TrainingRun
 from deepdelta.lab.measure.cost import Cost
 from deepdelta.models.flops import training_flops_per_token
+from deepdelta.progress import show
 from deepdelta.training import TrainConfig
 
 Key = TypeVar("Key")
@@ -150,3 +153,25 @@ def at_rates(runs: Mapping[Key, TrainingRun], tuned: Mapping[str, Tuned]) -> dic
         key: replace(run, settings=replace(run.settings, lr=tuned[run.condition].lr)) if run.condition in tuned else run
         for key, run in runs.items()
     }
+
+
+def plan_of(study: StudyConfig, out: Path) -> Plan:
+    """The plan of a study in `out`, its text read.
+
+    Raises:
+        UserError: the text is too short for a condition's context, or `out` holds another study.
+    """
+    if isinstance(study, Comparison) and study.primary is None:
+        show(
+            f"warning: study {study.name} has no table 'primary': without a comparison named beforehand, what would "
+            "refute it and a stop rule, what comes out best looks better than it is (docs/studies.md#comparisons)"
+        )
+    data = study.train_config(study.baseline, study.seeds[0]).data
+    corpus = load_corpus(replace(data, held_out="validation"), progress=show)
+    tail, records = train_tail(corpus), RecordFile(out)
+    for name in study.conditions:
+        for text in (corpus, tail) if study.tune or isinstance(study, Search) else (corpus,):
+            check_context(text, study.train_config(name, study.seeds[0]).model.context)
+    if (there := records.experiment) not in (None, study.name):
+        raise UserError(f"{out} already holds the study '{there}'; give another --out.")
+    return Plan(study, corpus, tail, records)

@@ -79,5 +79,6 @@ TASK = Task(
     unit="nats per byte of held-out text, the mean over a grid of rates, embedding scales and depths",
     higher_is_better=False,
     replaced={"lr": "rates", "layers": "depths", "embedding_std": "scales"},
+    refuted="the mean of h after a norm is as low as that of the better form with an erase",
     run=run,
 )

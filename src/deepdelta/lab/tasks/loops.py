@@ -63,6 +63,7 @@ TASK = Task(
     primary="loss",
     unit="nats per byte of held-out text, at the last number of repetitions in `asked`",
     higher_is_better=False,
+    refuted="h after a norm, or retention, is within 0.02 nats of the best form with an erase at the last of `asked`",
     run=run,
     replaced={"lr": "rates"},
 )

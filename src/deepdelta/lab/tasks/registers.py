@@ -200,6 +200,7 @@ TASK = Task(
     primary="accuracy",
     unit="share of registers right after 4 times as many instructions as in training",
     higher_is_better=True,
+    refuted="the write-only twin with four value channels is within 0.05 of delta-4",
     run=run,
     replaced={"lr": "rates"},
 )

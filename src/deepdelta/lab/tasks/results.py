@@ -35,5 +35,7 @@ def collect(
         **provenance(command),
         finished=now(),
         conditions=tuple(conditions.values()),
+        refuted=task.refuted,
+        left_out=task.left_out,
         contrasts=task_contrasts(conditions, task.baseline, task.primary),
     )

@@ -44,6 +44,10 @@ class Task:
     unit: str
     higher_is_better: bool
     run: Callable[[Any, int, Progress], dict[str, float]]
+    refuted: str = ""
+    """What would refute the hope behind it, written down before it runs; shown with its results."""
+    left_out: tuple[str, ...] = ()
+    """Conditions that were not chosen."""
     replaced: Mapping[str, str] = field(default_factory=dict)
     """Settings that have no effect here, and the one that takes the place of each."""
 
@@ -51,14 +55,19 @@ class Task:
         """The task with the baseline and these conditions alone; a control that is not among them is not compared with.
 
         Raises:
-            UserError: no such condition.
+            UserError: no condition, or none of a name.
         """
+        if not conditions:
+            raise UserError(f"conditions must name at least one of task {self.name}: {', '.join(self.conditions)}.")
         for name in conditions:
-            if name not in self.conditions:
-                raise UserError(f"task {self.name} has no condition '{name}'; {nearest(name, self.conditions)}")
+            self._check(name)
         kept = {name: one for name, one in self.conditions.items() if name in (self.baseline, *conditions)}
         lone = {name: one if one.control in kept else replace(one, control=None) for name, one in kept.items()}
-        return replace(self, conditions=lone)
+        return replace(self, conditions=lone, left_out=tuple(name for name in self.conditions if name not in kept))
+
+    def _check(self, condition: str) -> None:
+        if condition not in self.conditions:
+            raise UserError(f"task {self.name} has no condition '{condition}'; {nearest(condition, self.conditions)}")
 
     def settings_of(self, condition: str, overrides: Mapping[str, Any] | None = None) -> Any:
         """The settings of a condition, with some replaced in all conditions.
@@ -67,8 +76,7 @@ class Task:
             UserError: no such condition, an unknown setting, one that the condition sets itself, or a value that it
                 cannot have.
         """
-        if condition not in self.conditions:
-            raise UserError(f"task {self.name} has no condition '{condition}'; {nearest(condition, self.conditions)}")
+        self._check(condition)
         changes = self.conditions[condition].changes
         if both := sorted(_leaves(overrides or {}) & _leaves(changes)):
             raise UserError(

@@ -47,12 +47,13 @@ def _primary(results: TaskResults) -> TextTable:
         Column("by seed", "", by_seed, spare=1),
     ]
     better = "higher is better" if results.higher_is_better else "lower is better"
+    notes = [f"Refuted if {results.refuted}."] if results.refuted else []
     diverged = ", ".join(f"{one.name} seed {seed}" for one in results.conditions for seed in one.diverged)
     return table_of(
         results.conditions,
         columns,
         title=f"{results.task}: {results.summary} ({primary}, {results.unit}, {better})",
-        notes=(f"Diverged, and left out of means and comparisons: {diverged}.",) if diverged else (),
+        notes=notes + ([f"Diverged, and left out of means and comparisons: {diverged}."] if diverged else []),
     )
 
 
@@ -63,7 +64,10 @@ def _contrasts(results: TaskResults) -> TextTable:
         *comparison_columns(lambda one: one.comparison, unit=""),
     ]
     title = "Comparisons with the baseline and with controls"
-    return table_of(results.contrasts, columns, title=title, notes=(f"Changes of {results.primary}.",))
+    notes = [f"Changes of {results.primary}."]
+    if results.left_out:
+        notes.append(f"p is corrected over these alone; not chosen were {', '.join(results.left_out)}.")
+    return table_of(results.contrasts, columns, title=title, notes=notes)
 
 
 def _measured(results: TaskResults) -> TextTable:
