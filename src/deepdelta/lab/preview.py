@@ -55,7 +55,7 @@ def preview(study: StudyConfig, out: Path, gpu: Gpu | None) -> TextTable:
         notes.append("Other conditions' runs at equal time come on top: their steps follow from what steps cost here.")
     if gpu is not None:
         notes.append(
-            "Hours are of a roofline in bf16, compiled (docs/planning.md); compiling, validating, launching come on top."
+            "Hours are of a roofline in bf16, compiled (docs/planning.md), without compiling, validating, launching."
         )
     columns = [column for column in COLUMNS if gpu is not None or column.title != "GPU hours"]
     return table_of(rows, columns, title=f"Study {study.name}: {study.question}", notes=notes)
