@@ -15,7 +15,10 @@ from retrofit_models import IDS, open_gates, residuals
 
 NAMES = list(MODELS)
 NEVER_RANDOM = ("clip",)
-pytestmark = pytest.mark.filterwarnings("ignore:.*clean_up_tokenization_spaces.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*clean_up_tokenization_spaces.*"),
+    pytest.mark.usefixtures("unchecked_file"),
+]
 
 
 @pytest.mark.compatible("retrofit of the families in the list: the same function", "transformers")

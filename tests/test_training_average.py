@@ -13,6 +13,8 @@ from deepdelta.training import RunDirectory
 from deepdelta.training.checkpoints import earlier, read_checkpoint
 from tiny_runs import assert_same_run, config, quietly, rows, text_file
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,6 +19,8 @@ from deepdelta.training.metrics import append_json
 from deepdelta.training.optimizer import build_optimizer
 from tiny_runs import ENVIRONMENT, assert_same_run, config, quietly, rows, tensors, text_file
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -21,6 +21,8 @@ from deepdelta.training.optimizer import build_optimizer
 from deepdelta.training.step import training_step
 from tiny_runs import assert_same_run, config, quietly, rows, tensors, text_file
 
+pytestmark = pytest.mark.usefixtures("unchecked_file")
+
 LAYER = "layers.0.mlp.branch.gate"
 
 
