@@ -1,5 +1,6 @@
 """The file of records: whole, cut short at every byte, damaged, compacted; and that of the committed studies."""
 
+import dataclasses
 import lzma
 from dataclasses import fields, replace
 from pathlib import Path
@@ -183,7 +184,8 @@ def test_the_committed_comparisons_are_those_of_the_committed_records(file):
         stored = load_stored(TaskResults, file.parent / "results.json", "deepdelta task")
         by_run = {(one.condition, one.seed): one for one in records}
         task = load_task(stored.task).only([one.name for one in stored.conditions])
-        again = collect(task, stored.seeds, by_run, stored.command)
+        # Of some the task has another primary number since.
+        again = collect(dataclasses.replace(task, primary=stored.primary), stored.seeds, by_run, stored.command)
         assert again.conditions == stored.conditions
         values = {(one.condition, one.seed): one.metrics.get(stored.primary) for one in records}
     else:

@@ -9,14 +9,23 @@ import torch
 from torch import nn
 
 from deepdelta import DeltaStream, UserError
-from deepdelta.lab.tasks import load_task
+from deepdelta.lab.tasks import dynamics, load_task
 from deepdelta.lab.tasks.dynamics import DynamicsNet, DynamicsSettings, dynamics_data, rollout
 from deepdelta.lab.tasks.refinement import flowed, refined, rewriting, spectrum
 from deepdelta.lab.tasks.trajectories import RESTITUTION, SYSTEMS, trajectories
 from helpers import near, outer, perturb, randn
 
 TASK = load_task("dynamics")
-TINY = {"depth": 2, "dim": 4, "steps": 3, "train_trajectories": 3, "test_trajectories": 2, "length": 4, "rollout": 3}
+TINY = {
+    "rates": [5e-3],
+    "depth": 2,
+    "dim": 4,
+    "steps": 3,
+    "train_trajectories": 3,
+    "test_trajectories": 2,
+    "length": 4,
+    "rollout": 3,
+}
 
 
 def quiet(done: int, total: int) -> None:
@@ -87,7 +96,7 @@ def test_the_pendulum_against_small_steps_of_runge_and_kutta():
 def test_trajectories_are_of_their_seed_and_standardised():
     settings = DynamicsSettings(train_trajectories=7, test_trajectories=5)
     data = dynamics_data(settings, "pendulum", 5)
-    assert data.train.shape == (7, 61, 2) and data.test.shape == (5, 61, 2)
+    assert data.train.shape == (7, 61, 2) and data.choice.shape == data.test.shape == (5, 61, 2)
     states = data.train.flatten(0, 1)
     near(states.mean(0), torch.zeros(2), 1e-5)
     near(states.std(0), torch.ones(2), 1e-5)
@@ -217,7 +226,9 @@ def test_other_residuals_are_no_step_of_the_equation(options):
 
 def test_nets_that_are_no_step_of_the_equation_are_measured_without_it():
     settings = TASK.settings_of("delta", TINY | {"systems": ["pendulum"], "residual": {"rank": 2}})
-    assert set(TASK.run(settings, 0, quiet)) == {"rollout", "one_step", "rollout_pendulum", "one_step_pendulum"}
+    assert set(TASK.run(settings, 0, quiet)) == {
+        "log_rollout", "rollout", "one_step", "rollout_pendulum", "one_step_pendulum", "lr_pendulum"
+    }  # fmt: skip
 
 
 def test_rollouts_feed_on_themselves_and_are_cut_off():
@@ -235,9 +246,12 @@ def test_every_condition_runs_and_says_its_progress(condition):
     assert steps == [(i, 9) for i in range(1, 10)]
     assert all(map(math.isfinite, metrics.values()))
     assert math.isclose(metrics["rollout"] ** 3, math.prod(metrics[f"rollout_{system}"] for system in SYSTEMS))
+    assert math.isclose(math.exp(metrics["log_rollout"]), metrics["rollout"])
     erases = TASK.conditions[condition].changes["residual"]["rule"] == "delta"
     assert ("eigenvalue_pendulum" in metrics) == erases
-    if not erases:
+    if condition == "default-4":
+        assert not {"flow", "refined_2"} & set(metrics)  # two gates: no step of the equation
+    elif not erases:
         assert math.isclose(metrics["flow"], metrics["one_step"], rel_tol=1e-4)
     elif condition.startswith("gate-"):
         assert abs(metrics["eigenvalue_bouncing"] - (1 - float(condition[5:]))) < 1e-3
@@ -253,13 +267,49 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not():
 
 def test_a_small_net_learns_the_pendulum():
     settings = TASK.settings_of(
-        "delta", {"systems": ["pendulum"], "depth": 3, "steps": 200, "train_trajectories": 16, "test_trajectories": 16}
+        "delta",
+        {
+            "systems": ["pendulum"],
+            "rates": [5e-3],
+            "depth": 3,
+            "steps": 200,
+            "train_trajectories": 16,
+            "test_trajectories": 16,
+        },
     )
     found = TASK.run(settings, 100, quiet)
     test = dynamics_data(settings, "pendulum", 100).test
     standing_still = (test[:, 1:] - test[:, :-1]).square().mean().sqrt().item()
     assert found["one_step"] < standing_still / 3
     assert found["rollout"] < 0.8
+
+
+def test_the_rate_is_the_one_with_the_lowest_error_on_trajectories_of_its_own(monkeypatch):
+    """Not on those that it is tested on."""
+    trained, fit = [], dynamics.fit
+
+    def keeping(net, loss, recipe, progress):
+        trained.append((recipe.lr, net))
+        fit(net, loss, recipe, progress)
+
+    monkeypatch.setattr(dynamics, "fit", keeping)
+    settings = TASK.settings_of("normed", TINY | {"systems": ["bouncing"], "rates": [1e-4, 3e-3, 1e-1]})
+    found = TASK.run(settings, 1, quiet)
+    data = dynamics_data(settings, "bouncing", 1)
+
+    def error(net, states):
+        with torch.no_grad():
+            paths = [states[:, 0]]
+            for _ in range(3):
+                paths.append(net(paths[-1]).clamp(-10, 10))
+        return (torch.stack(paths[1:], 1) - states[:, 1:4]).square().mean().sqrt().item()
+
+    assert not data.choice.equal(data.test)
+    rate, net = min(trained, key=lambda pair: error(pair[1], data.choice))
+    assert [lr for lr, _ in trained][:3] == [1e-4, 3e-3, 1e-1] and found["lr_bouncing"] == rate
+    assert found["rollout_bouncing"] == pytest.approx(error(net, data.test))
+    # The norm of what a branch returns is there.
+    assert isinstance(net.residuals[0].branch[-1], nn.RMSNorm)
 
 
 def test_nets_of_all_conditions_share_their_start():

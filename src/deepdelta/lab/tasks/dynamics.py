@@ -5,17 +5,30 @@ Shapes: N trajectories, T + 1 times, 2 numbers of a system's state, B points, D 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Len
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from deepdelta.config import Count, Distinct
 from deepdelta.errors import UserError, nearest
-from deepdelta.lab.tasks.fitting import CONDITIONS, AdamW, fit, part_of, seeded, stream_of
+from deepdelta.lab.tasks.fitting import (
+    CONDITIONS,
+    DEFAULT_4,
+    NORMED,
+    AdamW,
+    at_best_rate,
+    fit,
+    part_of,
+    seeded,
+    stream_of,
+    with_norm,
+)
 from deepdelta.lab.tasks.refinement import can_refine, flowed, refined, spectrum
 from deepdelta.lab.tasks.task import Progress, Task, Variant
 from deepdelta.lab.tasks.trajectories import SYSTEMS, trajectories
@@ -30,12 +43,17 @@ GATES = (0.05, 0.25, 1.0, 1.75)
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicsSettings(AdamW):
-    """The systems, the sizes of the net and the recipe; a condition changes `residual` alone.
+    """The systems, the sizes of the net and the recipe; a condition changes `residual` and `out_norm` alone.
 
-    One net is trained per system.
+    One net is trained per system and rate.
     """
 
     residual: ResidualConfig = field(default_factory=ResidualConfig)
+    out_norm: Positive | None = None
+    """RMSNorm of what each branch returns, its weight starting at this number; None: no norm."""
+    rates: Annotated[tuple[Positive, ...], Distinct, Len(1)] = (2e-3, 5e-3, 1.25e-2)
+    """Each net is trained at each of these, in place of `lr`, and the one with the lowest rollout error on trajectories
+    of its own counts."""
     systems: Annotated[tuple[str, ...], Distinct] = tuple(SYSTEMS)
     """Of pendulum, lotka_volterra and bouncing."""
     depth: Count = 8
@@ -71,9 +89,11 @@ class DynamicsNet(nn.Module):
         dim = settings.dim
         self.inward = nn.Linear(2, dim)
         self.stream = stream_of(settings.residual, dim, seed)
+        branches = (
+            nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)) for _ in range(settings.depth)
+        )
         self.residuals = nn.ModuleList(
-            self.stream.wrap(nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)))
-            for _ in range(settings.depth)
+            self.stream.wrap(with_norm(branch, nn.RMSNorm(dim), settings.out_norm)) for branch in branches
         )
         self.outward = nn.Linear(dim, 2)
 
@@ -99,51 +119,62 @@ class Data(NamedTuple):
     """Standardised by the mean and the standard deviation of the training states."""
 
     train: Float[Tensor, "N T 2"]
+    choice: Float[Tensor, "M T 2"]
     test: Float[Tensor, "M T 2"]
 
 
 def dynamics_data(settings: DynamicsSettings, system: str, seed: int) -> Data:
-    """Trajectories to train on and others to test on."""
-    count = settings.train_trajectories
-    both = trajectories(system, count + settings.test_trajectories, settings.length, seed)
-    states = both[:count].flatten(0, 1)
-    both = ((both - states.mean(0)) / states.std(0)).float()
-    return Data(both[:count], both[count:])
+    """Trajectories to train on, others to choose a rate by, and others to test on."""
+    train, test = settings.train_trajectories, settings.test_trajectories
+    every = trajectories(system, train + 2 * test, settings.length, seed)
+    states = every[:train].flatten(0, 1)
+    every = ((every - states.mean(0)) / states.std(0)).float()
+    return Data(*torch.split(every, [train, test, test]))
 
 
 def run(settings: DynamicsSettings, seed: int, progress: Progress) -> dict[str, float]:
-    """Train a net per system and test it.
+    """Train a net per system, at the rate that does best there, and test it.
 
     Returns:
+        log_rollout: mean over the systems of ln(rollout error).
         Per system, errors being root mean squares in standard deviations of the system's states:
         rollout_SYSTEM: of the net's own predictions over `rollout` steps; one_step_SYSTEM: of the next state;
         eigenvalue_SYSTEM: mean over layers and test states of the shortcuts' special eigenvalue 1 - b;
         negative_SYSTEM: the share of these below 0; complex_SYSTEM: the share of test states at which the product of
-        all shortcuts has complex eigenvalues.
+        all shortcuts has complex eigenvalues; lr_SYSTEM: the rate that was taken.
         Geometric means over the systems: rollout and one_step; refined_n: the one-step error with every layer in n
         steps of gate / n with k, v and beta held; flow: in infinitely many; followed_n: with k, v and beta asked for
         again at every step.
         Spectra and finer steps where every layer is one rewrite along its branch's unit direction.
+
+    Raises:
+        Diverged: at every rate.
     """
     metrics: dict[str, float] = {}
     means: dict[str, list[float]] = {}
     for number, system in enumerate(settings.systems):
         data = dynamics_data(settings, system, seed)
-        net = _trained(settings, data, seed, part_of(progress, number, len(settings.systems)))
+        net, metrics[f"lr_{system}"] = at_best_rate(
+            settings.rates,
+            partial(_trained, settings, data, seed),
+            partial(rollout_error, data.choice, settings.rollout),
+            part_of(progress, number, len(settings.systems)),
+        )
         found = _tested(settings, net, data)
         for name, value in found.items():
             if name in PER_SYSTEM:
                 metrics[f"{name}_{system}"] = value
             if name not in SPECTRAL:
                 means.setdefault(name, []).append(value)
-    return {name: math.exp(sum(map(math.log, values)) / len(values)) for name, values in means.items()} | metrics
+    logs = {name: sum(map(math.log, values)) / len(values) for name, values in means.items()}
+    return {"log_rollout": logs["rollout"]} | {name: math.exp(value) for name, value in logs.items()} | metrics
 
 
 SPECTRAL = ("eigenvalue", "negative", "complex")
 PER_SYSTEM = ("rollout", "one_step", *SPECTRAL)
 
 
-def _trained(settings: DynamicsSettings, data: Data, seed: int, progress: Progress) -> DynamicsNet:
+def _trained(settings: DynamicsSettings, data: Data, seed: int, rate: float, progress: Progress) -> DynamicsNet:
     generator = Generator().manual_seed(seed)
     now, following = data.train[:, :-1].flatten(0, 1), data.train[:, 1:].flatten(0, 1)
     with seeded(seed):
@@ -153,7 +184,7 @@ def _trained(settings: DynamicsSettings, data: Data, seed: int, progress: Progre
         rows = torch.randint(len(now), (settings.batch_size,), generator=generator)
         return F.mse_loss(net(now[rows]), following[rows])
 
-    fit(net, loss_of, settings, progress)
+    fit(net, loss_of, replace(settings, lr=rate), progress)
     return net
 
 
@@ -166,6 +197,11 @@ def rollout(net: nn.Module, start: Float[Tensor, "N 2"], steps: int) -> Float[Te
     return torch.stack(states[1:], dim=1)
 
 
+def rollout_error(states: Float[Tensor, "N T 2"], steps: int, net: nn.Module) -> float:
+    """Root mean square error of the net's own predictions from the first of these states on."""
+    return _rms(rollout(net, states[:, 0], steps) - states[:, 1 : steps + 1])
+
+
 @torch.no_grad()
 def _tested(settings: DynamicsSettings, net: DynamicsNet, data: Data) -> dict[str, float]:
     now, following = data.test[:, :-1].flatten(0, 1), data.test[:, 1:].flatten(0, 1)
@@ -174,7 +210,7 @@ def _tested(settings: DynamicsSettings, net: DynamicsNet, data: Data) -> dict[st
         return _rms(net.through(now, layers) - following)
 
     found = {
-        "rollout": _rms(rollout(net, data.test[:, 0], settings.rollout) - data.test[:, 1 : settings.rollout + 1]),
+        "rollout": rollout_error(data.test, settings.rollout, net),
         "one_step": error(_as_trained),
     }
     config = settings.residual
@@ -201,22 +237,35 @@ def _rms(errors: Tensor) -> float:
     return errors.square().mean().sqrt().item()
 
 
-def _gated(gate: float) -> dict[str, Any]:
-    return {"residual": {"rule": "delta", "value_channels": 1, "gate": "constant", "gate_init": gate}}
+def _gated(gate: float, rule: str = "delta") -> dict[str, Any]:
+    return {"residual": {"rule": rule, "value_channels": 1, "gate": "constant", "gate_init": gate}}
 
 
 TASK = Task(
     settings=DynamicsSettings(),
     conditions=CONDITIONS
     | {
+        "normed": NORMED,
+        "default-4": DEFAULT_4,
+        "held-write-only": Variant(
+            summary=f"writes along k and never erases, V = 1, every gate held at {GATES[0]}",
+            changes=_gated(GATES[0], "write_only"),
+            control=f"gate-{GATES[0]}",
+        ),
+    }
+    | {
         f"gate-{gate}": Variant(
-            summary=f"the delta rule, V = 1, every gate held at {gate}", changes=_gated(gate), control="delta"
+            summary=f"the delta rule, V = 1, every gate held at {gate}",
+            changes=_gated(gate),
+            control="delta",
         )
         for gate in GATES
     },
     baseline="additive",
-    primary="rollout",
-    unit="standard deviations of the states",
+    primary="log_rollout",
+    unit="ln of the rollout error in standard deviations of the states; a difference d is a ratio exp(d)",
     higher_is_better=False,
     run=run,
+    refuted="the interval of gate-0.05 to the plain residual, or of held-write-only to it, holds 0",
+    replaced={"lr": "rates"},
 )
