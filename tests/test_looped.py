@@ -280,7 +280,8 @@ def test_an_audit_knows_repetitions(source: Path, tmp_path: Path) -> None:
         one for residual in found["residuals"] for one in residual["alternatives"] if one["name"] == "snapshot"
     ]
     assert len(snapshots) == 2
-    assert "0 mlp (4)" in (tmp_path / "run" / "audit" / "audit.html").read_text()
+    page = (tmp_path / "run" / "audit" / "audit.html").read_text()
+    assert "0 mlp (4)" in page and "1 layer, repeated: 4, width 16" in page
     model = RunDirectory(tmp_path / "run").model()
     assert "1 layer, repeated: 4; each residual opens the next" in repr(model)
 

@@ -51,10 +51,7 @@ class Study:
         # Here, since it needs the packages of the extra `lab`, which the other commands do without.
         from deepdelta.lab.experiments.config import Search, load_study, study_questions
         from deepdelta.lab.experiments.places import Places
-        from deepdelta.lab.preview import preview
         from deepdelta.lab.runner import run
-        from deepdelta.lab.views.tables import render
-        from deepdelta.planning import gpu_named
 
         if self.study is None:
             print(f"Named studies:\n{listing(study_questions())}")
@@ -63,7 +60,11 @@ class Study:
             raise UserError("--gpu belongs to --dry-run; runs are made on the device of the study's settings.")
         if self.dry_run and self.merge:
             raise UserError("--dry-run counts the records of --out alone: leave --merge out.")
-        gpu = None if self.gpu is None else gpu_named(self.gpu)
+        gpu = None
+        if self.gpu is not None:
+            from deepdelta.planning import gpu_named
+
+            gpu = gpu_named(self.gpu)
         places = Places(workers=self.workers, devices=self.devices, on=self.on)
         common: dict[str, Any] = {} if self.source is None else {"data": {"source": self.source}}
         if self.threads is not None:
@@ -82,6 +83,10 @@ class Study:
             if warning is not None:
                 show(warning)
         if self.dry_run:
+            # What it needs of the planner and of torch takes time to import, and other calls do without.
+            from deepdelta.lab.preview import preview
+            from deepdelta.lab.views.tables import render
+
             Console().print(render(preview(config, out, gpu)))
             return
         run(config, out, places=places, merge=self.merge, command=command, self_contained=self.self_contained)

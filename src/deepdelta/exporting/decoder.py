@@ -43,10 +43,9 @@ class Decoder(nn.Module):
         logits, kept = decoder(prompts, attention_mask, decoder.nothing(batch=2))
         logits, kept = decoder(next_ids, torch.ones(2, 1, dtype=torch.int64), kept)
 
-    `kept` holds tensors by name, each with the batch in front: `mask` (B, P); per layer, of a looped GPT
-    in every repetition, `layers.0.key` and
-    `layers.0.value` (B, H, P, E); where there are convolutions over tokens their last inputs, `expansion` (B, K - 1, D)
-    and `compressions.0` and so on (B, K - 1, V, D).
+    `kept` holds tensors by name, each with the batch in front: `mask` (B, P); per layer, of a looped GPT in every
+    repetition, `layers.0.key` and `layers.0.value` (B, H, P, E); where there are convolutions over tokens their last
+    inputs, `expansion` (B, K - 1, D) and `compressions.0` and so on (B, K - 1, V, D).
     """
 
     def __init__(self, model: GPT) -> None:

@@ -53,7 +53,7 @@ class DynamicsSettings(AdamW):
     """RMSNorm of what each branch returns, its weight starting at this number; None: no norm."""
     rates: Annotated[tuple[Positive, ...], Distinct, Len(1)] = (2e-3, 5e-3, 1.25e-2)
     """Each net is trained at each of these, in place of `lr`, and the one with the lowest rollout error on trajectories
-    of its own counts."""
+    of its own counts; where it is at an end of them, one further is tried, at most twice."""
     systems: Annotated[tuple[str, ...], Distinct] = tuple(SYSTEMS)
     """Of pendulum, lotka_volterra and bouncing."""
     depth: Count = 8
@@ -255,9 +255,7 @@ TASK = Task(
     }
     | {
         f"gate-{gate}": Variant(
-            summary=f"the delta rule, V = 1, every gate held at {gate}",
-            changes=_gated(gate),
-            control="delta",
+            summary=f"the delta rule, V = 1, every gate held at {gate}", changes=_gated(gate), control="delta"
         )
         for gate in GATES
     },
