@@ -114,18 +114,31 @@ def normed(config: object, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 def gate_values(config: object, p: Mapping[str, Tensor], c: Tensor, name: str, start: float) -> list[Tensor]:
-    """beta (..., V) per rank."""
+    """beta (..., V) per rank, or per block."""
     channels, per_rank = config.value_channels, config.value_channels if config.gate_per_channel else 1
+    count = config.rank * config.erase_blocks
     opening = p.get(f"{name}.opening", 1.0)
     if config.gate == "constant":
-        return [opening * torch.full((*c.shape[:-1], channels), start, dtype=c.dtype)] * config.rank
+        return [opening * torch.full((*c.shape[:-1], channels), start, dtype=c.dtype)] * count
     hidden = c
     if config.gate == "two_layer":
         hidden = c @ p[f"{name}.inner.weight"].T
         hidden = (hidden + p[f"{name}.inner.bias"] if config.gate_hidden_bias else hidden).tanh()
     logits = hidden @ p[f"{name}.outer.weight"].T + p[f"{name}.outer.bias"]
-    beta = opening * 2 / (1 + (-logits).exp())
-    return [beta[..., i * per_rank : (i + 1) * per_rank].expand(*c.shape[:-1], channels) for i in range(config.rank)]
+    beta = opening * config.gate_range / (1 + (-logits).exp())
+    return [beta[..., i * per_rank : (i + 1) * per_rank].expand(*c.shape[:-1], channels) for i in range(count)]
+
+
+def erased_in_blocks(config: object, p: Mapping[str, Tensor], c: Tensor, h: Tensor, state: Tensor) -> Tensor:
+    """sum_j b_j k_j (k_j^T X) over blocks j of the width, k_j of h's numbers there alone."""
+    name, blocks = "erase_gate", config.erase_blocks
+    width, erased = h.shape[-1] // blocks, torch.zeros_like(state)
+    for j, b in enumerate(gate_values(config, p, c, name, config.erase_init)):
+        mask = torch.zeros_like(h)
+        mask[..., j * width : (j + 1) * width] = 1
+        k = mask * h / ((mask * h * h).sum(-1, keepdim=True) + config.direction_eps**2).sqrt()
+        erased = erased + outer(b * torch.einsum("...vd,...d->...v", state, k), k)
+    return erased
 
 
 def direction_vectors(config: object, p: Mapping[str, Tensor], state: Tensor, h: Tensor) -> list[Tensor]:
@@ -212,6 +225,8 @@ def dense_residual(
         k = h / size
         by = c.shape[-1] ** -0.5 if config.plain_start else 1
         w_h = 1 + by * (c @ p["write.map.weight"].T) if "write.map.weight" in p else torch.ones_like(state[..., 0])
+        if config.erase_blocks > 1:
+            return state + outer(w_h, h) - erased_in_blocks(config, p, c, h, state)
         if rule == "additive":
             beta, erase = torch.ones_like(w_h), torch.zeros_like(w_h)
         elif rule == "additive_erase":

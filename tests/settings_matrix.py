@@ -27,6 +27,7 @@ EXTENSIONS: dict[str, tuple[Any, ...]] = {
     "direction_pool": get_args(settings.Pool),
     "direction_norm": get_args(settings.DirectionNorm),
     "gate_per_channel": (False, True),
+    "erase_blocks": (1, 2),
     "compression_causal": (False, True),
     "compression_sharing": get_args(settings.CompressionSharing),
     "norm": get_args(settings.Norm),
@@ -38,10 +39,11 @@ STARTS: dict[str, tuple[Any, ...]] = {
     "compression_init": get_args(settings.CompressionInit),
     "gate_hidden_bias": (False, True),
     "plain_start": (False, True),
+    "gate_range": get_args(settings.GateRange),
 }
 """What changes where a part starts or one vector of it: in pairs only."""
 
-SMALL = {"compression_kernel": 2, "expansion_kernel": 3, "gate_hidden": 3, "direction_hidden": 3}
+SMALL = {"compression_kernel": 2, "expansion_kernel": 3, "gate_hidden": 3, "direction_hidden": 3, "gate_init": 0.7}
 """Sizes, the same in every combination; two taps fit three value channels."""
 
 
@@ -133,6 +135,8 @@ def effective(combination: Combination) -> Combination:
         irrelevant |= {"direction_pool"}
     if config.value_channels == 1 and config.compression == "channel":
         irrelevant |= {"compression_sharing"}
+    if config.rule == "additive" or config.gate == "constant":
+        irrelevant |= {"gate_range"}
     if config.gate != "two_layer":
         irrelevant |= {"gate_hidden_bias"}
     return {name: getattr(default, name) if name in irrelevant else value for name, value in combination.items()}

@@ -74,14 +74,19 @@ class Dense:
     cosine: list[Tensor]
 
 
+def in_blocks(h: Tensor, count: int) -> list[Tensor]:
+    """h once for each block of its width, the numbers of the others 0."""
+    return [*(torch.eye(count, dtype=h.dtype).repeat_interleave(h.shape[-1] // count, 1)[:, None] * h)]
+
+
 def dense(model: GPT, name: str, state: Tensor, h: Tensor) -> Dense:
     residual = model.get_submodule(name)
     config, p = residual.config, {key: value.detach() for key, value in residual.named_parameters()}
     x_in = compressed(config, p, state)
     c = normed(config, p, x_in)
     found = Dense(state, state, [], [], [], [], [], [], [], [])
-    writing, none = config.rule in WRITING, [None] * config.rank
-    vectors = [h] if writing else direction_vectors(config, p, state, h)
+    writing, none = config.rule in WRITING, [None] * config.rewrites
+    vectors = in_blocks(h, config.erase_blocks) if writing else direction_vectors(config, p, state, h)
     betas: list[Any] = (
         none
         if config.rule == "additive"
@@ -102,7 +107,7 @@ def dense(model: GPT, name: str, state: Tensor, h: Tensor) -> Dense:
         if writing:
             by = c.shape[-1] ** -0.5 if config.plain_start else 1
             w_h = 1 + by * c @ p["write.map.weight"].T if "write.map.weight" in p else ones
-            matrix = outer((beta if config.rule == "two_gate" else ones) * w_h, h)
+            matrix = outer((beta if config.rule == "two_gate" else ones) * w_h, a)
         elif target is not None:
             matrix = outer(beta * target, along)
         read = torch.einsum("nvd,nd->nv", found.new, k)
@@ -163,6 +168,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"direction_norm": "bounded"},
     {"direction_norm": "free"},
     {"rule": "additive_erase", "plain_start": True},
+    {"rule": "additive_erase", "erase_blocks": 2},
+    {"rule": "additive_erase", "erase_blocks": 2, "value_channels": 1, "gate_range": 1},
     {"direction": "pooled", "target": "branch", "direction_hidden": 4},
     {"expansion": "embedding_conv", "compression": "channel_conv", "compression_kernel": 2},
     {"direction_eps": 0.5},
@@ -226,7 +233,7 @@ def test_every_number_against_a_dense_recomputation(options: dict[str, Any], mon
         assert found.shortcut is None
         return
     assert found.shortcut is not None
-    assert found.shortcut.tokens == 30 and found.shortcut.factors == 4 * config.rank
+    assert found.shortcut.tokens == 30 and found.shortcut.factors == 4 * config.rewrites
     singular = torch.linalg.svdvals(product)[..., -1]
     last = found.shortcut.depth[-1]
     assert last.residual == NAMES[-1]

@@ -57,6 +57,8 @@ VARIANTS: dict[str, ResidualConfig] = {
     "operator": ResidualConfig(direction_norm="operator"),
     "channels": ResidualConfig(rule="channels", value_channels=3),
     "affine": ResidualConfig(target="affine"),
+    "blocks": dataclasses.replace(PRESETS["ddl"], erase_blocks=2),
+    "range-1": dataclasses.replace(PRESETS["paper-cc"], gate_range=1, gate_init=0.5),
     "bounded": ResidualConfig(direction_norm="bounded", target="magnitude"),
     "free": ResidualConfig(direction_norm="free"),
     "two-layer": ResidualConfig(gate="two_layer", target="linear_input"),
@@ -64,7 +66,7 @@ VARIANTS: dict[str, ResidualConfig] = {
     "causal-channels": ResidualConfig(compression="channel_conv", compression_causal=True, compression_kernel=2),
 }
 FUSED = """additive ddl retrofit paper-cc paper-scalar code-tc write_only-3 erase_only-1 two_gate-3 additive-1-token
-shared-token rank-2 per-channel channels affine""".split()
+shared-token rank-2 per-channel channels affine range-1""".split()
 """Those whose fused step is given different things, or that have none: numba compiles each anew."""
 
 

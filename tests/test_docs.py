@@ -30,6 +30,7 @@ PAGE_OF = {
     "direction_norm": "direction",
     "target": "target",
     "gate": "gate",
+    "gate_range": "gate",
     "expansion": "expansion",
     "compression": "compression",
     "compression_init": "compression",
@@ -105,9 +106,9 @@ def test_every_setting_has_its_rows_and_no_other_has() -> None:
 @pytest.mark.parametrize("name", LITERALS)
 def test_every_choice_has_a_row_and_the_default_is_marked(name: str) -> None:
     choices = [quoted(row["value"]) for row in ROWS[name]]
-    assert sorted(choices) == sorted([choice] for choice in get_args(FIELDS[name]))
+    assert sorted(choices) == sorted([str(choice)] for choice in get_args(FIELDS[name]))
     marked = [(quoted(row["value"]), quoted(row["default"])) for row in ROWS[name] if row["default"]]
-    assert marked == [([DEFAULTS[name]], [DEFAULTS[name]])]
+    assert marked == [([str(DEFAULTS[name])], [str(DEFAULTS[name])])]
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in LITERALS])

@@ -34,6 +34,7 @@ BASE: dict[str, Any] = {
     "gate_hidden": 29,
     "expansion_kernel": 3,
     "compression_kernel": 3,
+    "gate_init": 0.7,
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     name: get_args(kind) for name, kind in get_type_hints(ResidualConfig).items() if get_args(kind)
@@ -45,6 +46,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "compression_causal": (False, True),
     "plain_start": (False, True),
     "query": (False, True),
+    "erase_blocks": (1, 2),
 }
 
 
@@ -161,7 +163,7 @@ class Elementwise(TorchDispatchMode):
     FREE = (
         "view", "_unsafe_view", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "clone", "detach",
         "split", "split_with_sizes", "slice", "cat", "constant_pad_nd", "embedding", "convolution", "mm", "addmm",
-        "bmm", "baddbmm", "full", "stack", "copy_", "alias", "select", "empty", "new_empty", "new_zeros",
+        "bmm", "baddbmm", "full", "stack", "copy_", "alias", "select", "empty", "new_empty", "new_zeros", "new_full",
         "clamp_min",
     )  # fmt: skip
     ONE_PER_RESULT = (

@@ -193,6 +193,7 @@ def model(**residual: Any) -> GPT:
         ("target", {"target": "magnitude"}),
         ("target", {"target": "affine"}),
         ("gate", {"gate": "constant"}),
+        ("gate_range", {"gate_range": 1, "gate_init": 0.5}),
         ("gate_per_channel", {"gate_per_channel": True}),
         ("gate_hidden_bias", {"gate": "two_layer", "gate_hidden_bias": True}),
         ("compression", {"compression": "channel", "compression_init": "identity"}),

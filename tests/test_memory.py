@@ -17,6 +17,7 @@ VARIANTS = {
     **{name: PRESETS[name] for name in ("additive", "paper-cc", "paper-scalar", "paper-tc", "paper-v1", "code-cc")},
     "additive_erase": ResidualConfig(rule="additive_erase"),
     "rank 3": ResidualConfig(rank=3),
+    "blocks": ResidualConfig(rule="additive_erase", erase_blocks=3),
 }
 
 

@@ -44,6 +44,12 @@ TRIGGERS: dict[str, list[dict[str, Any]]] = {
         for rule in ("additive", "additive_erase", "two_gate")
     ],
     "gate_per_channel=True with rule='additive'": [{"gate_per_channel": True, "rule": "additive"}],
+    "erase_blocks > 1 with a rule other than 'additive_erase'": [
+        {"erase_blocks": 2, "rule": rule} for rule in get_args(Rule) if rule != "additive_erase"
+    ],
+    "erase_blocks > 1 with gate_per_channel=True": [
+        {"erase_blocks": 2, "rule": "additive_erase", "gate_per_channel": True}
+    ],
     "plain_start=True with a rule other than 'additive_erase'": [
         {"plain_start": True, "rule": rule} for rule in ("delta", "write_only", "erase_only", "additive", "two_gate")
     ],
@@ -119,7 +125,7 @@ def test_ranges(name, low, high):
             ResidualConfig(**{name: kind(value)})
     # Learned gates have a narrower range, below.
     extra = {"compression_kernel": 4} if name != "compression_kernel" else {}
-    extra |= {"gate": "constant"}
+    extra |= {"rule": "additive_erase"} if name == "erase_blocks" else {"gate": "constant"}
     for value in (kind(low), kind(high)):
         assert getattr(ResidualConfig(**{name: value, **extra}), name) == value
     if kind is float:
@@ -150,6 +156,25 @@ def test_a_learned_gate_that_could_not_learn_is_refused(name, rule, gate):
         assert getattr(ResidualConfig(**{**settings, name: float(mended)}), name) == float(mended)
 
 
+def test_a_gate_starts_within_its_own_range(unchecked):
+    for name, rule in (("gate_init", "delta"), ("erase_init", "additive_erase")):
+        with pytest.raises(UserError, match=rf"{name} must lie in \[0\.001, 0\.999\] .* got 1\.0: at 0 and 1 its"):
+            ResidualConfig(**{"rule": rule, "gate_range": 1, name: 1.0})
+        assert ResidualConfig(**{"rule": rule, "gate_range": 1, name: 0.999}).gate_range == 1
+    with pytest.raises(UserError, match="gate_range must be one of 1, 2, got 3"):
+        ResidualConfig(gate_range=3)  # type: ignore[arg-type]
+
+
+def test_the_width_is_a_multiple_of_the_blocks(unchecked):
+    message = "erase_blocks must divide the width 8, got 3; 2 does"
+    for make in (
+        lambda: DeltaStream(8, erase_blocks=3),
+        lambda: GPTConfig(dim=8, heads=2, residual=ResidualConfig(rule="additive_erase", erase_blocks=3)),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+
+
 @pytest.mark.parametrize("options", [{"plain_start": True}, {"gate_per_channel": True}], ids=str)
 def test_erase_gates_that_could_not_learn_are_refused_in_every_form(options):
     with pytest.raises(UserError, match="erase_init must lie in"):
@@ -161,14 +186,14 @@ CHOICES = {name: get_args(kind) for name, kind in get_type_hints(ResidualConfig)
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_misspelt_choices_name_the_valid_ones(unchecked, name):
-    misspelt = CHOICES[name][0][:-1] + "_"
+    misspelt = f"{CHOICES[name][0]}"[:-1] + "_"
     with pytest.raises(UserError) as caught:
         ResidualConfig(**{name: misspelt})
     assert name in str(caught.value) and repr(misspelt) in str(caught.value)
-    assert all(choice in str(caught.value) for choice in CHOICES[name])
+    assert all(str(choice) in str(caught.value) for choice in CHOICES[name])
     with pytest.raises(UserError) as caught:
         DeltaStream(8, **{name: misspelt})
-    assert all(part in str(caught.value) for part in (name, repr(misspelt), *CHOICES[name]))
+    assert all(part in str(caught.value) for part in (name, repr(misspelt), *map(str, CHOICES[name])))
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ResidualConfig)])
@@ -264,7 +289,7 @@ def test_every_setting_without_effect_is_one_that_changes_nothing():
     kinds = [{"rule": rule} for rule in get_args(Rule)] + [{"preset": name} for name in PRESETS]
     values = {"gate_init": 0.3, "erase_init": 0.3, "direction_pool": "attention", "target": "constant"}
     values |= {"gate": "constant", "target_init": 3.0, "target_scale": 2.0, "target_value": 1.0, "norm_eps": 1e-2}
-    values |= {"gate_hidden_bias": True, "expansion_kernel": 2, "compression_kernel": 3}
+    values |= {"gate_range": 1, "gate_hidden_bias": True, "expansion_kernel": 2, "compression_kernel": 3}
     x, refused = torch.randn(2, 5, 8), set()
     for kind, (name, (_, used)) in itertools.product(kinds, NEEDED.items()):
         stream = DeltaStream(8, **kind, seed=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepdelta import DeltaStream, ResidualConfig
 from deepdelta.nn import initialise
-from deepdelta.nn.config import LEARNING
+from deepdelta.nn.config import LEAST_GATE
 from helpers import near, randn
 
 RULES = ["delta", "write_only", "erase_only", "additive", "additive_erase", "two_gate"]
@@ -171,15 +171,18 @@ def test_matrices_start_normal_with_the_stated_deviation(init_factor):
 
 
 @pytest.mark.parametrize("gate", ["linear", "two_layer"])
-@pytest.mark.parametrize("start", [0.001, 0.1, 1.0, 1.9, 1.999])
-def test_gates_start_at_their_setting(gate, start):
-    """The output bias is logit(beta0 / 2)."""
-    bias = parameters(gate=gate, gate_init=start)["gate.outer.bias"]
-    near(bias.detach(), torch.tensor([math.log(start / 2) - math.log(1 - start / 2)], dtype=torch.float32), tol=1e-6)
-    assert float(2 * torch.sigmoid(bias.detach().double())) == pytest.approx(start, rel=1e-5)
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("share", [0.0005, 0.05, 0.5, 0.95, 0.9995])
+def test_gates_start_at_their_setting(gate, share, most):
+    """The output bias is logit(beta0 / R)."""
+    start = max(LEAST_GATE, min(most * share, most - LEAST_GATE))
+    bias = parameters(gate=gate, gate_init=start, gate_range=most)["gate.outer.bias"]
+    odds = math.log(start / most) - math.log(1 - start / most)
+    near(bias.detach(), torch.tensor([odds], dtype=torch.float32), tol=1e-6)
+    assert float(most * torch.sigmoid(bias.detach().double())) == pytest.approx(start, rel=1e-5)
 
 
-@pytest.mark.parametrize("start", LEARNING)
+@pytest.mark.parametrize("start", [LEAST_GATE, 2 - LEAST_GATE])
 def test_gates_learn_from_the_ends_of_their_range(start):
     """Gradient descent opens them; from where they used to start for 0 and 2, it does not."""
     learned = DeltaStream(D, V, seed=0, gate_init=start, rule="delta").wrap().gate.outer.bias

@@ -16,7 +16,7 @@ from deepdelta import DeltaResidual, DeltaStream, ResidualConfig, UserError, use
 from helpers import compressed, dense_residual, expanded, gradients, near, perturb, randn
 
 RULES = ["delta", "write_only", "erase_only", "additive", "additive_erase", "two_gate"]
-DIM = 5
+DIM = 6
 
 
 def residual_of(seed: int = 0, **options: Any) -> DeltaResidual:
@@ -74,6 +74,13 @@ KINDS: list[dict[str, Any]] = [
     {"rule": "additive_erase", "plain_start": True},
     {"rule": "additive_erase", "plain_start": True, "gate_per_channel": True, "gate": "two_layer"},
     {"rule": "additive_erase", "plain_start": True, "gate": "constant", "erase_init": 1.3},
+    *({"gate_range": 1, "gate_init": 0.4, "rule": rule} for rule in RULES),
+    {"gate_range": 1, "gate_init": 0.4, "gate": "two_layer"},
+    {"gate_range": 1, "rule": "additive_erase", "plain_start": True},
+    *({"rule": "additive_erase", "erase_blocks": DIM, "value_channels": channels} for channels in (1, 3)),
+    {"rule": "additive_erase", "erase_blocks": 2, "plain_start": True},
+    {"rule": "additive_erase", "erase_blocks": 2, "plain_start": True, "gate": "constant", "erase_init": 1.3},
+    {"rule": "additive_erase", "erase_blocks": 2, "gate": "two_layer", "gate_range": 1},
     {"compression": "channel_conv", "compression_kernel": 3},
     {"compression": "channel_conv", "compression_kernel": 2, "compression_init": "random"},
     {"compression": "channel_conv", "compression_kernel": 1},
@@ -97,13 +104,20 @@ def test_kinds_of_parts(options):
     same_as_dense(residual_of(**{"value_channels": 3, **options}))
 
 
-@pytest.mark.parametrize("rule", ["delta", "write_only"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_fused_step_takes_an_affine_target(channels, rule):
+FUSED: list[dict[str, Any]] = [
+    *({"target": "affine", "rule": rule, "value_channels": v} for rule in ("delta", "write_only") for v in (1, 3)),
+    {"gate_range": 1, "gate_init": 0.4, "value_channels": 3},
+    {"gate_range": 1, "rule": "additive_erase", "plain_start": True, "value_channels": 3},
+    {"erase_blocks": 3, "rule": "additive_erase", "plain_start": True, "value_channels": 3},
+]
+
+
+@pytest.mark.parametrize("options", FUSED, ids=lambda options: "-".join(map(str, options.values())))
+def test_the_fused_step_takes_it(options):
     pytest.importorskip("numba")
-    residual = residual_of(rule=rule, value_channels=channels, target="affine")
+    residual = residual_of(**options)
     use_backend(residual, "fused")
-    assert residual.linear_maps() is not None
+    assert (residual.linear_maps() is not None) == (residual.config.erase_blocks == 1)
     same_as_dense(residual)
 
 
@@ -127,6 +141,8 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     options["value_channels"] = draw(st.sampled_from([1, 2, 4]))
     options["rank"] = draw(st.sampled_from([1, 1, 2, 3]))
     options["compression_kernel"] = draw(st.integers(1, 4))
+    options["gate_init"] = draw(st.sampled_from([0.3, 0.9]))
+    options["erase_blocks"] = draw(st.sampled_from([1, 1, 2, 3, DIM]))
     for flag in ("gate_per_channel", "gate_hidden_bias", "compression_causal"):
         options[flag] = draw(st.booleans())
     # Else most would be refused.
@@ -134,6 +150,8 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         options["direction"] = "branch"
     if options["direction"] == "pooled":
         options["target"] = "branch"
+    if options["rule"] != "additive_erase":
+        options["erase_blocks"] = 1
     if options["rule"] not in RULES[:3]:
         options |= {"rank": 1, "direction_norm": "unit"}
     try:

@@ -139,6 +139,10 @@ def test_records_that_are_damaged_or_of_other_settings(finished, tmp_path, ran):
         run_task("words", (0, 1), out, overrides=TINY | {"group": "Z2"})
     rows = recorded(out)
     whole = rows["gate-0-2-seed0"]
+    older = {key: value for key, value in whole["settings"].items() if key not in ("rank", "feedback")}
+    record_anew(out, rows | {"gate-0-2-seed0": whole | {"settings": older}})  # of a time without those
+    run_task("words", (0, 1), out, overrides=TINY)
+    assert not ran
     record_anew(out, rows | {"gate-0-2-seed0": whole | {"experiment": "recall"}})
     with pytest.raises(UserError, match=r"made with other settings \(the task recall\)"):
         run_task("words", (0, 1), out, overrides=TINY)

@@ -137,7 +137,7 @@ def _demand(name: str, hint: Any, error: ErrorDetails, came: Any) -> str:
     large = kind == "less_than_equal" and whole is None
     reason = "" if large else "".join(f" ({text})" for text in told if isinstance(text, str))
     if kind == "literal_error":
-        choices = [choice for choice in told if isinstance(choice, str)]
+        choices = [str(choice) for choice in told if isinstance(choice, str | int)]
         return f"{name} must be one of {', '.join(choices)}, got {came!r}; {nearest(str(came), choices)}"
     if whole is not None:
         low = f"({whole.gt:g}" if whole.ge is None else f"[{whole.ge:g}"

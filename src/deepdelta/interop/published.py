@@ -15,7 +15,7 @@ from deepdelta.config import from_plain
 from deepdelta.errors import UserError, nearest
 from deepdelta.limits import check_memory
 from deepdelta.models import GPT, GPTConfig, least_bytes, parameter_shapes
-from deepdelta.nn.config import LEARNING
+from deepdelta.nn.config import LEAST_GATE
 from deepdelta.tensors import check_finite
 
 SIZES = {
@@ -310,7 +310,7 @@ def _residual(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         "target_value": value,
         "gate": "linear" if setting.ddl_beta_single_linear else "two_layer",
         # The tensors hold the gate; where it once started is of no effect.
-        "gate_init": min(max(setting.ddl_beta_init, LEARNING[0]), LEARNING[1]),
+        "gate_init": min(max(setting.ddl_beta_init, LEAST_GATE), 2 - LEAST_GATE),
         "gate_hidden": setting.ddl_beta_hidden_size,
         "gate_hidden_bias": False,
         "expansion": "embedding_conv" if "input_embed.conv.weight" in names else "repeat",
@@ -357,6 +357,7 @@ def _check_published(config: GPTConfig) -> None:
         "direction_norm": ("unit",),
         "target": ("scaled_sigmoid", "linear_input", "constant"),
         "gate": ("linear", "two_layer"),
+        "gate_range": (2,),
         "gate_per_channel": (False,),
         "compression": ("channel",) if residual.value_channels == 1 else ("channel_conv", "token"),
         "compression_causal": (False,),

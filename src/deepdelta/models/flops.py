@@ -188,7 +188,7 @@ def direction(config: ResidualConfig, width: int) -> Work:
     scale = Work()
     # Written along h itself and without an erase term, the target needs no scale.
     if config.direction_norm != "free" and (config.erases or not config.target_carries_branch):
-        scale = Work(elementwise=2 * width + scalars[config.direction_norm]) * config.rank
+        scale = Work(elementwise=2 * width + scalars[config.direction_norm]) * config.rewrites
     if config.direction == "pooled":
         return scale + pooled(config, width)
     return scale + (linear(width, config.rank * width) if config.rank > 1 else Work())
@@ -234,13 +234,13 @@ def target(config: ResidualConfig, width: int) -> Work:
 
 
 def gates(config: ResidualConfig, width: int) -> Work:
-    """2 sigmoid(g(c)) for r gates (twice for two_gate), g linear or two layers with tanh; times what opens it."""
+    """R sigmoid(g(c)) for r gates (twice for two_gate), g linear or two layers with tanh; times what opens it."""
     if config.rule == "additive":
         return Work()
-    opening = Work(elementwise=gate_outputs(config)) if config.starts_plain else Work()
+    opening = Work(elementwise=config.gates) if config.starts_plain else Work()
     if config.gate == "constant":
         return opening
-    outputs, hidden = config.rank * gate_outputs(config), config.gate_hidden
+    outputs, hidden = config.rank * config.gates, config.gate_hidden
     if config.gate == "linear":
         logits = linear(width, outputs)
     else:
@@ -248,14 +248,9 @@ def gates(config: ResidualConfig, width: int) -> Work:
     return (logits + Work(elementwise=2 * outputs)) * (2 if config.rule == "two_gate" else 1) + opening
 
 
-def gate_outputs(config: ResidualConfig) -> int:
-    """Numbers per gate; a constant one is a single number."""
-    return config.value_channels if config.gate_per_channel and config.gate != "constant" else 1
-
-
 def rewrite(config: ResidualConfig, width: int) -> Work:
-    """X + k (w^T - b k^T X), r times: the read, the coefficient, and the outer product that adds as it goes."""
-    channels, gate = config.value_channels, gate_outputs(config)
+    """X + k (w^T - b k^T X), r times or per block: read, coefficient, and the outer product that adds as it goes."""
+    channels, gate = config.value_channels, config.value_channels if config.gate_per_channel else 1
     if config.rule == "additive" and channels == 1:
         return Work(elementwise=width)
     # At V = 1 both are done element by element.
@@ -273,4 +268,4 @@ def rewrite(config: ResidualConfig, width: int) -> Work:
     if config.rule == "two_gate":
         # w = beta w_h.
         work += Work(elementwise=channels)
-    return work * config.rank
+    return work * config.rewrites

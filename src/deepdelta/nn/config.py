@@ -16,6 +16,7 @@ Pool = Literal["mean", "flatten", "attention"]
 DirectionNorm = Literal["unit", "operator", "bounded", "free"]
 Target = Literal["linear", "affine", "scaled_sigmoid", "linear_input", "constant", "magnitude", "branch"]
 Gate = Literal["linear", "two_layer", "constant"]
+GateRange = Literal[1, 2]
 Expansion = Literal["repeat", "embedding_conv"]
 Compression = Literal["channel", "channel_conv", "token"]
 CompressionInit = Literal["identity", "random"]
@@ -64,9 +65,11 @@ class ResidualConfig(Settings):
     target_value: Number = 2.0
     """The value of `constant`."""
     gate: Gate = "linear"
-    """linear and two_layer: 2 sigmoid(g(c)), logits in fp32; constant: gate_init itself."""
+    """linear and two_layer: gate_range sigmoid(g(c)), logits in fp32; constant: gate_init itself."""
+    gate_range: GateRange = 2
+    """The most that a learned beta can be; with 1, a control, I - beta k k^T has no negative eigenvalue."""
     gate_init: Gating = 1.0
-    """beta at the start, in [0, 2]; within `LEARNING` unless it is constant."""
+    """beta at the start, in [0, 2]; strictly within its range unless it is constant."""
     gate_hidden: Width = 128
     """Hidden width of `two_layer`."""
     gate_hidden_bias: bool = True
@@ -76,6 +79,9 @@ class ResidualConfig(Settings):
     erase_init: Gating = 0.1
     """The erase gate at the start, for rules whose erase has a gate of its own (additive_erase, two_gate); as
     `gate_init`."""
+    erase_blocks: Annotated[int, Interval(ge=1, le=1 << 10)] = 1
+    """additive_erase cuts the width into so many blocks, each with an erase gate and a direction of its own, the unit
+    vector of h's block (an extension)."""
     plain_start: bool = False
     """additive_erase starts as the plain residual X + h, exactly: its erase gate is multiplied by a learned number that
     starts at 0, w_h = 1 + W c / sqrt(d) with W = 0 at the start, and the weights of the compression add up to 1 but
@@ -110,14 +116,15 @@ class ResidualConfig(Settings):
         for illegal in ILLEGAL:
             if illegal.holds(self):
                 raise UserError(f"{illegal.settings}: {illegal.reason}")
-        low, high = LEARNING
+        low, high = LEAST_GATE, self.gate_range - LEAST_GATE
         starts = {"gate_init": self.has_gate, "erase_init": self.has_erase_gate}
         for name in [name for name, used in starts.items() if used and self.gate != "constant"]:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(
-                    f"{name} must lie in [{low:g}, {high:g}] where the gate is learned, got {value!r}: at 0 and 2 its "
-                    f"slope is 0. The nearest value that learns is {low if value < low else high:g}; gate='constant' "
+                    f"{name} must lie in [{low:g}, {high:g}] where the gate is learned, got {value!r}: at 0 and "
+                    f"{self.gate_range} its slope is 0. "
+                    f"The nearest value that learns is {low if value < low else high:g}; gate='constant' "
                     "takes any."
                 )
 
@@ -135,6 +142,16 @@ class ResidualConfig(Settings):
     def erases(self) -> bool:
         """Whether the rule has an erase term b."""
         return self.rule in ("delta", "erase_only", "additive_erase", "two_gate", "channels")
+
+    @property
+    def rewrites(self) -> int:
+        """Rewrites of one residual, one after another: its rank, or one for each block."""
+        return self.rank * self.erase_blocks
+
+    @property
+    def gates(self) -> int:
+        """Numbers of one gate: one for each value channel or block that has a gate of its own."""
+        return self.value_channels if self.gate_per_channel else self.erase_blocks
 
     @property
     def writes_branch(self) -> bool:
@@ -155,7 +172,7 @@ class ResidualConfig(Settings):
     def linear_gating(self) -> bool:
         """Whether the gate's logit and what is written, where the rule has a map for it, are one linear map of c."""
         return (
-            (self.rank, self.direction, self.gate) == (1, "branch", "linear")
+            (self.rank, self.erase_blocks, self.direction, self.gate) == (1, 1, "branch", "linear")
             and (self.target in ("linear", "affine") or not self.uses_target)
             and self.direction_norm != "free"
             and (self.rule == "additive_erase" or not self.writes_branch)
@@ -171,9 +188,15 @@ class ResidualConfig(Settings):
         """Whether a part works over a token axis, the one before the value channels."""
         return self.expansion == "embedding_conv" or self.compression == "token"
 
+    def check_width(self, dim: int) -> None:
+        """Refuse a width D that this residual cannot have."""
+        if dim % self.erase_blocks:
+            divisor = next(count for count in range(min(dim, self.erase_blocks), 0, -1) if dim % count == 0)
+            raise UserError(f"erase_blocks must divide the width {dim}, got {self.erase_blocks}; {divisor} does.")
 
-LEARNING = (1e-3, 2 - 1e-3)
-"""Where a learned gate may start: its slope beta (2 - beta) / 2 is 0.5 at 1, 0.001 at these ends and 0 beyond them."""
+
+LEAST_GATE = 1e-3
+"""How near a learned gate may start to 0 and to the end R of its range, where the slope beta (R - beta) / R is 0."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +279,16 @@ ILLEGAL: tuple[Illegal, ...] = (
         lambda c: c.gate_per_channel and c.gate == "constant",
     ),
     Illegal(
+        "erase_blocks > 1 with a rule other than 'additive_erase'",
+        "it alone erases along parts of what it writes; leave erase_blocks at 1, or use rule='additive_erase'.",
+        lambda c: c.erase_blocks > 1 and c.rule != "additive_erase",
+    ),
+    Illegal(
+        "erase_blocks > 1 with gate_per_channel=True",
+        "a gate has one number per block or one per value channel; leave one of the two at its default.",
+        lambda c: c.erase_blocks > 1 and c.gate_per_channel,
+    ),
+    Illegal(
         "plain_start=True with a rule other than 'additive_erase'",
         "no other rule has parts that can start closed and leave X + h; use rule='additive_erase'.",
         lambda c: c.plain_start and c.rule != "additive_erase",
@@ -283,6 +316,7 @@ NEEDED: Mapping[str, tuple[str, Callable[[ResidualConfig], bool]]] = MappingProx
         "target_scale": ("target='scaled_sigmoid'", lambda c: c.uses_target and c.target == "scaled_sigmoid"),
         "target_value": ("target='constant'", lambda c: c.uses_target and c.target == "constant"),
         "gate": ("rule='delta'", lambda c: c.has_gate or c.has_erase_gate),
+        "gate_range": ("gate='linear'", lambda c: (c.has_gate or c.has_erase_gate) and c.gate != "constant"),
         "gate_init": ("rule='delta'", lambda c: c.has_gate),
         "erase_init": ("rule='additive_erase'", lambda c: c.has_erase_gate),
         "gate_hidden": ("gate='two_layer'", lambda c: c.rule != "additive" and c.gate == "two_layer"),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deepdelta.errors import UserError
 from deepdelta.nn.activation_memory import MemoryPlan, attach, attached, detached, standing_in
@@ -54,6 +55,15 @@ def _first(output: Any) -> Any:
     if isinstance(output, tuple | list):
         return output[0] if output else None
     return output
+
+
+def _blocks(h_D: Tensor, count: int) -> list[Tensor]:
+    """h cut into blocks of its width, each with zeros in the place of the others."""
+    if count == 1:
+        return [h_D]
+    width = h_D.shape[-1] // count
+    parts = h_D.chunk(count, -1)
+    return [F.pad(part, (width * place, width * (count - 1 - place))) for place, part in enumerate(parts)]
 
 
 def _replaced(output: Any, state: Tensor) -> Any:
@@ -271,7 +281,8 @@ class DeltaResidual(nn.Module):
                 return [Step(h_D, write, None, along_h, None, None)]
             erase = self.erase_gate(c_D)[0]
             if self.gate is None:
-                return [Step(h_D, write, erase, along_h, erase, None)]
+                parts = zip(_blocks(h_D, config.erase_blocks), erase.chunk(config.erase_blocks, -1), strict=True)
+                return [Step(part_D, write, b, along_h, b, None) for part_D, b in parts]
             gate = self.gate(c_D)[0]
             return [Step(h_D, gate * write, erase, along_h, gate, None)]
         assert self.direction is not None and self.gate is not None
@@ -311,6 +322,8 @@ class DeltaResidual(nn.Module):
         gate = self._gate()
         assert isinstance(gate, Gate)
         factor = None if gate.opening is None else gate.opening.to(numbers.dtype)
+        if gate.range != 2:
+            factor = numbers.new_full((1,), gate.range / 2) if factor is None else factor * (gate.range / 2)
         share = None
         if self.config.writes_branch:
             share = 1.0 if self.write is None else self.write.share

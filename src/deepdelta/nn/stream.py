@@ -41,11 +41,13 @@ class ResidualOptions(TypedDict, total=False):
     target_scale: float
     target_value: float
     gate: config.Gate
+    gate_range: config.GateRange
     gate_init: float
     gate_hidden: int
     gate_hidden_bias: bool
     gate_per_channel: bool
     erase_init: float
+    erase_blocks: int
     plain_start: bool
     expansion: config.Expansion
     expansion_kernel: int
@@ -117,6 +119,7 @@ class DeltaStream(nn.Module):
             given["preset"] = "plain-start"
         self.config = from_plain(ResidualConfig, settled(given), where="DeltaStream")
         refuse_unused(self.config, given, "DeltaStream")
+        self.config.check_width(dim)
         if channel_first and self.config.needs_tokens:
             raise UserError(
                 "channel_first=True has no token axis; use expansion='repeat' and compression='channel' or "

@@ -52,7 +52,7 @@ class Tally:
             if self.config.rule == "two_gate":
                 self._keep("erase gate", record.erase)
         self.pending.append(record)
-        if len(self.pending) == self.config.rank:
+        if len(self.pending) == self.config.rewrites:
             self._measure_shares(self.pending)
             self.pending = []
 

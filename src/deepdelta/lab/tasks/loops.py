@@ -51,6 +51,11 @@ TASK = Task(
             changes={"residual": CODE | {"gate_init": 0.25}},
             control="code-write-only",
         ),
+        "code-low-gate-1": Variant(
+            summary="that with gates in (0, 1)",
+            changes={"residual": CODE | {"gate_init": 0.25, "gate_range": 1}},
+            control="code-write-only",
+        ),
         "retention": Variant(
             summary="four streams that are not mixed, each of which a learned number lets fade",
             changes={"rival": "retention"},

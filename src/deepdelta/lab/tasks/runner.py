@@ -68,9 +68,12 @@ class TaskRun(Run):
         return ["deepdelta.lab.tasks.runner", json.dumps(given | {"path": str(self.path)})]
 
     def differences(self, record: RunRecord) -> list[str]:
+        """Stored settings are read as the task's first: where it gained a field since, they hold its default."""
         if record.experiment != self.experiment:
             return [f"the task {record.experiment}"]
-        return differences(record.settings, self.settings)
+        where = f"{self.records.path}: {self.name}: settings"
+        there = from_plain(type(load_task(self.experiment).settings), record.settings, where=where)
+        return differences(to_plain(there), self.settings)
 
     def make_record(self) -> RunRecord:
         return from_plain(RunRecord, read_object(self.path, "delete it to make that run again"), where=str(self.path))
