@@ -14,9 +14,11 @@ import torch
 
 from deepdelta import GPT, TrainConfig, UserError, load, train
 from deepdelta.config import to_plain
+from deepdelta.data import load_corpus
 from deepdelta.training import RunDirectory
 from deepdelta.training.metrics import append_json
 from deepdelta.training.optimizer import build_optimizer
+from deepdelta.training.step import step_batch
 from tiny_runs import ENVIRONMENT, assert_same_run, config, quietly, rows, tensors, text_file
 
 pytestmark = pytest.mark.usefixtures("unchecked_file")
@@ -83,6 +85,18 @@ def test_the_same_settings_give_the_same_run_and_another_seed_another(
     assert_same_run(finished, tmp_path / "again")
     quietly(config(source, seed=1), tmp_path / "other")
     assert all(a["loss"] != b["loss"] for a, b in zip(rows(finished)[:5], rows(tmp_path / "other")[:5], strict=True))
+
+
+def test_an_offset_draws_other_weights_for_the_same_batches(finished: Path, source: Path, tmp_path: Path) -> None:
+    """Its first loss is that of the weights of another seed on this seed's first batch."""
+    quietly(config(source, init_offset=7), tmp_path / "run")
+    settings = RunDirectory(finished).config()
+    model = GPT(settings.model, settings.seed + 7)
+    inputs, labels = step_batch(settings, load_corpus(settings.data), 0)
+    loss = model(inputs, labels).loss
+    assert loss is not None
+    ours, others = rows(tmp_path / "run")[0]["loss"], rows(finished)[0]["loss"]
+    assert ours == pytest.approx(loss.item(), rel=1e-6) and ours != others
 
 
 def test_a_finished_run_is_left_as_it_is(copy: Path, source: Path) -> None:

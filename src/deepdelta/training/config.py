@@ -30,6 +30,8 @@ class TrainConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
     seed: Whole = 0
     """Draws the parameters (with their names) and the batches (with the step)."""
+    init_offset: Whole = 0
+    """Added to the seed for the parameters alone: the same batches from another start, as a noise floor needs it."""
     steps: Count = 1000
     batch_size: Count = 8
     """Sequences per micro-batch, over all processes."""

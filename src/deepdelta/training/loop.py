@@ -91,7 +91,7 @@ def _train(
     say(corpus.description)
     sharded = ranks.started_together and config.parallel != "ddp"
     check_size(config, chosen, ranks.sharing, ranks.size if sharded else 1)
-    model = language_model(config.model, config.seed)
+    model = language_model(config.model, config.seed + config.init_offset)
     if not sharded:  # or its layers, one by one
         model.to(chosen.device)
     if (source := None if init_from is None else RunDirectory(init_from)) is not None:
