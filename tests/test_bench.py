@@ -18,10 +18,10 @@ from deepdelta import PRESETS, UserError
 from deepdelta.cli import main
 from deepdelta.device import choose_device
 from deepdelta.lab.bench import SUITES, checks, load_results, load_suite, run_suite, runner, subjects, suites, tables
-from deepdelta.lab.bench.agreement import agreement
 from deepdelta.lab.bench.config import ADDED, MEASURES, Bar, Case, Group, Suite, quick
 from deepdelta.lab.bench.results import bars_of, ratio_of
 from deepdelta.lab.measure import cost
+from deepdelta.lab.measure.agreement import agreement
 
 CPU = choose_device("cpu", "fp32")
 ADDITIVE, DDL, FUSED = suites.ADDITIVE, *suites.DDL

@@ -1,5 +1,6 @@
 """Tasks on a byte GPT: states rounded to few bits, and the grid of settings that train."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -15,6 +16,7 @@ from deepdelta.data import DataConfig, load_corpus
 from deepdelta.lab.tasks import landscape, load_task, rounding, texts
 from deepdelta.lab.tasks.fitting import Diverged
 from deepdelta.models import LanguageModel, parameter_count
+from deepdelta.training.step import step_batch
 from helpers import randn
 from tiny_runs import nats, text_file
 
@@ -151,6 +153,10 @@ def test_cells_near_the_best_of_their_depth_are_counted(source: Path, monkeypatc
 
     monkeypatch.setattr(landscape, "trained_at", trained_at)
     monkeypatch.setattr(landscape, "loss_on", loss_on)
+    errors = {(1, 0.1): 0.3, (1, 0.5): 0.2, (2, 0.1): 0.4, (2, 0.5): 0.5}
+    monkeypatch.setattr(
+        landscape, "bf16_error", lambda settings, text, seed: errors[settings.layers, settings.embedding_std]
+    )
     task = load_task("landscape")
     given = {"source": str(source), "rates": [1e-3, 1e-2], "scales": [0.1, 0.5], "depths": [1, 2]}
     steps: list[float] = []
@@ -159,8 +165,8 @@ def test_cells_near_the_best_of_their_depth_are_counted(source: Path, monkeypatc
     mean_1, mean_2 = (2.0 + 2.04 + 2.06 + guess) / 4, (3.0 + 1.0 + 1.05 + guess) / 4
     assert found == pytest.approx({
         "loss": (mean_1 + mean_2) / 2, "share": 1 / 2,
-        "loss_d1": mean_1, "share_d1": 2 / 4, "best_d1": 2.0, "scale_d1": 0.1, "lr_d1": 1e-3,
-        "loss_d2": mean_2, "share_d2": 2 / 4, "best_d2": 1.0, "scale_d2": 0.1, "lr_d2": 1e-2,
+        "loss_d1": mean_1, "share_d1": 2 / 4, "best_d1": 2.0, "scale_d1": 0.1, "lr_d1": 1e-3, "bf16_d1": 0.3,
+        "loss_d2": mean_2, "share_d2": 2 / 4, "best_d2": 1.0, "scale_d2": 0.1, "lr_d2": 1e-2, "bf16_d2": 0.5,
     })  # fmt: skip
     assert steps == [(i + 1) / 8 for i in range(8)]
     # Where nothing trained at one depth, that counts, as what a guess has; and so does what is worse than that.
@@ -169,6 +175,30 @@ def test_cells_near_the_best_of_their_depth_are_counted(source: Path, monkeypatc
     found = task.run(task.settings_of("additive", given), 0, nothing)
     assert found["loss_d2"] == guess and found["share_d2"] == 0 and "best_d2" not in found
     assert found["loss_d1"] == pytest.approx((2.0 + 2.04 + 2 * guess) / 4)
+
+
+@pytest.mark.parametrize("condition", ["additive", "code"])
+def test_the_error_of_gradients_in_bf16(condition: str, source: Path) -> None:
+    given = {key: SMALL[key] for key in SMALL if key != "layers"} | {"source": str(source)}
+    settings = dataclasses.replace(load_task("landscape").settings_of(condition, given), layers=2)
+    text = texts.text_of(settings)
+    config, model = texts.untrained(settings, text, 3)
+    inputs, labels = step_batch(config, text.trained, 0)
+
+    def gradient(module: LanguageModel, *, narrow: bool) -> Tensor:
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            logits = module(inputs).logits
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten()
+        ).backward()
+        return torch.cat([p.grad.double().flatten() for p in module.parameters() if p.grad is not None])
+
+    narrow = gradient(model, narrow=True)
+    exact = gradient(copy.deepcopy(model).double(), narrow=False)
+    error = float((narrow - exact).norm() / exact.norm())
+    assert landscape.bf16_error(settings, text, 3) == pytest.approx(error, rel=0.05)
+    assert 1e-4 < error < 0.5
 
 
 @pytest.mark.parametrize(
@@ -198,7 +228,8 @@ def test_every_cell_is_a_model_of_its_own(source: Path, monkeypatch: pytest.Monk
         rates=(1e-3, 1e-2), scales=(0.02, 0.5), depths=(1, 3),
     )  # fmt: skip
     found = task.run(small, 0, nothing)
-    assert [layers for layers, _ in seen] == [1] * 4 + [3] * 4
-    for (_, std), scale in zip(seen, [0.02, 0.02, 0.5, 0.5] * 2, strict=True):
+    # Those that are trained, and one of each depth and scale for its gradient in bf16.
+    assert [layers for layers, _ in seen] == [1] * 4 + [3] * 4 + [1] * 2 + [3] * 2
+    for (_, std), scale in zip(seen, [0.02, 0.02, 0.5, 0.5] * 2 + [0.02, 0.5] * 2, strict=True):
         assert std == pytest.approx(scale, rel=0.05)
     assert {found["lr_d1"], found["lr_d3"]} <= {1e-3, 1e-2} and 0 < found["share"] <= 1

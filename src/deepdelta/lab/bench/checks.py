@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from deepdelta.decoding import DecodingCache
 from deepdelta.device import Device
 from deepdelta.errors import UserError
-from deepdelta.lab.bench.agreement import agreement, gradients, loss_and_gradients
 from deepdelta.lab.bench.config import Case, Group
 from deepdelta.lab.bench.networks import images_and_labels
 from deepdelta.lab.bench.subjects import Operands, Subject, build_model, build_network, random_ids
+from deepdelta.lab.measure.agreement import agreement, gradients, loss_and_gradients
 from deepdelta.models import GPT
 from deepdelta.nn import use_backend
 from deepdelta.training.step import backward

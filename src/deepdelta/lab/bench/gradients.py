@@ -17,14 +17,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from deepdelta.device import Device, choose_device, usable_cores
+from deepdelta.device import choose_device, usable_cores
 from deepdelta.errors import UserError
 from deepdelta.files import AnyPath, locked, write_text
 from deepdelta.lab.analysis.stored import Stored
-from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
 from deepdelta.lab.bench.checks import disturb
 from deepdelta.lab.bench.runner import all_versions
 from deepdelta.lab.bench.suites import GRADIENTS, QUESTION
+from deepdelta.lab.measure.agreement import agreement, gradients_of, relative
 from deepdelta.lab.views.tables import Column, TextTable, markdown_page, render
 from deepdelta.limits import check_threads
 from deepdelta.models import GPT, GPTConfig
@@ -193,13 +193,13 @@ def _errors(
     ids = torch.randint(trial.vocab_size, (1, trial.tokens + 1), generator=generator)
     exact = copy.deepcopy(model).double()
     plain = choose_device("cpu", "fp32")
-    truth = _gradients(exact, ids, plain)
+    truth = gradients_of(exact, ids, plain)
     for backend in trial.backends:
         use_backend(model, backend)
         saved: dict[str, Tensor] = {}
         for plan in trial.plans:
             use_memory(model, plan)
-            found = _gradients(model, ids, replace(plain, precision="bf16") if precision == "bf16" else plain)
+            found = gradients_of(model, ids, replace(plain, precision="bf16") if precision == "bf16" else plain)
             saved = saved or found
             whole, largest = relative(found, truth), agreement(found, truth)
             if not math.isfinite(largest):
@@ -209,21 +209,6 @@ def _errors(
                 )
             same = all(torch.equal(found[name], saved[name]) for name in found)
             yield (backend, plan), (whole, largest, same)
-
-
-def _gradients(model: GPT, ids: Tensor, chosen: Device) -> dict[str, Tensor]:
-    found = loss_and_gradients(model, model, ids, chosen)
-    return {name: tensor for name, tensor in found.items() if name != "loss"}
-
-
-def relative(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """|a - b| / |b|, all tensors as one vector; in fp64."""
-    squares = [
-        (float((ours[name].double() - b.double()).square().sum()), float(b.double().square().sum()))
-        for name, b in theirs.items()
-    ]
-    error, size = map(sum, zip(*squares, strict=True))
-    return float((error / size) ** 0.5)
 
 
 def facts(results: GradientResults) -> str:

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from deepdelta.decoding import DecodingCache
 from deepdelta.device import Device, compiler_problem
-from deepdelta.lab.bench.agreement import agreement, loss_and_gradients
 from deepdelta.lab.bench.config import Case, Group, Suite
 from deepdelta.lab.bench.networks import SmallNetwork, images_and_labels
+from deepdelta.lab.measure.agreement import agreement, loss_and_gradients
 from deepdelta.lab.measure.cost import Trial
 from deepdelta.lab.measure.traffic import numbers_per_token
 from deepdelta.models import GPT, GPTConfig, flops, language_model, rival_problem

@@ -1,19 +1,24 @@
 """How wide a range of settings trains: a byte GPT at every rate, embedding scale and depth of a grid."""
 
+import copy
 import itertools
 import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+import torch
 from annotated_types import Len
 
 from deepdelta.config import Count, Distinct
+from deepdelta.device import choose_device
+from deepdelta.lab.measure.agreement import gradients_of, relative
 from deepdelta.lab.tasks.fitting import Diverged, part_of
 from deepdelta.lab.tasks.task import Progress, Task, Variant
-from deepdelta.lab.tasks.texts import TEXT_CONDITIONS, TextSettings, loss_on, text_of, trained_at
+from deepdelta.lab.tasks.texts import TEXT_CONDITIONS, Text, TextSettings, loss_on, text_of, trained_at, untrained
 from deepdelta.models.gpt import Size, Spread
 from deepdelta.training.config import Positive
+from deepdelta.training.step import step_batch
 
 NEAR = 0.05
 """Nats per byte above the best cell of its depth in the same condition, up to which a cell counts as near it."""
@@ -42,7 +47,8 @@ def run(settings: LandscapeSettings, seed: int, progress: Progress) -> dict[str,
         loss: the mean over all cells, none worse than a uniform guess, which is what a cell that diverged counts as.
         loss_dD: of the cells of D layers; best_dD: the lowest of them, and lr_dD and scale_dD where it is; share_dD:
         how many of them are within NEAR of it; share: the mean of these. Without a cell of D layers that stayed finite
-        its share is 0 and there is no best.
+        its share is 0 and there is no best. bf16_dD: of D layers the largest error of a gradient in bf16 over the
+        scales, as training starts.
     """
     text = text_of(settings)
     guess = math.log(text.trained.vocab_size)
@@ -56,6 +62,10 @@ def run(settings: LandscapeSettings, seed: int, progress: Progress) -> dict[str,
         losses[depth][scale, rate] = loss if math.isfinite(loss) else math.inf
     found: dict[str, float] = {}
     for depth, own in losses.items():
+        errors = [
+            bf16_error(replace(settings, layers=depth, embedding_std=scale), text, seed) for scale in settings.scales
+        ]
+        found[f"bf16_d{depth}"] = max(errors)
         found[f"loss_d{depth}"] = sum(min(loss, guess) for loss in own.values()) / len(own)
         scale, rate = min(own, key=own.__getitem__)
         best = own[scale, rate]
@@ -68,6 +78,15 @@ def run(settings: LandscapeSettings, seed: int, progress: Progress) -> dict[str,
         for name in ("loss", "share")
     }
     return means | found
+
+
+def bf16_error(settings: LandscapeSettings, text: Text, seed: int) -> float:
+    """|g - g64| / |g64| of the first batch's gradient under bf16 autocast, all parameters as one vector."""
+    config, model = untrained(settings, text, seed)
+    inputs, labels = step_batch(config, text.trained, 0)
+    ids, exact = torch.cat((inputs, labels[:, -1:]), 1), choose_device("cpu", "fp32")
+    truth = gradients_of(copy.deepcopy(model).double(), ids, exact)
+    return relative(gradients_of(model, ids, replace(exact, precision="bf16")), truth)
 
 
 TASK = Task(

@@ -76,19 +76,24 @@ def text_of(settings: TextSettings) -> Text:
     return Text(load_corpus(data), load_corpus(replace(data, held_out="validation")))
 
 
-def trained_at(settings: TextSettings, text: Text, seed: int, rate: float, progress: Progress) -> LanguageModel:
-    """A model trained at one rate.
-
-    Raises:
-        Diverged: the loss or a gradient is no longer a finite number.
-    """
+def untrained(settings: TextSettings, text: Text, seed: int) -> tuple[TrainConfig, LanguageModel]:
+    """What draws its batches, and the model as training starts."""
     config = TrainConfig(
         model=settings.model(text.trained.vocab_size),
         seed=seed,
         batch_size=settings.batch_size,
         draw_repeats=settings.repeats is not None,
     )
-    model = language_model(config.model, seed)
+    return config, language_model(config.model, seed)
+
+
+def trained_at(settings: TextSettings, text: Text, seed: int, rate: float, progress: Progress) -> LanguageModel:
+    """A model trained at one rate.
+
+    Raises:
+        Diverged: the loss or a gradient is no longer a finite number.
+    """
+    config, model = untrained(settings, text, seed)
 
     def loss(step: int) -> Tensor:
         inputs, labels = step_batch(config, text.trained, step)

@@ -1,4 +1,4 @@
-"""Whether two computations of the same thing agree."""
+"""Whether two computations of the same thing agree, and how far gradients are from exact ones."""
 
 from collections.abc import Iterator, Mapping
 
@@ -30,6 +30,22 @@ def loss_and_gradients(forward: nn.Module, owner: nn.Module, ids: Tensor, chosen
     found = {"loss": loss.double()} | dict(gradients(owner))
     owner.zero_grad()
     return found
+
+
+def relative(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """|a - b| / |b|, all tensors as one vector; in fp64."""
+    squares = [
+        (float((ours[name].double() - b.double()).square().sum()), float(b.double().square().sum()))
+        for name, b in theirs.items()
+    ]
+    error, size = map(sum, zip(*squares, strict=True))
+    return float((error / size) ** 0.5)
+
+
+def gradients_of(model: nn.Module, ids: Tensor, chosen: Device) -> dict[str, Tensor]:
+    """The gradients of a model's parameters on ids (B, T + 1)."""
+    found = loss_and_gradients(model, model, ids, chosen)
+    return {name: tensor for name, tensor in found.items() if name != "loss"}
 
 
 def gradients(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
