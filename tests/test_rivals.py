@@ -7,6 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from deepdelta.cli import main
 from deepdelta.config import from_plain
@@ -215,6 +216,19 @@ def test_a_study_compares_with_rivals(tmp_path: Path, monkeypatch: pytest.Monkey
         assert all(run.validation_loss is not None for run in one.runs)
         assert abs(one.parameters / plain.parameters - 1) < 0.05
     assert {(one.condition, one.reference) for one in results.contrasts} == {(n.name, "additive") for n in others}
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_what_a_rival_adds_is_counted_in_every_layer(rival: Rival) -> None:
+    """Held against torch's counter of the whole net, less what it counts of the plain one."""
+    config = small(rival, layers=4)
+    plain = replace(config, rival=None, residual=PRESETS["additive"])
+    counts = []
+    for one in (config, plain):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            language_model(one)(torch.zeros(1, 12, dtype=torch.long))
+        counts.append(counter.get_total_flops())
+    assert training_flops_per_token(config).parts["rival"].matrix == (counts[0] - counts[1]) // 12
 
 
 def test_what_a_rival_adds_is_counted_by_torch() -> None:

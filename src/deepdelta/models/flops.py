@@ -25,7 +25,7 @@ import torch
 
 from deepdelta.errors import UserError
 from deepdelta.models.building import language_model
-from deepdelta.models.gpt import GPTConfig
+from deepdelta.models.gpt import DEEP, GPTConfig
 from deepdelta.nn import ResidualConfig
 from deepdelta.nn.presets import PRESETS
 
@@ -84,7 +84,7 @@ def training_flops_per_token(config: GPTConfig) -> Flops:
         raise UserError("vocab_size must be set to count the operations of the head; set model.vocab_size.")
     if config.rival is not None:
         plain = replace(config, rival=None, residual=PRESETS["additive"])
-        rival = Work(matrix=(_counted(config) - _counted(plain)) // config.context)
+        rival = Work(matrix=(_forward_products(config) - _forward_products(plain)) // config.context)
         return Flops({**training_flops_per_token(plain).parts, "rival": rival})
     residual, width = config.residual, config.dim
     norm = rms_norm(width)
@@ -116,9 +116,17 @@ def training_flops_per_token(config: GPTConfig) -> Flops:
     return Flops({name: work * config.depth for name, work in per_block.items()} | once)
 
 
+def _forward_products(config: GPTConfig) -> int:
+    """Matrix operations of a forward pass over one context; where all layers do the same, by the first two."""
+    if config.layers <= 2 or config.rival in DEEP:
+        return _counted(config)
+    one, two = (_counted(replace(config, layers=layers)) for layers in (1, 2))
+    return one + (config.layers - 1) * (two - one)
+
+
 @cache
 def _counted(config: GPTConfig) -> int:
-    """Matrix operations of a forward pass over one context, by torch's counter."""
+    """The same, by torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode  # not above: it imports Triton
 
     ids = torch.zeros(1, config.context, dtype=torch.long)
