@@ -10,7 +10,7 @@ import torch
 
 from deepdelta import GPT
 from deepdelta.data import DataConfig, load_corpus
-from deepdelta.lab.tasks import load_task, texts
+from deepdelta.lab.tasks import load_task, loops, texts
 from deepdelta.lab.tasks.fitting import Diverged
 from deepdelta.models import LanguageModel, parameter_count
 from tiny_runs import nats, text_file
@@ -74,6 +74,29 @@ def test_it_is_tested_at_every_number_on_text_that_it_never_saw(
         assert found[f"loss_{repeats}"] == pytest.approx(loss(trained[best], repeats, held_out), abs=2e-5)
     assert found["loss"] == found["loss_5"]
     assert len({found[f"loss_{repeats}"] for repeats in (1, 3, 5)}) == 3
+
+
+def test_fp64_tells_what_leaves_the_range_of_fp32(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a state of 1e25 the norm makes 0 in fp32, so that every byte is as likely as another."""
+    train = loops.trained
+
+    def grown(*given: Any) -> tuple[LanguageModel, float]:
+        model, rate = train(*given)
+        with torch.no_grad():
+            model.layers[1].mlp.branch.out.weight.mul_(1e25)
+        return model, rate
+
+    found = {}
+    for tested_in in ("fp32", "fp64"):
+        changes = {**SMALL, "source": str(source), "rates": [1e-2], "tested_in": tested_in}
+        settings = TASK.settings_of("additive", changes)
+        found[tested_in] = TASK.run(settings, 5, nothing)["loss_1"]
+        with monkeypatch.context() as patched:
+            patched.setattr(loops, "trained", grown)
+            found[f"grown {tested_in}"] = TASK.run(settings, 5, nothing)["loss_1"]
+    assert found["fp32"] == pytest.approx(found["fp64"], abs=1e-5)
+    assert found["grown fp32"] == pytest.approx(math.log(256), abs=1e-6)
+    assert abs(found["grown fp64"] - math.log(256)) > 0.1
 
 
 def test_every_step_draws_how_often_layers_are_repeated(

@@ -6,8 +6,9 @@ conditions alike (`GPTConfig.repeats`).
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 from annotated_types import Len
 
 from deepdelta.config import Count, Distinct
@@ -24,6 +25,9 @@ class LoopsSettings(TextSettings):
     repeats: Count | None = 6
     asked: Annotated[tuple[Count, ...], Distinct, Len(1)] = (1, 2, 4, 6, 8, 16, 32)
     """Repetitions at which it is tested; the last gives the number that conditions are compared in."""
+    tested_in: Literal["fp32", "fp64"] = "fp32"
+    """The numbers that it is tested in. In fp32 the square of a state that grows with every repetition leaves their
+    range, and the norm that reads it gives 0; fp64 tells that from a function that drifts."""
 
 
 def run(settings: LoopsSettings, seed: int, progress: Progress) -> dict[str, float]:
@@ -38,6 +42,7 @@ def run(settings: LoopsSettings, seed: int, progress: Progress) -> dict[str, flo
     """
     text = text_of(settings)
     model, rate = trained(settings, text, seed, progress)
+    model.to({"fp32": torch.float32, "fp64": torch.float64}[settings.tested_in])
     losses = {f"loss_{repeats}": loss_on(text.tested, model, settings, repeats) for repeats in settings.asked}
     return {"loss": losses[f"loss_{settings.asked[-1]}"], **losses, "lr": rate}
 
