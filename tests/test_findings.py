@@ -1,6 +1,7 @@
 """What the pages say is what the results hold: every interval that they quote, every small table of their own."""
 
 import json
+import lzma
 import math
 import re
 import statistics
@@ -55,6 +56,18 @@ ERASE = [
     ("code-form-tinyshakespeare", "code-cc", "code-cc-write-only"),
     ("operators", "plain-start", "plain-start-write-only"),
     ("operators", "code-low-gate", "code-low-gate-write-only"),
+    ("asked", "delta", "write-only"),
+    ("asked", "delta-asked", "write-only-asked"),
+    ("blocks", "erase", "additive"),
+]
+# Of tasks, compared after looking: in this number.
+TASKS_AFTERWARDS = [
+    ("registers", "delta-4", "additive-wide", "accuracy"),
+    ("loops", "code", "code-write-only", "loss_6"),
+    ("loops", "default", "default-write-only", "loss_6"),
+    ("loops", "code-low-gate-1", "code-low-gate", "loss_32"),
+    ("loops", "code-low-gate-1", "hyper-connections", "loss_6"),
+    ("loops", "code-low-gate-1", "retention", "loss_16"),
 ]
 
 
@@ -84,8 +97,14 @@ def comparisons() -> Iterator[Comparison]:
             yield from (one.comparison for one in study(name).contrasts)
             yield from (one.comparison for one in study(name).effects)
     yield from (paired(differences(*one)) for one in AFTERWARDS)
-    found = {one.name: one.metrics for one in task("registers").conditions}
-    yield paired([found["delta-4"][seed]["accuracy"] - found["additive-wide"][seed]["accuracy"] for seed in range(8)])
+    for name, condition, reference, metric in TASKS_AFTERWARDS:
+        one, other = (
+            {seed: run[metric] for seed, run in found.metrics.items()}
+            for asked in (condition, reference)
+            for found in task(name).conditions
+            if found.name == asked
+        )
+        yield paired([one[seed] - other[seed] for seed in one])
 
 
 def quoted(mean: float, low: float, high: float, digits: int) -> str:
@@ -127,7 +146,7 @@ def test_every_interval_belongs_to_a_committed_comparison(page: str) -> None:
 def test_the_erase() -> None:
     _, spread, runs = pooled()
     page = SENTENCES["docs/findings.md"]
-    assert f"thirteen comparisons, {runs} pairs of runs" in page
+    assert f"sixteen comparisons, {runs} pairs of runs" in page
     assert f"(Q = {spread:.1f} on {len(ERASE) - 1} degrees of freedom)" in page
 
 
@@ -269,6 +288,31 @@ def test_the_registers() -> None:
     assert all(rate == 0.06 for name in ("delta", "gru") for rate in rates[name])
     assert [rates[name].count(0.006) for name in ("additive-wide", "write-only-4")] == [6, 4]
     assert all(run["accuracy"] > 0.9995 for name in ("delta-4", "gru-wide") for run in found[name].metrics.values())
+
+
+def test_the_repetitions() -> None:
+    found = {one.name: one.metrics.values() for one in task("loops").conditions}
+
+    def mean(condition: str, metric: str) -> float:
+        return statistics.fmean(run[metric] for run in found[condition])
+
+    def rise(condition: str) -> float:
+        return mean(condition, "loss_32") - mean(condition, "loss_6")
+
+    page = " ".join(PAGES["docs/beyond-text.md"].split())
+    assert f"the code form rises by {rise('code'):.3f}, the plain residual's by {rise('additive'):.3f}." in page
+    others = [mean(one, metric) for one in ("hyper-connections", "retention") for metric in ("loss_6", "loss_8")]
+    assert "have {:.3f} and {:.3f} at 6 and at 8, retention {:.3f} and {:.3f}".format(*others) in page
+    gone = [run["loss_32"] > 5.5 for name in ("hyper-connections", "retention") for run in found[name]]
+    rows = lzma.decompress((RESULTS / "task-loops-fp64" / "runs.jsonl.xz").read_bytes()).splitlines()
+    wide = {row["name"]: row["metrics"]["loss_32"] for row in map(json.loads, rows)}
+    for told, name in (
+        ("hyper-connections", "hyper-connections"),
+        ("retention", "retention"),
+        ("`code-low-gate-1`", "code-low-gate-1"),
+    ):
+        assert " ".join([told, ", ".join("{:.3f}".format(wide[f"{name}-seed{seed}"]) for seed in range(3))]) in page
+    assert gone.count(True) == 9 and "in all six seeds of the former and in three of the latter" in page
 
 
 def test_the_rollout_error_as_a_ratio() -> None:
