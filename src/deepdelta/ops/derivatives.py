@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from deepdelta.errors import UserError
 
@@ -23,12 +23,14 @@ def check_plain(*tensors: Tensor) -> None:
     Raises:
         UserError: with what to use instead.
     """
-    if transformed() or (not torch.compiler.is_compiling() and any(map(_has_tangent, tensors))):
+    # Outside of a level of dual numbers no tensor has a tangent.
+    dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if transformed() or (dual and any(map(_has_tangent, tensors))):
         refuse()
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    return unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def refuse(*_: Any) -> NoReturn:

@@ -33,10 +33,13 @@ def watched() -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or transformed()
 
 
-def once(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+def once(operator: Any, run: Callable[..., Any], gradients: int) -> Callable[..., Any]:
     """An operator that refuses to be differentiated or batched, as a function: `run` itself where that is the same.
 
     The dispatcher and the graph take longer than a small step does.
+
+    Args:
+        gradients: how many of the last arguments are incoming gradients, which alone may be batched.
     """
     torch.library.register_autograd(operator.name(), refuse, lib=_LIBRARY)
     torch.library.register_vmap(operator.name(), refuse, lib=_LIBRARY)
@@ -45,7 +48,7 @@ def once(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*values: Any) -> Any:
         # Where gradients are made differentiable, they are enabled in the backward pass.
-        through = watched() or torch.is_grad_enabled() or any(map(_batched, values))
+        through = watched() or torch.is_grad_enabled() or any(map(_batched, values[-gradients:]))
         return operator(*values) if through else run(*values)
 
     return call

@@ -12,5 +12,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Within, operations keep their inputs' dtypes; a device that has no autocast ('meta') needs nothing for it."""
-    has = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if has else nullcontext()
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()

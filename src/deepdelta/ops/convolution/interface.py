@@ -71,7 +71,7 @@ _operator_backward = operator(
     _convolve_backward,
     _backward_fake,
 )
-convolve_backward = once(_operator_backward, _convolve_backward)
+convolve_backward = once(_operator_backward, _convolve_backward, 1)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -88,8 +88,12 @@ def summed(
     given_for = {name: getattr(given, name.removeprefix("d_")) for name in SUMMED}
     sums: dict[str, Any] = {name: None if p is None else make(p) for name, p in given_for.items()}
     run(gradients._replace(**sums))
-    totals: dict[str, Any] = {name: None if each is None else each.sum(0) for name, each in sums.items()}
+    totals: dict[str, Any] = {name: None if each is None else _total(each) for name, each in sums.items()}
     return gradients._replace(**totals)
+
+
+def _total(sums: Tensor) -> Tensor:
+    return sums[0] if len(sums) == 1 else sums.sum(0)
 
 
 class Replayed(NamedTuple):

@@ -225,7 +225,7 @@ _operator = operator("step", schema(f"({'Tensor, ' * 7}Tensor)", Given), _step, 
 _operator_backward = operator(
     "step_backward", schema("Tensor[]", Given, Known, Incoming), _step_backward, _backward_fake
 )
-step_backward = once(_operator_backward, _step_backward)
+step_backward = once(_operator_backward, _step_backward, len(Incoming._fields))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -245,10 +245,14 @@ def _gradients(ctx: Any, d_new: Tensor | None, d_c: Tensor | None, *_: Any) -> t
     d_new = torch.zeros_like(given.state) if d_new is None else d_new.contiguous()
     if given.opens:
         d_c = torch.zeros_like(given.h) if d_c is None else d_c.contiguous()
-    found = Gradients(*step_backward(*values, d_new, d_c))
+    found = step_backward(*values, d_new, d_c)
     # What was not given (with a gating, write and erase) has none.
-    each = zip(Given._fields, ctx.needs_input_grad, strict=True)
-    return tuple(getattr(found, f"d_{name}") if needed else None for name, needed in each)
+    each = zip(_PLACES, ctx.needs_input_grad, strict=True)
+    return tuple([found[place] if needed else None for place, needed in each])
+
+
+_PLACES = [Gradients._fields.index(d) if (d := f"d_{name}") in Gradients._fields else -1 for name in Given._fields]
+"""Of each argument of a step that can have a gradient, where this is among those that the backward pass gives."""
 
 
 step = differentiable(_operator, _step, _gradients, _save)
