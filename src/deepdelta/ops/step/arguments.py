@@ -6,7 +6,7 @@ kernel out.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 from torch import Tensor
 
@@ -72,6 +72,31 @@ class Gradients(NamedTuple):
     d_compression: Annotated[Tensor | None, "wide * V D"]
     d_norm_weight: Annotated[Tensor | None, "wide * D"]
 
+
+Record = TypeVar("Record", Given, Made, Incoming, Gradients)
+
+
+def by_token(record: Record) -> Record:
+    """With the tokens as one axis, as kernels take them: views that autograd does not hear of."""
+    if record[0].ndim == 3:
+        return record
+    return type(record)(*map(_rows, record, _AXES[type(record)]))
+
+
+def _rows(value: Any, axes: int) -> Any:
+    return value if value is None or axes == 0 or value.ndim == axes else value.view(-1, *value.shape[1 - axes :])
+
+
+def _axes(hint: Any) -> int:
+    """How many a tensor has whose first is that of the tokens; else 0."""
+    _, *axes = getattr(hint, "__metadata__", ("",))[0].split() or [""]
+    return len(axes) if axes[:1] == ["N"] else 0
+
+
+_AXES: dict[type, list[int]] = {
+    record: [_axes(hint) for hint in get_type_hints(record, include_extras=True).values()]
+    for record in (Given, Made, Incoming, Gradients)
+}
 
 SUMMED = ("d_factor", "d_compression", "d_norm_weight")
 """Gradients of parameters, which are summed over tokens."""

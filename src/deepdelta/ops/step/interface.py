@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,17 @@ from deepdelta.errors import UserError
 from deepdelta.ops.derivatives import check_plain
 from deepdelta.ops.operators import differentiable, once, operator
 from deepdelta.ops.precision import accumulation_dtype
-from deepdelta.ops.step.arguments import Given, Gradients, Incoming, Known, Made, Replayed, schema
+from deepdelta.ops.step.arguments import (
+    SUMMED,
+    Given,
+    Gradients,
+    Incoming,
+    Known,
+    Made,
+    Replayed,
+    by_token,
+    schema,
+)
 from deepdelta.ops.step.reference import Gating, Normalise
 from deepdelta.releases import check_tested
 
@@ -100,12 +111,12 @@ def fused_step(
         for parameter in (compression, norm_weight)
     )
     numbers, write_NV, erase_NG = (
-        tensor.to(wide).reshape(-1, tensor.shape[-1]).contiguous() if isinstance(tensor, Tensor) else None
+        tensor.to(wide).contiguous() if isinstance(tensor, Tensor) else None
         for tensor in ((None, write, erase) if gating is None else (gating.numbers, None, None))
     )
     given = Given(
-        state=state.reshape(-1, channels, width).contiguous(),
-        h=h.to(state.dtype).reshape(-1, width).contiguous(),
+        state=state.contiguous(),
+        h=h.to(state.dtype).contiguous(),
         gating=numbers,
         gates=0 if gating is None else gating.gates,
         erases=gating is not None and gating.erases,
@@ -121,8 +132,8 @@ def fused_step(
         opens=opens,
     )
     made = Made(*step(*given))
-    c = made.c.view(h.shape) if opens and made.c is not None else None
-    return FusedStep(made.new.view(state.shape), c, Done(given.h.detach(), made.coefficient.detach()))
+    done = Done(given.h.detach().view(-1, width), made.coefficient.detach())
+    return FusedStep(made.new, made.c if opens else None, done)
 
 
 @torch.no_grad()
@@ -155,9 +166,9 @@ known_problem = cache(fused_problem)
 
 
 def _allocated(given: Given) -> Made:
-    """What a step fills; empty where there is none."""
+    """What a step fills; empty where there is none. X' and c' have the axes of X and h, the rest the tokens as one."""
     state, h, wide = given.state, given.h, accumulation_dtype(given.state.dtype)
-    tokens, channels, _ = state.shape
+    tokens, channels = prod(state.shape[:-2]), state.shape[-2]
     erases, makes = given.erase is not None or given.erases, given.gating is not None
     return Made(
         new=torch.empty_like(state),
@@ -186,7 +197,7 @@ def _step(*values: Any) -> Any:
         read=None if given.erase is None else made.read,
         beta=None if given.gating is None else made.beta,
     )
-    _implementation(given.state).forward(given, present)
+    _implementation(given.state).forward(by_token(given), by_token(present))
     return tuple(made)
 
 
@@ -205,7 +216,10 @@ def _step_backward(*values: Any) -> Any:
     known = known._replace(
         read=None if given.erase is None else known.read, beta=None if given.gating is None else known.beta
     )
-    return _all_there(_implementation(given.state).backward(given, known, incoming, _gradients_allocated(given)))
+    gradients = _gradients_allocated(given)
+    records = by_token(given), known, by_token(incoming), by_token(gradients)
+    filled = _implementation(given.state).backward(*records)
+    return _all_there(gradients._replace(**{name: getattr(filled, name) for name in SUMMED}))
 
 
 def _split(values: tuple[Any, ...]) -> tuple[Given, Known, Incoming]:
@@ -253,6 +267,5 @@ def _gradients(ctx: Any, d_new: Tensor | None, d_c: Tensor | None, *_: Any) -> t
 
 _PLACES = [Gradients._fields.index(d) if (d := f"d_{name}") in Gradients._fields else -1 for name in Given._fields]
 """Of each argument of a step that can have a gradient, where this is among those that the backward pass gives."""
-
 
 step = differentiable(_operator, _step, _gradients, _save)
