@@ -252,6 +252,14 @@ TASK = Task(
             changes=_gated(GATES[0], "write_only"),
             control=f"gate-{GATES[0]}",
         ),
+        # What either half of `held-write-only` gives alone: a norm of the same size at the start, and the product.
+        "normed-0.05": Variant(
+            summary="h is added after a norm whose weight starts at 0.05", changes={**NORMED.changes, "out_norm": 0.05}
+        ),
+        "free-write-only": Variant(
+            summary="adds h (W c) / sqrt(d), without a norm, V = 1",
+            changes={"residual": _gated(1.0, "write_only")["residual"] | {"direction_norm": "free"}},
+        ),
     }
     | {
         f"gate-{gate}": Variant(
