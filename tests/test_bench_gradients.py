@@ -1,6 +1,7 @@
 """`deepdelta bench gradients`: the errors on numbers known by hand, and a measurement at a reduced size."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -24,6 +25,9 @@ def test_the_error_of_all_gradients_is_that_of_one_vector() -> None:
     off = float(ours["b"].double()) - 4
     assert relative(ours, truth) == pytest.approx(((0.3**2 + off**2) / 25) ** 0.5, rel=1e-6)
     assert relative(truth, truth) == 0
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in truth.items()}
+    assert relative(nothing, nothing) == 0 and relative(truth, nothing) == math.inf
+    assert relative(truth | {"b": torch.tensor([math.nan])}, truth | {"b": torch.ones(1)}) == math.inf
 
 
 def test_the_suite_is_what_it_says() -> None:
@@ -56,7 +60,8 @@ def test_a_wrong_backward_pass_and_a_wrong_replay_are_seen(monkeypatch: pytest.M
 
     def wrong(*given: Any) -> Any:
         gradients = plain(*given)
-        return gradients._replace(d_h=gradients.d_h * 1.01)
+        gradients.d_h.mul_(1.01)
+        return gradients
 
     with monkeypatch.context() as patched:
         patched.setattr(launch, "backward", wrong)

@@ -263,6 +263,11 @@ def test_a_start_that_diverged(tmp_path: Path, launched: list[str]) -> None:
         ("lr = 1e-2", "seed = 3", "the seed of a start comes from the study's seeds; remove 'seed' from start"),
         ("lr = 1e-2", "device = 'cpu'", "the start must share 'device' with the runs that go on from it: move it to"),
         ("lr = 1e-2", "lrr = 1e-2", "study tiny, start: unknown key 'lrr'; did you mean 'lr'"),
+        (
+            "[train]",
+            "[train]\ninit_offset = 9",
+            "runs that go on from a start have its weights: remove init_offset from '",
+        ),
         ("lr = 1e-2", "warmup = -1", "study tiny, start: warmup must lie in"),
         ("[train]", "[tune]\nlr = [1e-3, 1e-2]\nseeds = [7]\n[train]", "runs that are tuned, .* have no start: remove"),
     ],

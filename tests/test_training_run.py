@@ -287,6 +287,7 @@ def test_init_from(finished: Path, copy: Path, source: Path, tmp_path: Path) -> 
     )
     refused("is not a run directory", config(source), tmp_path / "other", init_from=tmp_path / "absent")
     refused("does not fit this model", config(source, model={"dim": 8}), tmp_path / "other", init_from=finished)
+    refused("leave init_offset or init_from out", config(source, init_offset=3), tmp_path / "other", init_from=finished)
 
 
 def test_init_from_takes_the_weights_and_no_optimiser_state(

@@ -97,7 +97,8 @@ class GPTConfig(Settings):
             raise UserError(
                 f"dim must be a multiple of heads, got dim={self.dim}, heads={self.heads}; or set head_dim."
             )
-        self.residual.check_width(self.dim)
+        if self.rival is None:
+            self.residual.check_width(self.dim)
         if self.repeats is not None and self.rival in DEEP:
             raise UserError(
                 f"rival '{self.rival}' reads the outputs of all sublayers before, each by weights of its own, so its "

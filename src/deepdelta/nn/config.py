@@ -67,7 +67,8 @@ class ResidualConfig(Settings):
     gate: Gate = "linear"
     """linear and two_layer: gate_range sigmoid(g(c)), logits in fp32; constant: gate_init itself."""
     gate_range: GateRange = 2
-    """The most that a learned beta can be; with 1, a control, I - beta k k^T has no negative eigenvalue."""
+    """R: the most that a learned beta can be, but for the factor that it has where the rule starts plain. With 1, a
+    control, I - beta k k^T has no negative eigenvalue for a unit k."""
     gate_init: Gating = 1.0
     """beta at the start, in [0, 2]; strictly within its range unless it is constant."""
     gate_hidden: Width = 128

@@ -68,6 +68,10 @@ def _train(
     ranks: Ranks,
 ) -> Trained:
     given = {"run": str(run.path), "init_from": init_from and str(init_from), "inexact_resume": inexact_resume}
+    if init_from is not None and config.init_offset:
+        raise UserError(
+            f"init_offset changes initial weights, and these come from {init_from}: leave init_offset or init_from out."
+        )
     ranks.agree(given | to_plain(config))
     check_parallel(config, ranks)
     ranks.sharing = 1 if config.parallel == "tensor" else ranks.size

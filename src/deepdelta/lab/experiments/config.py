@@ -226,6 +226,9 @@ class Comparison(StudyConfig):
             raise UserError(f"the start must share '{key}' with the runs that go on from it: move it to train.")
         if "seed" in start:
             raise UserError("the seed of a start comes from the study's seeds; remove 'seed' from start.")
+        for name in self.conditions:
+            if self.train_config(name, self.seeds[0]).init_offset:
+                raise UserError(f"runs that go on from a start have its weights: remove init_offset from '{name}'.")
         self.start_config(self.seeds[0])
 
     def start_config(self, seed: int) -> TrainConfig:

@@ -1,5 +1,6 @@
 """Whether two computations of the same thing agree, and how far gradients are from exact ones."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -33,13 +34,15 @@ def loss_and_gradients(forward: nn.Module, owner: nn.Module, ids: Tensor, chosen
 
 
 def relative(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """|a - b| / |b|, all tensors as one vector; in fp64."""
+    """|a - b| / |b|, all tensors as one vector; in fp64. Infinity where it is no number, or b is 0 and a is not."""
     squares = [
         (float((ours[name].double() - b.double()).square().sum()), float(b.double().square().sum()))
         for name, b in theirs.items()
     ]
     error, size = map(sum, zip(*squares, strict=True))
-    return float((error / size) ** 0.5)
+    if error == 0:
+        return 0.0
+    return (error / size) ** 0.5 if size > 0 and error < math.inf else math.inf
 
 
 def gradients_of(model: nn.Module, ids: Tensor, chosen: Device) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def run(settings: LandscapeSettings, seed: int, progress: Progress) -> dict[str,
         loss_dD: of the cells of D layers; best_dD: the lowest of them, and lr_dD and scale_dD where it is; share_dD:
         how many of them are within NEAR of it; share: the mean of these. Without a cell of D layers that stayed finite
         its share is 0 and there is no best. bf16_dD: of D layers the largest error of a gradient in bf16 over the
-        scales, as training starts.
+        scales, as training starts, where all are finite.
     """
     text = text_of(settings)
     guess = math.log(text.trained.vocab_size)
@@ -65,7 +65,8 @@ def run(settings: LandscapeSettings, seed: int, progress: Progress) -> dict[str,
         errors = [
             bf16_error(replace(settings, layers=depth, embedding_std=scale), text, seed) for scale in settings.scales
         ]
-        found[f"bf16_d{depth}"] = max(errors)
+        if all(map(math.isfinite, errors)):
+            found[f"bf16_d{depth}"] = max(errors)
         found[f"loss_d{depth}"] = sum(min(loss, guess) for loss in own.values()) / len(own)
         scale, rate = min(own, key=own.__getitem__)
         best = own[scale, rate]

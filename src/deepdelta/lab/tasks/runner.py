@@ -72,7 +72,10 @@ class TaskRun(Run):
         if record.experiment != self.experiment:
             return [f"the task {record.experiment}"]
         where = f"{self.records.path}: {self.name}: settings"
-        there = from_plain(type(load_task(self.experiment).settings), record.settings, where=where)
+        try:
+            there = from_plain(type(load_task(self.experiment).settings), record.settings, where=where)
+        except UserError as error:  # written by another version
+            return [str(error)]
         return differences(to_plain(there), self.settings)
 
     def make_record(self) -> RunRecord:
