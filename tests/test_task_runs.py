@@ -140,9 +140,15 @@ def test_records_that_are_damaged_or_of_other_settings(finished, tmp_path, ran):
     rows = recorded(out)
     whole = rows["gate-0-2-seed0"]
     older = {key: value for key, value in whole["settings"].items() if key not in ("rank", "feedback")}
-    record_anew(out, rows | {"gate-0-2-seed0": whole | {"settings": older}})  # of a time without those
-    run_task("words", (0, 1), out, overrides=TINY)
+    old = {"settings": older, "commit": "0123456789abcdef", "machine": whole["machine"] | {"processor": "Old One"}}
+    record_anew(out, rows | {"gate-0-2-seed0": whole | old})  # of a time without those
+    results = run_task("words", (0, 1), out, overrides=TINY)
     assert not ran
+    assert results.made[-1] == "1 at commit 0123456789ab on Old One" and len(results.made) == 2
+    assert "; 1 at commit 0123456789ab on Old One." in (out / "table.md").read_text(encoding="utf-8")
+    record_anew(out, rows | {"gate-0-2-seed0": whole | {"metrics": {"other": 1.0}}})
+    with pytest.raises(UserError, match=r"made with other settings \(it measured no accuracy\)"):
+        run_task("words", (0, 1), out, overrides=TINY)
     record_anew(out, rows | {"gate-0-2-seed0": whole | {"experiment": "recall"}})
     with pytest.raises(UserError, match=r"made with other settings \(the task recall\)"):
         run_task("words", (0, 1), out, overrides=TINY)

@@ -47,6 +47,8 @@ class TaskResults(Stored):
     """What would refute the hope behind the task, as its file had it."""
     left_out: tuple[str, ...] = ()
     """Conditions of the task that were not chosen."""
+    made: tuple[str, ...] = ()
+    """Where the runs were made, where not all of them at the commit and on the machine of these results."""
 
 
 def means(metrics: Mapping[int, Metrics]) -> dict[str, Estimate]:

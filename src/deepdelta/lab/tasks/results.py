@@ -1,5 +1,6 @@
 """From the records of a task's runs to its results."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from deepdelta.lab.analysis.tasks import ConditionMetrics, TaskResults, means, task_contrasts
@@ -24,6 +25,9 @@ def collect(
             diverged=tuple(seed for seed, record in own.items() if record.diverged is not None),
             means=means(metrics),
         )
+    here = provenance(command)
+    counts = Counter((record.commit, record.machine.get("processor", "")) for record in records.values())
+    own = here["commit"], here["machine"].get("processor", "")
     return TaskResults(
         task=task.name,
         summary=task.summary,
@@ -32,10 +36,16 @@ def collect(
         higher_is_better=task.higher_is_better,
         baseline=task.baseline,
         seeds=tuple(seeds),
-        **provenance(command),
+        **here,
         finished=now(),
         conditions=tuple(conditions.values()),
         refuted=task.refuted,
         left_out=task.left_out,
+        made=tuple(_made(*one) for one in counts.items()) if {*counts} != {own} else (),
         contrasts=task_contrasts(conditions, task.baseline, task.primary),
     )
+
+
+def _made(at: tuple[str | None, str], count: int) -> str:
+    commit, processor = at
+    return f"{count} at commit {(commit or 'unknown')[:12]} on {processor or 'an unknown processor'}"

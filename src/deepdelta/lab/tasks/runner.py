@@ -71,9 +71,12 @@ class TaskRun(Run):
         """Stored settings are read as the task's first: where it gained a field since, they hold its default."""
         if record.experiment != self.experiment:
             return [f"the task {record.experiment}"]
+        task = load_task(self.experiment)
+        if record.diverged is None and task.primary not in record.metrics:
+            return [f"it measured no {task.primary}"]
         where = f"{self.records.path}: {self.name}: settings"
         try:
-            there = from_plain(type(load_task(self.experiment).settings), record.settings, where=where)
+            there = from_plain(type(task.settings), record.settings, where=where)
         except UserError as error:  # written by another version
             return [str(error)]
         return differences(to_plain(there), self.settings)

@@ -48,6 +48,7 @@ def _primary(results: TaskResults) -> TextTable:
     ]
     better = "higher is better" if results.higher_is_better else "lower is better"
     notes = [f"Refuted if {results.refuted}."] if results.refuted else []
+    notes += [f"Runs: {'; '.join(results.made)}."] if results.made else []
     diverged = ", ".join(f"{one.name} seed {seed}" for one in results.conditions for seed in one.diverged)
     return table_of(
         results.conditions,
