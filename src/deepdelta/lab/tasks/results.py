@@ -27,7 +27,7 @@ def collect(
         )
     here = provenance(command)
     counts = Counter((record.commit, record.machine.get("processor", "")) for record in records.values())
-    own = here["commit"], here["machine"].get("processor", "")
+    collected = here["commit"], here["machine"].get("processor", "")
     return TaskResults(
         task=task.name,
         summary=task.summary,
@@ -41,7 +41,7 @@ def collect(
         conditions=tuple(conditions.values()),
         refuted=task.refuted,
         left_out=task.left_out,
-        made=tuple(_made(*one) for one in counts.items()) if {*counts} != {own} else (),
+        made=tuple(_made(*one) for one in counts.items()) if {*counts} != {collected} else (),
         contrasts=task_contrasts(conditions, task.baseline, task.primary),
     )
 
